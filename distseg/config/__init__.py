@@ -1,0 +1,6 @@
+"""What an experiment is: see schema.py for the keys."""
+
+from distseg.config.load import dump_config, flatten_config, load_config
+from distseg.config.schema import AugmentConfig, Config, DataConfig, NoiseConfig
+
+__all__ = ["AugmentConfig", "Config", "DataConfig", "NoiseConfig", "dump_config", "flatten_config", "load_config"]

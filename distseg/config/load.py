@@ -1,0 +1,85 @@
+"""YAML plus `section.key=value` overrides, into one checked Config."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from distseg.config.schema import Config
+from distseg.errors import UserError
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read `path`, apply `section.key=value` overrides in order, and check the whole.
+
+    Raises UserError, one line that names the key and the mend, for an unreadable file or a wrong key, type or value.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), _parse_overrides(overrides or []))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read: {error}") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: must be a mapping of sections, not a {type(values).__name__}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"config {path}: {_first_line(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def flatten_config(config: Config) -> dict[str, Any]:
+    """`{"data.image_size": 96, …}`: the leaves under dotted names, as experiment trackers want them."""
+
+    def leaves(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return flat
+
+    return leaves(config.model_dump(mode="json"), "")
+
+
+def _parse_overrides(overrides: list[str]) -> Any:
+    for item in overrides:
+        key, separator, _ = item.partition("=")
+        if not separator or not key or key.startswith("-"):
+            raise UserError(f"override {item!r}: write section.key=value, for instance data.clean_count=50")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _first_line(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"{key}: unknown key{_suggestion(first['loc'])}"
+    elif first["type"] == "missing":
+        text = f"{key}: required; set it in the file or as {key}=VALUE"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        given = first["input"]
+        shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+        text = f"{key}: {message}{shown}" if key else message
+    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _suggestion(location: tuple[str | int, ...]) -> str:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"

@@ -1,0 +1,180 @@
+"""The experiment's configuration: typed, frozen, and every unknown key is an error."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NoiseConfig(Section):
+    """How the noisy stream's masks are made wrong (distseg/data/noise.py)."""
+
+    kind: Literal["none", "polygon", "box"] = "none"
+    """`none` takes the manifest's noisy_mask where there is one, and the true mask elsewhere."""
+    vertices: Annotated[int, Field(ge=3)] = 3
+    """polygon: vertices on the true contour; 3 and 7 are the paper's levels."""
+    seed: int = 0
+
+
+class AugmentConfig(Section):
+    """One random geometry for image and mask, colour for the image only. Identity at the defaults."""
+
+    flip: bool = False
+    right_angles: bool = False
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation to either side, degrees."""
+    scale: Range = (1.0, 1.0)
+    """Zoom; above 1 crops, below 1 shows the fill around the frame."""
+    shear: Annotated[float, Field(ge=0, lt=60)] = 0.0
+    """Largest shear to either side, degrees."""
+    translate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest shift to either side, as a fraction of the frame; with scale > 1 this is a random crop."""
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hue: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest turn of the hue to either side, degrees; the three above are largest relative changes."""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError("scale must be [low, high] with 0 < low <= high")
+        return self
+
+
+class DataConfig(Section):
+    root: Path
+    """Folder with manifest.csv, or one of the known layouts (distseg/data/manifest.py)."""
+    layout: Literal["auto", "manifest", "isic", "ph2", "folders"] = "auto"
+    image_size: Annotated[int, Field(ge=8)] = 96
+    """Side of the square network input, pixels."""
+    clean_count: Annotated[int, Field(ge=0)] = 50
+    """K, the images of the training split whose true masks are known; the others are the noisy stream."""
+    noise: NoiseConfig = NoiseConfig()
+    pipeline: Literal["auto", "dali", "torch"] = "auto"
+    """auto: DALI where it imports, the torch loader elsewhere."""
+    threads: Count = 1
+    augment: AugmentConfig = AugmentConfig()
+    val_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.2
+    """The split, by seed, of a folder that does not bring its own."""
+
+
+class ModelConfig(Section):
+    name: str = "unet"
+    """`unet`, or an importable `package.module:callable` that returns an nn.Module."""
+    width: Count = 64
+    depth: Annotated[int, Field(ge=1, le=8)] = 4
+    """Number of downsamplings; the paper's network has width 64 and depth 4."""
+    norm: Literal["none", "batch", "group"] = "none"
+    options: dict[str, Any] = {}
+    """Keyword arguments of an imported model; must be empty for `unet`."""
+
+    @model_validator(mode="after")
+    def _options_are_for_imports(self) -> Self:
+        if self.name == "unet" and self.options:
+            raise ValueError("options are for imported models; unet takes width, depth and norm")
+        if self.name != "unet" and ":" not in self.name:
+            raise ValueError(f"name {self.name!r} is neither `unet` nor `package.module:callable`")
+        return self
+
+
+class MethodConfig(Section):
+    name: Literal[
+        "noisy_only", "clean_only", "union", "finetune", "image_reweight", "pixel_reweight", "oracle"
+    ] = "pixel_reweight"
+    estimator: Literal["forward", "reverse", "finite"] = "forward"
+    granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
+    """pixel | patch(k) | image. `image_reweight` always uses image."""
+    normalise: Literal["batch", "image"] = "batch"
+    include_clean: bool = False
+    """Also learn from the clean batch; the loss is then the mean of the weighted noisy and the mean clean loss."""
+    on_zero: Literal["skip", "uniform"] = "skip"
+    clean_phase: Fraction = 0.3
+    """finetune: the last part of the steps, spent on the clean images alone."""
+
+
+class OptimConfig(Section):
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """sgd only; adam and adamw use betas (0.9, 0.999)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    milestones: tuple[Fraction, ...] = (1 / 3, 2 / 3)
+    """step: where the rate is multiplied by gamma, as fractions of the steps."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    implementation: Literal["auto", "apex", "torch"] = "auto"
+
+
+class TrainConfig(Section):
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the noisy stream; every method gets the same number of steps."""
+    batch_size: Count = 6
+    clean_batch_size: Count = 6
+    """Both per rank and micro-batch."""
+    accumulation: Count = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
+    log_every: Count = 10
+    validate_every: Count | None = None
+    """Steps between validations; default: ten times a run."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: at each validation."""
+    figure_every: Count | None = None
+    """Steps between weight-map figures; default: at each validation."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of steps and epochs")
+        return self
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2] = 0
+    gradient_clipping: Annotated[float, Field(ge=0)] = 0.0
+    config_file: Path | None = None
+    """JSON with further DeepSpeed keys, for instance bucket sizes (configs/deepspeed/)."""
+
+
+class TrackingConfig(Section):
+    mlflow: bool = True
+    uri: str | None = None
+    """default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder."""
+    experiment: str = "distseg"
+    system_metrics: bool = True
+
+
+class Config(Section):
+    """One experiment. `configs/*.yaml` are of this type; see README for the sections in a table."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        stride = 2**self.model.depth
+        if self.model.name == "unet" and self.data.image_size % stride:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
+            )
+        if self.method.name == "union" and self.train.batch_size % 2:
+            raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union (half noisy, half clean)")
+        return self
