@@ -176,5 +176,5 @@ class Config(Section):
                 f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
             )
         if self.method.name == "union" and self.train.batch_size % 2:
-            raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union (half noisy, half clean)")
+            raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
         return self

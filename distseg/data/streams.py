@@ -1,4 +1,4 @@
-"""From samples to batches: which samples, in which order, under which augmentation. Loading is dali.py or torch_loader.py."""
+"""From samples to batches: which samples, in which order, under which augmentation; decoding is a loader's work."""
 
 from dataclasses import dataclass
 
