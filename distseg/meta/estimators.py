@@ -1,0 +1,105 @@
+"""The alignment map U of a noisy batch, three ways (Mirikharaji et al. 2019, eq. 3–5; Ren et al. 2018, eq. 12).
+
+    U_p = ⟨g, ∇_θ ℓ_p(θ)⟩,   g = ∇_θ of the mean clean loss
+
+U_p says how much a small step against pixel p's gradient would lower the clean loss. The paper reaches it as −∂L_c/∂W_p
+through a virtual SGD step of size α taken with weights W = 0; that derivative is α·U_p, and α cancels when the weights
+are normalised, so U is without it here.
+
+Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has no
+side effects; `Parameters` are the trainable tensors by name. Shapes: images (B, 3, H, W), masks (B, H, W), U (B, H, W).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distseg.ops import alignment, pixel_loss, valid_pixels, weighted_loss
+
+Parameters = dict[str, Tensor]
+Network = Callable[[Parameters, Tensor], Tensor]
+LabelledImages = tuple[Tensor, Tensor]
+SumOverRanks = Callable[[Tensor], Tensor]
+
+
+def clean_gradient(
+    network: Network, parameters: Parameters, clean: Sequence[LabelledImages], sum_over_ranks: SumOverRanks
+) -> Parameters:
+    """g: the gradient of the loss averaged over the valid pixels of every clean micro-batch of every rank.
+
+    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels. g = 0 where there is
+    no valid pixel at all.
+    """
+    leaves = _leaves(parameters)
+    total: Tensor | None = None
+    for images, masks in clean:
+        with torch.enable_grad():
+            loss = pixel_loss(network(leaves, images), masks).sum()
+        # A parameter that the network does not use has gradient 0.
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        count = valid_pixels(masks).sum().to(gradients[0].dtype)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), count[None]])
+        total = flat if total is None else total.add_(flat)
+    assert total is not None, "a clean batch is needed"
+    total = sum_over_ranks(total)
+    mean = total[:-1] / total[-1].clamp(min=1)
+    pieces = mean.split([parameter.numel() for parameter in parameters.values()])
+    return {name: piece.view(parameters[name].shape) for name, piece in zip(parameters, pieces, strict=True)}
+
+
+def forward(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
+    """U by one forward-mode pass: the Jacobian-vector product of the logits along g, then Σ_c ∂ℓ/∂z_c · ż_c. Exact."""
+    logits, tangents = torch.func.jvp(lambda theta: network(theta, images), (parameters,), (gradient,))
+    return alignment(logits, tangents, masks)
+
+
+def reverse(
+    network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor, virtual_lr: float
+) -> Tensor:
+    """U as the paper writes it: a double backward through the virtual step θ̂(W) = θ − α ∇_θ Σ W·ℓ at W = 0. Exact.
+
+    θ̂(0) = θ, so `gradient` is ∇L_c(θ̂) and the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ needs no second clean pass.
+    """
+    leaves = _leaves(parameters)
+    with torch.enable_grad():
+        logits = network(leaves, images)
+        weights = torch.zeros(masks.shape, dtype=logits.dtype, device=logits.device, requires_grad=True)
+        loss = weighted_loss(logits, masks, weights)
+        inner = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+        fast = [theta - virtual_lr * step for theta, step in zip(leaves.values(), inner, strict=True)]
+    (alpha_u,) = torch.autograd.grad(fast, weights, grad_outputs=[-gradient[name] for name in leaves])
+    return alpha_u / virtual_lr
+
+
+def finite(
+    network: Network,
+    parameters: Parameters,
+    gradient: Parameters,
+    images: Tensor,
+    masks: Tensor,
+    relative_step: float | None = None,
+) -> Tensor:
+    """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖; needs no derivative of the network.
+
+    The default step is the cube root of the parameters' machine epsilon, where truncation and rounding errors balance.
+    """
+    if relative_step is None:
+        relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** (1 / 3)
+    scale, slope = norm(parameters), norm(gradient)
+    h = relative_step * torch.where(slope > 0, scale.clamp(min=1e-3) / slope, 1.0)
+
+    def loss_at(sign: int) -> Tensor:
+        moved = {name: torch.addcmul(theta, gradient[name], sign * h) for name, theta in parameters.items()}
+        return pixel_loss(network(moved, images), masks)
+
+    return (loss_at(+1) - loss_at(-1)) / (2 * h)
+
+
+def norm(tensors: Parameters) -> Tensor:
+    """Euclidean norm of all tensors together, a scalar on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
+
+
+def _leaves(parameters: Parameters) -> Parameters:
+    return {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}

@@ -1,0 +1,127 @@
+"""PixelReweighter: weight maps for any nn.Module, in anyone's own training loop."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distseg.meta import estimators
+from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks
+from distseg.meta.weights import Diagnostics, WeightRule, weight_maps
+
+
+def one_process(tensor: Tensor) -> Tensor:
+    """The sum over ranks where there is one."""
+    return tensor
+
+
+def stateless(module: nn.Module) -> Network:
+    """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient is changed by it.
+
+    Buffers are cloned at each call, random numbers are drawn from a fork of the streams (so that each pass of a step, and the
+    weighted step that follows, drops the same units), and autocast is off, because forward mode does not pass through it.
+    """
+
+    def network(parameters: Parameters, images: Tensor) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        cuda = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=cuda), torch.autocast(images.device.type, enabled=False):
+            return functional_call(module, (parameters, buffers), (images,))
+
+    return network
+
+
+class PixelReweighter:
+    """Weights every pixel of a noisy batch by how well its loss gradient agrees with the clean gradient.
+
+        reweighter = PixelReweighter(model)
+        weights = reweighter(images, masks, clean_images, clean_masks)
+        loss = weighted_loss(model(images), masks, weights)
+
+    model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers, gradients,
+        RNG streams and hooks on parameters are left alone. Parameters with requires_grad=False are constants.
+    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central difference,
+        for networks with operators that have no forward-mode formula).
+    granularity, normalise, on_zero: see WeightRule.
+    virtual_lr: α of the virtual step, used by `reverse` alone; the weights do not depend on it.
+    finite_step: relative step of `finite`.
+    sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
+
+    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan, Hamarneh,
+    "Learning to Segment Skin Lesions from Noisy Annotations", 2019.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        estimator: str = "forward",
+        granularity: str = "pixel",
+        normalise: str = "batch",
+        on_zero: str = "skip",
+        virtual_lr: float = 1.0,
+        finite_step: float | None = None,
+        sum_over_ranks: SumOverRanks = one_process,
+    ) -> None:
+        choices = {
+            "forward": estimators.forward,
+            "reverse": partial(estimators.reverse, virtual_lr=virtual_lr),
+            "finite": partial(estimators.finite, relative_step=finite_step),
+        }
+        if estimator not in choices:
+            raise ValueError(f"estimator {estimator!r}: {', '.join(choices)}")
+        self.model = model
+        self.estimate = choices[estimator]
+        self.rule = WeightRule(granularity, normalise, on_zero)
+        self.sum_over_ranks = sum_over_ranks
+        self.diagnostics: Diagnostics = {}
+
+    def __call__(
+        self,
+        images: Tensor,
+        masks: Tensor,
+        clean_images: Tensor,
+        clean_masks: Tensor,
+        true_masks: Tensor | None = None,
+    ) -> Tensor:
+        """The weight map (B, H, W) of one noisy batch: ≥ 0, sum 1 over the global batch, constant to autograd.
+
+        images (B, 3, H, W) float; masks (B, H, W) integer class ids, 255 = ignore; the clean batch likewise, of any size.
+        true_masks (B, H, W), where the noise is simulated, adds noise_rate, wrong_mass and auroc to the diagnostics.
+        Raises ValueError for shapes and dtypes that do not fit.
+        """
+        truths = None if true_masks is None else [true_masks]
+        [weights] = self.weigh([(images, masks)], [(clean_images, clean_masks)], truths)
+        return weights
+
+    def weigh(
+        self,
+        noisy: Sequence[LabelledImages],
+        clean: Sequence[LabelledImages],
+        true_masks: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Weight maps of all noisy micro-batches of a step, with g from all its clean ones: equal to one large batch."""
+        for images, masks in (*noisy, *clean):
+            _check(images, masks)
+        network = stateless(self.model)
+        parameters = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        gradient = estimators.clean_gradient(network, parameters, clean, self.sum_over_ranks)
+        alignments = [self.estimate(network, parameters, gradient, images, masks) for images, masks in noisy]
+        weights, self.diagnostics = weight_maps(
+            [u.detach() for u in alignments],
+            [masks for _, masks in noisy],
+            estimators.norm(gradient),
+            self.rule,
+            self.sum_over_ranks,
+            true_masks,
+        )
+        return weights
+
+
+def _check(images: Tensor, masks: Tensor) -> None:
+    if images.ndim != 4 or masks.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(f"images {tuple(images.shape)} and masks {tuple(masks.shape)}: need (B, C, H, W) and (B, H, W)")
+    if masks.is_floating_point() or masks.dtype == torch.bool:
+        raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")
