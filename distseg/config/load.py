@@ -4,8 +4,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
@@ -19,16 +19,19 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises UserError, one line that names the key and the mend, for an unreadable file or a wrong key, type or value.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), _parse_overrides(overrides or []))
-        values = OmegaConf.to_container(merged, resolve=True)
+        written = OmegaConf.load(path)
+        if not isinstance(written, DictConfig):
+            raise UserError(f"config {path}: must be a mapping of sections")
+        merged = OmegaConf.merge(written, _parse_overrides(overrides or []))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"config {path}: {error.full_key}: required; add {error.full_key}=VALUE") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: cannot be read: {error}") from None
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"config {path}: must be a mapping of sections, not a {type(values).__name__}")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -52,6 +55,16 @@ def flatten_config(config: Config) -> dict[str, Any]:
     return leaves(config.model_dump(mode="json"), "")
 
 
+def changed_keys(before: Config, after: Config) -> list[str]:
+    """`section.key was …, is …` for every leaf that differs, except in `tracking`: it changes no result."""
+    old, new = flatten_config(before), flatten_config(after)
+    return [
+        f"{key} was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith("tracking.")
+    ]
+
+
 def _parse_overrides(overrides: list[str]) -> Any:
     for item in overrides:
         key, separator, _ = item.partition("=")
@@ -67,7 +80,7 @@ def _first_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         text = f"{key}: unknown key{_suggestion(first['loc'])}"
     elif first["type"] == "missing":
-        text = f"{key}: required; set it in the file or as {key}=VALUE"
+        text = f"{key}: required; add {key}=VALUE"
     else:
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]

@@ -175,6 +175,8 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
             )
+        if self.data.clean_count == 0 and self.method.name not in ("noisy_only", "oracle"):
+            raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
         if self.method.name == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
         return self

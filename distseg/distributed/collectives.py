@@ -31,8 +31,8 @@ class FailedElsewhere(Exception):
 def main_rank_first(task: Callable[[], Result], device: torch.device) -> Result:
     """Run `task` on rank 0 and, once it has succeeded there, on the others, which then find its files in place.
 
-    If it raises on rank 0, that exception goes up there and FailedElsewhere on every other rank: nobody waits for a rank
-    that has gone.
+    If it raises on rank 0, that exception goes up there and FailedElsewhere on every other rank: nobody waits for a
+    rank that has gone.
     """
     main = dist.get_rank() == 0
     failed = torch.zeros((), device=device)

@@ -65,7 +65,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def optimizer_state(engine: Any) -> dict[str, Tensor]:
-    """This rank's optimiser state by name, with the fp32 parameters that it updates (a ZeRO partition under stages 1, 2)."""
+    """This rank's optimiser state by name, with the fp32 parameters that it updates (under ZeRO 1 and 2 its partition)."""
     state = {}
     for name, parameter, slots in _optimizer_slots(engine):
         state[f"{name}.parameter"] = parameter.detach()
@@ -104,7 +104,9 @@ def _read_extra(config: Config) -> dict[str, Any]:
         raise UserError(f"deepspeed.config_file {path}: cannot be read as JSON: {error}") from None
     if not isinstance(extra, dict):
         raise UserError(f"deepspeed.config_file {path}: must hold a JSON object")
-    owned = sorted(OWNED_KEYS & extra.keys()) + (["zero_optimization.stage"] if "stage" in extra.get("zero_optimization", {}) else [])
+    owned = sorted(OWNED_KEYS & extra.keys())
+    if "stage" in extra.get("zero_optimization", {}):
+        owned.append("zero_optimization.stage")
     if owned:
         raise UserError(f"deepspeed.config_file {path}: {owned[0]} follows from the experiment's config; remove it")
     return extra

@@ -33,7 +33,8 @@ def start_runtime() -> Runtime:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            # The launcher leaves every rank the whole machine; ranks that fight for the cores are slower than one alone.
+            # The launcher leaves every rank the whole machine; ranks that fight for the cores are slower than one
+            # alone.
             ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     shard = ShardSpec(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

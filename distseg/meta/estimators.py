@@ -6,8 +6,9 @@ U_p says how much a small step against pixel p's gradient would lower the clean 
 through a virtual SGD step of size α taken with weights W = 0; that derivative is α·U_p, and α cancels when the weights
 are normalised, so U is without it here.
 
-Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has no
-side effects; `Parameters` are the trainable tensors by name. Shapes: images (B, 3, H, W), masks (B, H, W), U (B, H, W).
+Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has
+no side effects; `Parameters` are the trainable tensors by name. Shapes: images (B, 3, H, W), masks (B, H, W), U (B, H,
+W).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ def clean_gradient(
 ) -> Parameters:
     """g: the gradient of the loss averaged over the valid pixels of every clean micro-batch of every rank.
 
-    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels. g = 0 where there is
-    no valid pixel at all.
+    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels. g = 0 where there
+    is no valid pixel at all.
     """
     leaves = _leaves(parameters)
     total: Tensor | None = None
@@ -80,7 +81,8 @@ def finite(
     masks: Tensor,
     relative_step: float | None = None,
 ) -> Tensor:
-    """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖; needs no derivative of the network.
+    """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖; needs no derivative of the
+    network.
 
     The default step is the cube root of the parameters' machine epsilon, where truncation and rounding errors balance.
     """

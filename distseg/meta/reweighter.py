@@ -18,10 +18,12 @@ def one_process(tensor: Tensor) -> Tensor:
 
 
 def stateless(module: nn.Module) -> Network:
-    """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient is changed by it.
+    """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient is changed by
+    it.
 
-    Buffers are cloned at each call, random numbers are drawn from a fork of the streams (so that each pass of a step, and the
-    weighted step that follows, drops the same units), and autocast is off, because forward mode does not pass through it.
+    Buffers are cloned at each call, random numbers are drawn from a fork of the streams (so that each pass of a step,
+    and the weighted step that follows, drops the same units), and autocast is off, because forward mode does not pass
+    through it.
     """
 
     def network(parameters: Parameters, images: Tensor) -> Tensor:
@@ -40,17 +42,19 @@ class PixelReweighter:
         weights = reweighter(images, masks, clean_images, clean_masks)
         loss = weighted_loss(model(images), masks, weights)
 
-    model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers, gradients,
+    model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers,
+    gradients,
         RNG streams and hooks on parameters are left alone. Parameters with requires_grad=False are constants.
-    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central difference,
+    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
+    difference,
         for networks with operators that have no forward-mode formula).
     granularity, normalise, on_zero: see WeightRule.
     virtual_lr: α of the virtual step, used by `reverse` alone; the weights do not depend on it.
     finite_step: relative step of `finite`.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
 
-    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan, Hamarneh,
-    "Learning to Segment Skin Lesions from Noisy Annotations", 2019.
+    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan,
+    Hamarneh, "Learning to Segment Skin Lesions from Noisy Annotations", 2019.
     """
 
     def __init__(
@@ -88,9 +92,9 @@ class PixelReweighter:
     ) -> Tensor:
         """The weight map (B, H, W) of one noisy batch: ≥ 0, sum 1 over the global batch, constant to autograd.
 
-        images (B, 3, H, W) float; masks (B, H, W) integer class ids, 255 = ignore; the clean batch likewise, of any size.
-        true_masks (B, H, W), where the noise is simulated, adds noise_rate, wrong_mass and auroc to the diagnostics.
-        Raises ValueError for shapes and dtypes that do not fit.
+        images (B, 3, H, W) float; masks (B, H, W) integer class ids, 255 = ignore; the clean batch likewise, of any
+        size. true_masks (B, H, W), where the noise is simulated, adds noise_rate, wrong_mass and auroc to the
+        diagnostics. Raises ValueError for shapes and dtypes that do not fit.
         """
         truths = None if true_masks is None else [true_masks]
         [weights] = self.weigh([(images, masks)], [(clean_images, clean_masks)], truths)
@@ -102,7 +106,7 @@ class PixelReweighter:
         clean: Sequence[LabelledImages],
         true_masks: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Weight maps of all noisy micro-batches of a step, with g from all its clean ones: equal to one large batch."""
+        """Weight maps of a step's noisy micro-batches, with g from all its clean ones: the same as one large batch."""
         for images, masks in (*noisy, *clean):
             _check(images, masks)
         network = stateless(self.model)
@@ -122,6 +126,7 @@ class PixelReweighter:
 
 def _check(images: Tensor, masks: Tensor) -> None:
     if images.ndim != 4 or masks.shape != (images.shape[0], *images.shape[2:]):
-        raise ValueError(f"images {tuple(images.shape)} and masks {tuple(masks.shape)}: need (B, C, H, W) and (B, H, W)")
+        shapes = f"images {tuple(images.shape)} and masks {tuple(masks.shape)}"
+        raise ValueError(f"{shapes}: need (B, C, H, W) and (B, H, W)")
     if masks.is_floating_point() or masks.dtype == torch.bool:
         raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")

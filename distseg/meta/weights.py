@@ -1,4 +1,4 @@
-"""From alignment maps to weight maps: sum over cells, clamp, normalise over the global batch; and what the map looks like."""
+"""From alignment maps to weight maps: sum over cells, clamp, normalise over the global batch; and their diagnostics."""
 
 import re
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class WeightRule:
 
     granularity: `pixel` (Mirikharaji et al. 2019), `patch(k)`, or `image` (Ren et al. 2018).
     normalise: `batch`, the whole global batch sums to 1; or `image`, each image sums to 1/B.
-    on_zero: where nothing is left to normalise, `skip` gives weight 0 (the step then carries no data gradient) and `uniform`
-    the same weight to every valid pixel. Under `image` normalisation the policy acts image by image.
+    on_zero: where nothing is left to normalise, `skip` gives weight 0 (the step then carries no data gradient) and
+    `uniform` the same weight to every valid pixel. Under `image` normalisation the policy acts image by image.
     """
 
     granularity: str = "pixel"
@@ -69,15 +69,19 @@ def weight_maps(
     sum_over_ranks: SumOverRanks,
     true_masks: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Diagnostics]:
-    """The weight maps of a step's noisy micro-batches, one (B, H, W) for each, and 0-dim diagnostics of the global batch.
+    """The weight maps of a step's noisy micro-batches, one (B, H, W) for each, and 0-dim diagnostics of the global
+    batch.
 
-    One reduction of eight numbers over the ranks; nothing leaves the device. Diagnostics: gradient_norm; effective_fraction
-    1 / (N ΣW²); zero_fraction of the N valid pixels; zero_maps, how often the policy acted; and with `true_masks` noise_rate,
-    wrong_mass (share of the weight that lies on wrongly labelled pixels) and auroc (see `auroc`).
+    One reduction of eight numbers over the ranks; nothing leaves the device. Diagnostics: gradient_norm;
+    effective_fraction 1 / (N ΣW²); zero_fraction of the N valid pixels; zero_maps, how often the policy acted; and with
+    `true_masks` noise_rate, wrong_mass (share of the weight that lies on wrongly labelled pixels) and auroc (see
+    `auroc`).
     """
     # Without a direction U is noise. A NaN norm is not below the floor: it passes on, and shows in the loss.
     flat = gradient_norm <= GRADIENT_FLOOR
-    positive = [positive_part(torch.where(flat, 0.0, u), m, rule.granularity) for u, m in zip(alignments, masks, strict=True)]
+    positive = [
+        positive_part(torch.where(flat, 0.0, u), m, rule.granularity) for u, m in zip(alignments, masks, strict=True)
+    ]
     zero_images: Sequence[Tensor | None] = [None] * len(masks)
     if rule.normalise == "image":
         positive, zero_images = zip(
@@ -141,7 +145,7 @@ def detection_histogram(
 
 
 def auroc(histogram: Tensor) -> Tensor:
-    """Probability that a wrongly labelled pixel has a lower U than a rightly labelled one (ties half); NaN if either is none."""
+    """Probability that a wrongly labelled pixel has a lower U than a rightly labelled one, ties half; NaN without both."""
     right, wrong = histogram.double()
     above = right.sum() - right.cumsum(0)
     return (wrong * (above + 0.5 * right)).sum() / (right.sum() * wrong.sum())

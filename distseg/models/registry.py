@@ -10,14 +10,14 @@ from distseg.models.unet import UNet
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """`unet`, or whatever `package.module:callable` returns for `config.options`; (B, 3, H, W) → logits (B, C, H, W)."""
+    """`unet`, or what `package.module:callable` returns for `config.options`: (B, 3, H, W) → logits (B, C, H, W)."""
     if config.name == "unet":
         return UNet(width=config.width, depth=config.depth, norm=config.norm)
     module_name, _, attribute = config.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"model.name {config.name!r}: {error}; it must be an importable package.module:callable") from None
+        raise UserError(f"model.name {config.name!r}: {error}; name an importable package.module:callable") from None
     try:
         model = factory(**config.options)
     except TypeError as error:

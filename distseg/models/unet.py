@@ -54,8 +54,9 @@ def _normalisation(norm: str, channels: int) -> list[nn.Module]:
 
 
 def _initialise(module: nn.Module) -> None:
-    # Convolutions feed a ReLU: He et al. 2015. Each output pixel of the 2×2, stride-2 transposed ones sums over the input
-    # channels alone and feeds no ReLU. Without normalisation the paper's depth does not train from PyTorch's defaults.
+    # Convolutions feed a ReLU: He et al. 2015. Each output pixel of the 2×2, stride-2 transposed ones sums over the
+    # input channels alone and feeds no ReLU. Without normalisation the paper's depth does not train from PyTorch's
+    # defaults.
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)

@@ -6,14 +6,14 @@ from distseg.config.schema import OptimConfig
 
 WARM_UP = 0.3
 START, END = 1 / 25, 1e-4
-"""one_cycle as in Smith & Topin 2018 with torch's defaults: from lr/25 up to lr, then down to lr/25/10⁴ = END · START."""
+"""one_cycle (Smith & Topin 2018) with torch's defaults: from lr/25 up to lr, then down to lr/25/10⁴ = START · END."""
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate for update `step` (0-based) of `steps`.
 
-    constant: lr.  step: lr · gammaⁿ after n milestones; the update at `milestone · steps` is the first with the lower rate.
-    cosine: from lr to 0 over the run.  one_cycle: cosine up for the first 30 %, cosine down for the rest.
+    constant: lr.  step: lr · gammaⁿ after n milestones; the update at `milestone · steps` is the first with the lower
+    rate. cosine: from lr to 0 over the run.  one_cycle: cosine up for the first 30 %, cosine down for the rest.
     """
     if config.schedule == "constant":
         return config.lr

@@ -1,0 +1,302 @@
+"""One experiment, top to bottom: data, network, engine, then step after step."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distseg.config import Config, changed_keys, dump_config, load_config
+from distseg.data.manifest import Sample, check_samples, read_samples, split_clean
+from distseg.data.noise import write_noisy_masks
+from distseg.data.streams import Stream, denormalise, evaluation_batches
+from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
+from distseg.distributed.engine import build_engine, shadow_of
+from distseg.distributed.runtime import Runtime
+from distseg.errors import UserError
+from distseg.evaluation.evaluator import evaluate
+from distseg.evaluation.metrics import summarise
+from distseg.evaluation.report import panel, save_png
+from distseg.files import write_atomically
+from distseg.meta import PixelReweighter
+from distseg.models import build_model
+from distseg.ops import weighted_loss
+from distseg.optim import build_optimizer, learning_rate
+from distseg.tracking.jsonl import JsonlLog
+from distseg.tracking.mlflow import MlflowTracker
+from distseg.training.checkpoint import load_checkpoint, save_checkpoint
+from distseg.training.methods import WeightedBatch, build_method
+
+
+@dataclass(frozen=True)
+class Splits:
+    clean: list[Sample]
+    noisy: list[Sample]
+    val: list[Sample]
+    test: list[Sample]
+    noise_rate: float
+    """Mean share of wrong pixels in the noisy stream's masks, NaN where their truth is not known."""
+
+
+class Trainer:
+    """Owns a run: build it, then `run()` it or `rehearse()` it. Every rank does both."""
+
+    config: Config
+    folder: Path
+    runtime: Runtime
+    splits: Splits
+    steps: int
+    model: nn.Module
+    engine: Any
+    """DeepSpeed's; its module is `model`."""
+
+    def __init__(self, config: Config, folder: Path, runtime: Runtime) -> None:
+        self.config, self.folder, self.runtime = config, folder, runtime
+        self.splits = main_rank_first(lambda: prepare_data(config, folder, runtime.is_main), runtime.device)
+        self.steps = _number_of_steps(config, len(self.splits.noisy), runtime.shard.world_size)
+
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model).to(runtime.device)
+        shadow = shadow_of(self.model).train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer, self.optimizer_kind = build_optimizer(parameters, config.optim)
+        self.engine = build_engine(self.model, optimizer, config)
+
+        def reweighter(granularity: str) -> PixelReweighter:
+            return PixelReweighter(
+                shadow,
+                estimator=config.method.estimator,
+                granularity=granularity,
+                normalise=config.method.normalise,
+                on_zero=config.method.on_zero,
+                sum_over_ranks=sum_over_ranks,
+            )
+
+        self.streams: list[Stream] = []
+        self.method = build_method(
+            config, self.splits.noisy, self.splits.clean, self.steps, self._open_stream, reweighter, sum_over_ranks
+        )
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """Train to the last step and score the test split; returns what result.json holds."""
+        config, train, main = self.config, self.config.train, self.runtime.is_main
+        validate_every = train.validate_every or max(1, math.ceil(self.steps / 10))
+        checkpoint_every = train.checkpoint_every or validate_every
+        figure_every = train.figure_every or validate_every
+
+        if main:
+            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "config.yaml", dump_config(config))
+        state = (load_checkpoint(self.checkpoints, self.engine, self.runtime.shard) if resume else None) or {
+            "step": 0, "seconds": 0.0, "best_dice": -1.0, "best_step": 0, "zero_maps": 0.0,
+        }  # fmt: skip
+        log = JsonlLog(self.folder / "metrics.jsonl", from_step=state["step"]) if main else None
+        tracker = MlflowTracker(config, self.folder) if main and config.tracking.mlflow else None
+        bar = tqdm(
+            total=self.steps, initial=state["step"], desc=config.name, unit="step", disable=not main,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )  # fmt: skip
+        zero_maps = torch.tensor(state["zero_maps"], device=self.runtime.device, dtype=torch.float64)
+        resumed_at, started, status, val_dice = state["step"], time.monotonic(), "FAILED", math.nan
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            if main:
+                log.write(step, metrics)
+                if tracker:
+                    tracker.log_metrics(metrics, step)
+
+        try:
+            for step in range(state["step"], self.steps):
+                logging = (step + 1) % train.log_every == 0 or step + 1 == self.steps
+                lr = learning_rate(config.optim, step, self.steps)
+                batches, diagnostics = self.method.draw(step, diagnose=logging)
+                loss = update(self.engine, batches, lr, self.runtime.shard.world_size)
+                zero_maps += diagnostics.get("zero_maps", 0)
+                bar.update()
+
+                done = step + 1
+                if logging:
+                    loss = sum_over_ranks(loss).item()
+                    if not math.isfinite(loss):
+                        ids = ", ".join(i for b in batches for i in b.batch.ids)
+                        raise FloatingPointError(f"step {step}: the loss is {loss}; this rank's images: {ids}")
+                    speed = (done - resumed_at) * self.images_per_step / (time.monotonic() - started)
+                    metrics = {"train/loss": loss, "train/lr": lr, "train/images_per_second": speed}
+                    metrics |= {f"meta/{name}": value.item() for name, value in diagnostics.items()}
+                    if diagnostics:
+                        metrics["meta/zero_maps"] = zero_maps.item()
+                    report(done, metrics)
+                    bar.set_postfix_str(f"loss {loss:.4f}, val Dice {val_dice:.3f}, {speed:.1f} images/s")
+                if main and done % figure_every == 0:
+                    figure = self.draw(batches[0], f"{config.name}, step {done}")
+                    save_png(figure, self.folder / "figures" / f"step_{done:08d}.png")
+                    if tracker:
+                        tracker.log_image(figure, "training batch", done)
+                if done % validate_every == 0 or done == self.steps:
+                    scores = summarise(self.score(self.splits.val), "val", resamples=0)
+                    val_dice = scores["val/dice"]
+                    report(done, scores)
+                best = done % validate_every == 0 and val_dice > state["best_dice"]
+                if best:
+                    state |= {"best_dice": val_dice, "best_step": done}
+                if best or done % checkpoint_every == 0 or done == self.steps:
+                    state |= {"step": done, "zero_maps": zero_maps.item()}
+                    elapsed = state["seconds"] + time.monotonic() - started
+                    saved = state | {"seconds": elapsed}
+                    save_checkpoint(self.checkpoints, self.engine, saved, self.runtime.shard, best)
+
+            result = self._result(state, state["seconds"] + time.monotonic() - started)
+            if main:
+                write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+                report(self.steps, {k: v for k, v in result.items() if isinstance(v, float) and math.isfinite(v)})
+            status = "FINISHED"
+        finally:
+            bar.close()
+            self.close()
+            if log:
+                log.close()
+            if tracker:
+                tracker.finish(status)
+        return result
+
+    def score(self, samples: list[Sample]) -> np.ndarray:
+        """(n, 4) true and false positives, false and true negatives of each sample, the same on every rank."""
+        broadcast_buffers(self.model)
+        self.model.eval()
+        size, shard = 2 * self.config.train.batch_size, self.runtime.shard
+        batches = evaluation_batches(samples, self.config.data, shard, size, self.runtime.device)
+        counts = evaluate(
+            self.model, batches, shard.evaluation_batches(len(samples), size), len(samples), sum_over_ranks
+        )
+        self.model.train()
+        return counts
+
+    @torch.no_grad()
+    def draw(self, weighted: WeightedBatch, caption: str) -> np.ndarray:
+        """(h, w, 3) uint8: what the network was shown, told to weigh, and now predicts."""
+        batch = weighted.batch
+        self.model.eval()
+        logits = self.model(batch.images).float()
+        self.model.train()
+        foreground = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
+        return panel(denormalise(batch.images), batch.masks, batch.true_masks, weighted.weights, foreground, caption)
+
+    def rehearse(self) -> str:
+        """One real step and nothing kept: what a run with this config would do."""
+        batches, diagnostics = self.method.draw(0, diagnose=True)
+        lr = learning_rate(self.config.optim, 0, self.steps)
+        loss = sum_over_ranks(update(self.engine, batches, lr, self.runtime.shard.world_size)).item()
+        self.close()
+        config, splits, shard = self.config, self.splits, self.runtime.shard
+        parameters = sum(p.numel() for p in self.model.parameters())
+        ranks = f"{shard.world_size} ranks ({self.runtime.device.type})"
+        counts = f"{len(splits.noisy)} noisy, {len(splits.clean)} clean, {len(splits.val)} val, {len(splits.test)} test"
+        lines = [
+            f"data       {counts}; wrong pixels in the noisy masks: {splits.noise_rate:.1%}",
+            f"network    {config.model.name}, {parameters:,} parameters, input {config.data.image_size}²",
+            f"method     {config.method.name}, estimator {config.method.estimator}",
+            f"optimiser  {config.optim.name} ({self.optimizer_kind}), ZeRO stage {config.deepspeed.zero_stage}",
+            f"budget     {self.steps} steps of {self.images_per_step} images on {ranks}",
+            f"loss       {loss:.4f} on the first batch",
+            *(f"meta       {name} {value.item():.4g}" for name, value in diagnostics.items()),
+        ]
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.train.accumulation * self.runtime.shard.world_size
+
+    def _open_stream(self, name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
+        config = self.config
+        stream = Stream(
+            samples,
+            labels=labels,
+            name=name,
+            config=config.data,
+            seed=config.seed,
+            shard=self.runtime.shard,
+            batch_size=batch_size,
+            accumulation=config.train.accumulation,
+            device=self.runtime.device,
+        )
+        self.streams.append(stream)
+        return stream
+
+    def _result(self, state: dict[str, Any], seconds: float) -> dict[str, Any]:
+        scores = summarise(self.score(self.splits.test), "test")
+        return scores | {
+            "name": self.config.name,
+            "method": self.config.method.name,
+            "steps": self.steps,
+            "images_per_second": self.steps * self.images_per_step / seconds,
+            "seconds": seconds,
+            "noise_rate": None if math.isnan(self.splits.noise_rate) else self.splits.noise_rate,
+            "clean_count": len(self.splits.clean),
+            "best_val_dice": state["best_dice"],
+            "best_step": state["best_step"],
+            "world_size": self.runtime.shard.world_size,
+        }
+
+
+def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int) -> Tensor:
+    """One optimiser step on Σ W·ℓ over the micro-batches of all ranks; returns this rank's part of it, a scalar."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros((), device=engine.device)
+    for weighted in batches:
+        logits = engine(weighted.batch.images)
+        loss = weighted_loss(logits.float(), weighted.batch.masks, weighted.weights)
+        # The engine averages gradients over ranks; the weights already sum to 1 over ranks and micro-batches.
+        engine.backward(loss * world_size, scale_wrt_gas=False)
+        engine.step()
+        total += loss.detach()
+    return total
+
+
+def earlier_result(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """What result.json holds if this run has finished; reads only.
+
+    Raises UserError for a folder that holds a run without `resume`, or another run's config with it.
+    """
+    recorded = folder / "config.yaml"
+    if not recorded.exists():
+        return None
+    if not resume:
+        raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name=")
+    if changed := changed_keys(load_config(recorded), config):
+        raise UserError(f"{folder}: --resume with another config: {changed[0]}; choose another name= for a new run")
+    result = folder / "result.json"
+    return json.loads(result.read_text()) if result.exists() else None
+
+
+def prepare_data(config: Config, folder: Path, check: bool) -> Splits:
+    """Read, check and split the data, and write the noisy masks into `folder`; UserError for what is wrong with it."""
+    samples = read_samples(config.data, config.seed)
+    if check:
+        check_samples(samples)
+    by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
+    clean, noisy = split_clean(by_split["train"], config.data.clean_count, config.seed)
+    noisy, noise_rate = write_noisy_masks(noisy, config.data.noise, folder / "noisy_masks")
+    return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)
+
+
+def _number_of_steps(config: Config, noisy_count: int, world_size: int) -> int:
+    if config.train.steps is not None:
+        return config.train.steps
+    per_step = config.train.batch_size * config.train.accumulation * world_size
+    return math.ceil(config.train.epochs * noisy_count / per_step)

@@ -1,0 +1,69 @@
+"""Train one experiment.
+
+    deepspeed launch/train.py --config configs/isic2017.yaml data.root=PATH [section.key=value …] [--resume] [--dry-run]
+    python launch/train.py --config …                 # the same as one process
+
+Exit codes: 0 done; 2 bad config or data, one line on stderr; 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from distseg.config import load_config
+from distseg.errors import UserError
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        return run(config, arguments)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config, arguments: argparse.Namespace) -> int:
+    # Late, so that a wrong key is told at once and not after the seconds that torch and DeepSpeed take to import.
+    from distseg.distributed.collectives import FailedElsewhere, main_rank_first
+    from distseg.distributed.runtime import start_runtime, stop_runtime
+    from distseg.training.trainer import Trainer, earlier_result
+
+    runtime = start_runtime()
+    try:
+        if arguments.dry_run:
+            with tempfile.TemporaryDirectory() as folder:
+                plan = Trainer(config, Path(folder), runtime).rehearse()
+            if runtime.is_main:
+                print(plan)
+            return 0
+        folder = arguments.runs_dir / config.name
+        result = main_rank_first(lambda: earlier_result(config, folder, arguments.resume), runtime.device)
+        if result is None:
+            result = Trainer(config, folder, runtime).run(arguments.resume)
+        if runtime.is_main:
+            print(f"{config.name}: test Dice {result['test/dice']:.3f}; {folder / 'result.json'}")
+        return 0
+    except FailedElsewhere:
+        return 2
+    finally:
+        stop_runtime()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file of configs/")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs/<name>/ go")
+    parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, make one step, keep nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+from distseg.config import Config, changed_keys, dump_config, flatten_config, load_config
+from distseg.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+MINIMAL = "name: x\ndata: {root: /data}\ntrain: {steps: 10}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_there_are_configs() -> None:
+    assert {path.name for path in CONFIGS} >= {"demo.yaml", "isic2017.yaml", "paper.yaml"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["data.root=/data"])
+    written = tmp_path / "config.yaml"
+    written.write_text(dump_config(config))
+    assert load_config(written) == config
+
+
+def test_overrides_apply_in_order_and_take_scientific_notation(minimal: Path) -> None:
+    config = load_config(minimal, ["optim.lr=1e-3", "optim.lr=2e-3", "data.noise.kind=box", "data.augment.flip=true"])
+    assert (config.optim.lr, config.data.noise.kind, config.data.augment.flip) == (2e-3, "box", True)
+
+
+def test_a_number_written_as_yaml_string_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL + "optim: {lr: 1e-3}\n")  # plain YAML 1.1 reads 1e-3 as a string
+    assert load_config(path).optim.lr == 1e-3
+
+
+def test_a_config_cannot_be_changed(minimal: Path) -> None:
+    with pytest.raises(Exception, match="frozen"):
+        load_config(minimal).train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.clean_cout=3", "data.clean_cout: unknown key; did you mean clean_count?"),
+        ("data.noise.vertice=4", "data.noise.vertice: unknown key; did you mean vertices?"),
+        ("bogus.key=1", "bogus: unknown key; known: name, seed, data"),
+        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("train.batch_size=2.5", "train.batch_size: input should be a valid integer"),
+        ("train.batch_size=0", "train.batch_size: input should be greater than or equal to 1, got 0"),
+        ("optim.lr=-1", "optim.lr: input should be greater than 0, got -1"),
+        ("method.name=pixels", "method.name: input should be 'noisy_only', 'clean_only'"),
+        ("method.granularity=patch(0)", "method.granularity: string should match pattern"),
+        ("train.epochs=3", "train: set exactly one of steps and epochs"),
+        ("data.image_size=97", "data.image_size 97 must be a multiple of 16 (2**model.depth) for unet"),
+        ("data.clean_count=0", "data.clean_count 0: pixel_reweight learns from clean images; set it to 1 or more"),
+        ("data.root=null", "data.root: input is not a valid path"),
+        ("model.options={a: 1}", "model: options are for imported models"),
+        ("data.augment.scale=[2, 1]", "data.augment: scale must be [low, high]"),
+        ("steps", "override 'steps': write section.key=value"),
+        ("deepspeed.zero_stage=4", "deepspeed.zero_stage: input should be 0, 1 or 2, got 4"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_that_names_the_key(minimal: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(minimal, [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "name: [unclosed\n", "name: ${nowhere}\n" + MINIMAL[8:]])
+def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_value_that_the_file_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL.replace("/data", "???"))
+    with pytest.raises(UserError, match=r"data\.root: required; add data\.root=VALUE"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.yaml: no such file"):
+        load_config(tmp_path / "gone.yaml")
+
+
+def test_flatten_and_compare(minimal: Path) -> None:
+    before = load_config(minimal)
+    assert flatten_config(before)["data.noise.kind"] == "none"
+    after = load_config(minimal, ["optim.lr=0.5", "tracking.mlflow=false"])
+    assert changed_keys(before, after) == ["optim.lr was 0.0001, is 0.5"]
+    assert changed_keys(before, before) == []
+    assert isinstance(before, Config)
