@@ -65,7 +65,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def optimizer_state(engine: Any) -> dict[str, Tensor]:
-    """This rank's optimiser state by name, with the fp32 parameters that it updates (under ZeRO 1 and 2 its partition)."""
+    """This rank's optimiser state by name, with the fp32 parameters that it updates (ZeRO 1, 2: a partition)."""
     state = {}
     for name, parameter, slots in _optimizer_slots(engine):
         state[f"{name}.parameter"] = parameter.detach()

@@ -145,7 +145,7 @@ def detection_histogram(
 
 
 def auroc(histogram: Tensor) -> Tensor:
-    """Probability that a wrongly labelled pixel has a lower U than a rightly labelled one, ties half; NaN without both."""
+    """Probability that a wrongly labelled pixel has a lower U than a rightly labelled one, ties half."""
     right, wrong = histogram.double()
     above = right.sum() - right.cumsum(0)
     return (wrong * (above + 0.5 * right)).sum() / (right.sum() * wrong.sum())

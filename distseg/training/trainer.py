@@ -16,7 +16,7 @@ from tqdm import tqdm
 from distseg.config import Config, changed_keys, dump_config, load_config
 from distseg.data.manifest import Sample, check_samples, read_samples, split_clean
 from distseg.data.noise import write_noisy_masks
-from distseg.data.streams import Stream, denormalise, evaluation_batches
+from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
@@ -97,7 +97,7 @@ class Trainer:
         state = (load_checkpoint(self.checkpoints, self.engine, self.runtime.shard) if resume else None) or {
             "step": 0, "seconds": 0.0, "best_dice": -1.0, "best_step": 0, "zero_maps": 0.0,
         }  # fmt: skip
-        log = JsonlLog(self.folder / "metrics.jsonl", from_step=state["step"]) if main else None
+        log = JsonlLog(self.folder / "metrics.jsonl", from_step=state["step"] + 1) if main else None
         tracker = MlflowTracker(config, self.folder) if main and config.tracking.mlflow else None
         bar = tqdm(
             total=self.steps, initial=state["step"], desc=config.name, unit="step", disable=not main,
@@ -108,7 +108,7 @@ class Trainer:
 
         def report(step: int, metrics: dict[str, float]) -> None:
             if main:
-                log.write(step, metrics)
+                log.log_metrics(metrics, step)
                 if tracker:
                     tracker.log_metrics(metrics, step)
 
@@ -140,7 +140,7 @@ class Trainer:
                     if tracker:
                         tracker.log_image(figure, "training batch", done)
                 if done % validate_every == 0 or done == self.steps:
-                    scores = summarise(self.score(self.splits.val), "val", resamples=0)
+                    scores = summarise(self.score(self.splits.val), "val")
                     val_dice = scores["val/dice"]
                     report(done, scores)
                 best = done % validate_every == 0 and val_dice > state["best_dice"]
@@ -186,7 +186,7 @@ class Trainer:
         logits = self.model(batch.images).float()
         self.model.train()
         foreground = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
-        return panel(denormalise(batch.images), batch.masks, batch.true_masks, weighted.weights, foreground, caption)
+        return panel(batch.pictures, batch.masks, batch.true_masks, weighted.weights, foreground, caption)
 
     def rehearse(self) -> str:
         """One real step and nothing kept: what a run with this config would do."""
@@ -288,7 +288,7 @@ def prepare_data(config: Config, folder: Path, check: bool) -> Splits:
     """Read, check and split the data, and write the noisy masks into `folder`; UserError for what is wrong with it."""
     samples = read_samples(config.data, config.seed)
     if check:
-        check_samples(samples)
+        check_samples(samples, config.data.threads)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.data.clean_count, config.seed)
     noisy, noise_rate = write_noisy_masks(noisy, config.data.noise, folder / "noisy_masks")

@@ -84,7 +84,7 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, text: str) -> None
 
 def test_a_value_that_the_file_leaves_to_the_user_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(MINIMAL.replace("/data", "???"))
+    path.write_text(MINIMAL.replace("/data", "'???'"))
     with pytest.raises(UserError, match=r"data\.root: required; add data\.root=VALUE"):
         load_config(path)
 

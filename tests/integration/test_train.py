@@ -1,0 +1,157 @@
+"""`deepspeed launch/train.py` as a user runs it: real ranks, a real DALI pipeline, a real MLflow store."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, command, environment
+from safetensors.torch import load_file
+
+SMALL = """
+name: small
+data: {image_size: 32, clean_count: 4, noise: {kind: polygon, vertices: 3}, augment: {flip: true, right_angles: true}}
+model: {width: 4, depth: 2, norm: batch}
+optim: {name: adam, lr: 1e-3, schedule: one_cycle}
+train: {steps: 12, batch_size: 2, clean_batch_size: 2, log_every: 1, validate_every: 6, checkpoint_every: 2}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, drawn_data: Path) -> Path:
+    config = yaml.safe_load(SMALL)
+    config["data"]["root"] = str(drawn_data)
+    config["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "system_metrics": False}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_train_track_and_report(small: Path, tmp_path: Path, train) -> None:
+    import mlflow
+
+    runs = tmp_path / "runs"
+    done = train(2, "--config", str(small), "--runs-dir", str(runs), "train.accumulation=2", "deepspeed.zero_stage=2")
+    assert done.returncode == 0, done.stderr
+    run = runs / "small"
+    result = json.loads((run / "result.json").read_text())
+    assert {f"test/{m}" for m in ("dice", "jaccard", "sensitivity", "specificity", "accuracy")} <= result.keys()
+    assert result["test/dice_low"] <= result["test/dice"] <= result["test/dice_high"]
+    assert result["steps"] == 12 and result["world_size"] == 2 and 0 < result["noise_rate"] < 0.5
+    logged = metrics_of(run)
+    assert [row["step"] for row in logged if "train/loss" in row] == list(range(1, 13))
+    diagnostics = ("gradient_norm", "effective_fraction", "zero_fraction", "wrong_mass", "auroc")
+    assert {f"meta/{name}" for name in diagnostics} <= logged[0].keys()
+    assert [row["step"] for row in logged if "val/dice" in row] == [6, 12]
+    assert len(list((run / "noisy_masks").glob("*.png"))) == 16
+    assert (run / "figures" / "step_00000006.png").stat().st_size > 1000
+    assert (run / "checkpoints" / "last").read_text() == "step_00000012"
+    assert "small" in done.stderr and "12/12" in done.stderr, "no progress bar"
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    tracked = client.get_run((run / "mlflow_run_id").read_text())
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["method.name"] == "pixel_reweight"
+    assert tracked.data.metrics["test/dice"] == pytest.approx(result["test/dice"])
+    assert len(client.get_metric_history(tracked.info.run_id, "train/loss")) == 12
+
+    again = train(0, "--config", str(small), "--runs-dir", str(runs), "train.accumulation=2", "deepspeed.zero_stage=2")
+    assert again.returncode == 2
+    assert again.stderr.strip().endswith("holds a run already; continue it with --resume, or choose another name=")
+    other = train(0, "--config", str(small), "--runs-dir", str(runs), "--resume", "optim.lr=0.5")
+    assert other.returncode == 2
+    assert "--resume with another config: deepspeed.zero_stage was 2, is 0" in other.stderr
+
+
+@pytest.mark.parametrize("ranks", [0, 2], ids=["python", "deepspeed-2-zero-1"])
+def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path: Path, train, ranks: int) -> None:
+    zero = f"deepspeed.zero_stage={min(ranks, 1)}"
+    arguments = ["--config", str(small), zero, "tracking.mlflow=false", "train.steps=40"]
+    whole = train(ranks, *arguments, "--runs-dir", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+
+    killed = [*arguments, "--runs-dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        command(ranks, *killed), cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log, deadline = tmp_path / "killed" / "small" / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= 11):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "small" / "result.json").exists(), "finished before it was killed"
+
+    resumed = train(ranks, *killed, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    ends = [tmp_path / run / "small" / "checkpoints" / "step_00000040" for run in ("whole", "killed")]
+    for name in sorted(path.name for path in ends[0].glob("*.safetensors")):
+        expected, actual = (load_file(end / name) for end in ends)
+        assert expected.keys() == actual.keys()
+        for key in expected:
+            assert expected[key].equal(actual[key]), f"{name}: {key}"
+    expected, actual = (
+        [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(end.parents[1])]
+        for end in ends
+    )
+    assert actual == expected
+
+
+def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_path: Path, train) -> None:
+    before = sorted(tmp_path.iterdir())
+    done = train(2, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "16 noisy, 4 clean, 6 val, 6 test" in done.stdout
+    assert "12 steps of 4 images on 2 ranks (cpu)" in done.stdout
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data.clean_cuont=3"], "data.clean_cuont: unknown key; did you mean clean_count?"),
+        (["data.clean_count=50"], "data.clean_count"),
+        (["data.root=/no/such/folder"], "/no/such/folder"),
+        (["model.name=nowhere:Net"], "model.name 'nowhere:Net'"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    small: Path, tmp_path: Path, train, arguments: list[str], said: str
+) -> None:
+    done = train(0, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), *arguments)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, tmp_path: Path, train) -> None:
+    broken = tmp_path / "data"
+    subprocess.run(["cp", "-r", drawn_data, broken], check=True)
+    victim = sorted((broken / "images").glob("*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    done = train(2, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), f"data.root={broken}")
+    assert done.returncode == 2
+    assert sum(victim.name in line for line in done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("method", ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "oracle"])
+def test_every_method_trains(small: Path, tmp_path: Path, train, method: str) -> None:
+    done = train(
+        0, "--config", str(small), "--runs-dir", str(tmp_path), f"method.name={method}", "tracking.mlflow=false",
+        "train.steps=4", "data.pipeline=torch",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "small" / "result.json").read_text())["method"] == method

@@ -1,0 +1,85 @@
+"""The shape of the code: who may import whom, and what `import distseg` costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "distseg").rglob("*.py")) + sorted((ROOT / "launch").glob("*.py"))
+
+# Lower layers may not import higher ones; rooms of one layer may import each other unless FORBIDDEN says otherwise.
+LAYERS = ["kernels", "ops", "meta", "training"]
+BESIDE = ("config", "data", "distributed", "evaluation", "models", "optim", "tracking")
+FORBIDDEN = {room: {"meta", "training"} for room in BESIDE}
+ONE_IMPORTER = {
+    "deepspeed": "distseg/distributed/engine.py",
+    "nvidia": "distseg/data/dali.py",
+    "apex": "distseg/optim/optimizers.py",
+    "mlflow": "distseg/tracking/mlflow.py",
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that the file imports anywhere, functions included, as absolute dotted names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "distseg" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    parts = path.relative_to(ROOT).parts
+    room = parts[1] if parts[0] == "distseg" and len(parts) > 2 else None
+    reached = {room_of(name) for name in imports_of(path)} - {None, room}
+    if room in LAYERS:
+        higher = set(LAYERS[LAYERS.index(room) + 1 :])
+        assert not reached & higher, f"{room} imports {reached & higher}"
+    assert not reached & FORBIDDEN.get(room, set()), f"{room} imports {reached & FORBIDDEN[room]}"
+    assert room == "testing" or "testing" not in reached or parts[0] == "launch", f"{room} imports the test kit"
+
+
+@pytest.mark.parametrize("package", ONE_IMPORTER)
+def test_a_heavy_dependency_has_one_importer(package: str) -> None:
+    importers = [
+        str(path.relative_to(ROOT)) for path in SOURCES if any(n.split(".")[0] == package for n in imports_of(path))
+    ]
+    assert importers == [ONE_IMPORTER[package]]
+
+
+def test_triton_is_imported_in_kernels_alone() -> None:
+    importers = {path for path in SOURCES if any(name.split(".")[0] == "triton" for name in imports_of(path))}
+    assert all(path.parent == ROOT / "distseg" / "kernels" for path in importers)
+
+
+def test_import_distseg_is_light_and_asks_no_device() -> None:
+    code = (
+        "import sys, distseg, distseg.config\n"
+        "heavy = {'torch', 'deepspeed', 'mlflow', 'triton', 'nvidia', 'apex', 'matplotlib', 'cv2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "from distseg import PixelReweighter\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'deepspeed', 'mlflow', 'nvidia', 'apex', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import distseg
+
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = distseg.nothing
