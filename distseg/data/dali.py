@@ -5,14 +5,14 @@ Nothing in the pipeline is random: each sample comes with its matrix and its col
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distseg.data.decode import check_image, check_mask
@@ -77,13 +77,12 @@ def _pipeline(feed, size: int, on_gpu: bool):
     def warp(pixels, interpolation):
         return fn.warp_affine(pixels, matrix=matrix, interp_type=interpolation, fill_value=0)
 
-    def mask_at_size(file):
+    def mask_of(file):
         # Only the CPU decodes PNG and BMP, and the small mask is the one to move.
-        mask = fn.decoders.image(
-            fn.io.file.read(file), device="cpu", output_type=types.GRAY, adjust_orientation=False
-        )
+        mask = fn.decoders.image(fn.io.file.read(file), device="cpu", output_type=types.GRAY, adjust_orientation=False)
         mask = fn.resize(mask, size=(size, size), interp_type=types.INTERP_NN)
-        return fn.cast(mask > 0, dtype=types.UINT8)
+        mask = fn.cast(mask > 0, dtype=types.UINT8)
+        return warp(mask.gpu() if on_gpu else mask, types.INTERP_NN)
 
     image = fn.decoders.image(
         fn.io.file.read(image_file),
@@ -94,14 +93,11 @@ def _pipeline(feed, size: int, on_gpu: bool):
     image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
     image = fn.transpose(fn.coord_transform(warp(image, types.INTERP_LINEAR), MT=colour), perm=[2, 0, 1])
 
-    true = mask_at_size(true_file)
-    if corrupted:  # per sample: DALI runs the branch for the samples that need it
-        label = mask_at_size(label_file)
-    else:
-        label = true
-    if on_gpu:
-        true, label = true.gpu(), label.gpu()
-    return image, warp(true, types.INTERP_NN), warp(label, types.INTERP_NN)
+    true = mask_of(true_file)
+    label = true
+    if corrupted:  # per sample: DALI runs the branch only where it is needed
+        label = mask_of(label_file)
+    return image, true, label
 
 
 def _inputs(request: Request) -> tuple[NDArray, ...]:
@@ -122,7 +118,7 @@ def _to_torch(output, device: torch.device, stream: torch.cuda.Stream | None) ->
     return feed_ndarray(dense, torch.empty(dense.shape(), dtype=dtype, device=device), cuda_stream=stream)
 
 
-def _raise_for_bad_file(pending: Iterator[Sequence[Request]]) -> None:
+def _raise_for_bad_file(pending: Iterable[Sequence[Request]]) -> None:
     """DALI's error does not say which file it met; read those in flight one by one."""
     for request in (request for batch in pending for request in batch):
         check_image(request.sample.image)

@@ -28,19 +28,19 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 
 def check_image(path: Path) -> tuple[int, int]:
     """Decode the whole file strictly and return (width, height). Raises UserError that says what is wrong with it."""
-    return _open_strictly(path).size
+    return _decode_strictly(path)[1]
 
 
 def check_mask(path: Path) -> tuple[int, int]:
     """`check_image` for a mask, which must also be binary: {0, 255} or {0, 1}, as grey values or palette indices."""
-    mask = _open_strictly(path)
+    mask, size = _decode_strictly(path)
     grey = mask if mask.mode in ("1", "L", "P") else mask.convert("L")
     values = {value for value, count in enumerate(grey.histogram()) if count}
     if not (values <= {0, 1} or values <= {0, 255}):
         raise UserError(f"{path}: mask is not binary: it holds {_few(values)}; save it with the values 0 and 255 only")
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette(), value) for value in values):
-        raise UserError(f"{path}: the palette does not draw background black and lesion lit; save the mask as grey 0/255")
-    return mask.size
+        raise UserError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
+    return size
 
 
 def _decode(path: Path, flags: int) -> NDArray[np.uint8]:
@@ -54,20 +54,17 @@ def _decode(path: Path, flags: int) -> NDArray[np.uint8]:
     return pixels
 
 
-def _open_strictly(path: Path) -> Image.Image:
+def _decode_strictly(path: Path) -> tuple[Image.Image, tuple[int, int]]:
+    """The decoded image, of a JPEG only a thumbnail, and the (width, height) of what is in the file."""
     # cv2 and DALI fill what a truncated JPEG lacks with grey and carry on; PIL raises.
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty; fetch it again")
         with Image.open(path, formats=FORMATS) as image:
-            if image.format == "JPEG":
-                # Reads every coefficient and draws an eighth of the pixels: truncation shows, in a third of the time.
-                size = image.size
-                image.draft(None, (size[0] // 8, size[1] // 8))
-                image.load()
-                return Image.new("L", size) if image.size != size else image
+            size = image.size
+            image.draft(None, (size[0] // 8, size[1] // 8))  # JPEG only: reads every coefficient, draws few pixels
             image.load()
-            return image
+            return image, size
     except UserError:
         raise
     except FileNotFoundError:

@@ -13,7 +13,7 @@ Layouts (`data.layout`), in the order in which `auto` looks for them:
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -213,7 +213,7 @@ def _read_isic(root: Path) -> list[Sample] | None:
         return None
     if len(challenges) > 1:
         years = ", ".join(str(year) for year, parts in zip(_ISIC_FOLDERS, found, strict=True) if parts)
-        raise UserError(f"data.root {root}: holds several ISIC challenges ({years}), which share images; keep one in it")
+        raise UserError(f"data.root {root}: holds several ISIC challenges ({years}), which share images; keep one")
     return [sample for split, images, masks in challenges[0] for sample in _pair(split, images, masks)]
 
 
@@ -254,7 +254,7 @@ def _image_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES]
 
 
-def _by_id(paths) -> dict[str, Path]:
+def _by_id(paths: Iterable[Path]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in paths:
         id = _MASK_ENDING.sub("", path.stem)

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,7 @@ def _wrong_pixel_rate(noisy: NDArray[np.uint8], true: NDArray[np.uint8]) -> floa
     return float(np.mean(noisy != true))
 
 
-def _mean(rates) -> float:
+def _mean(rates: Iterable[float]) -> float:
     values = list(rates)
     return float(np.mean(values)) if values else 0.0
 

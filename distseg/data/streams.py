@@ -85,7 +85,7 @@ class Stream:
         self._next_index = 0
 
     def batch(self, step: int, micro: int) -> Batch:
-        """This rank's `micro`-th batch of `step`: the same bits however it was reached, prefetched if reached in turn."""
+        """This rank's `micro`-th batch of `step`: prefetched when asked for in turn, the same bits in any order."""
         index = step * self._accumulation + micro
         if self._batches is None or index != self._next_index:
             self.close()

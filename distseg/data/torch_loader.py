@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -51,7 +52,7 @@ def _load(request: Request, size: int) -> tuple[Tensor, Tensor, Tensor | None, s
     return normalised, label, true, sample.id
 
 
-def _load_mask(path, size: int, matrix: NDArray[np.float32]) -> Tensor:
+def _load_mask(path: Path, size: int, matrix: NDArray[np.float32]) -> Tensor:
     # INTER_NEAREST_EXACT takes the source pixel under the centre, as DALI does; INTER_NEAREST is half a pixel off.
     mask = cv2.resize(read_mask(path), (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
     return torch.from_numpy(_warp(mask, matrix, cv2.INTER_NEAREST))
