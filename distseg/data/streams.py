@@ -1,8 +1,25 @@
 """From samples to batches: which samples, in which order, under which augmentation; decoding is a loader's work."""
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from distseg.config import DataConfig
+from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.manifest import Sample
+from distseg.data.seeding import generator
+from distseg.data.sharding import ShardSpec
+from distseg.errors import UserError
+
+Labels = Literal["noisy", "true"]
 
 
 @dataclass(frozen=True)
@@ -16,3 +33,122 @@ class Batch:
     true_masks: Tensor
     """(B, H, W) uint8: the clean annotation; the same tensor as `masks` where nothing was corrupted."""
     ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a loader is asked for: one sample, which of its masks to learn from, and what to do with the pixels."""
+
+    sample: Sample
+    labels: Labels
+    transform: Transform
+
+    @property
+    def label_file(self) -> Path:
+        """The mask to learn from; the true mask's own path where the sample has no noisy one."""
+        return (self.sample.noisy_mask if self.labels == "noisy" else None) or self.sample.mask
+
+
+class Stream:
+    """An endless stream of training batches in a global order that every rank can compute.
+
+    Epoch e is a permutation of the samples that depends on (seed, name, e) alone; batches straddle epochs, so each
+    sample comes exactly once per epoch whatever the batch size. Nothing has to be saved to resume.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        labels: Labels,
+        name: str,
+        config: DataConfig,
+        seed: int,
+        shard: ShardSpec,
+        batch_size: int,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        """`batch_size` is per rank and micro-batch. Raises UserError where there are no samples or no such loader."""
+        if not samples:
+            raise UserError(f"the {name} stream has no images: data.clean_count divides the training split; change it")
+        self._samples = samples
+        self._labels = labels
+        self._name = name
+        self._config = config
+        self._seed = seed
+        self._shard = shard
+        self._batch_size = batch_size
+        self._accumulation = accumulation
+        self._device = device
+        self._load_batches = _find_loader(config.pipeline)
+        self._batches: Iterator[Batch] | None = None
+        self._next_index = 0
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """This rank's `micro`-th batch of `step`: prefetched when asked for in turn, the same bits in any order."""
+        index = step * self._accumulation + micro
+        if self._batches is None or index != self._next_index:
+            self.close()
+            self._batches = self._load_batches(
+                map(self._requests, itertools.count(index)),
+                self._config.image_size,
+                self._batch_size,
+                self._device,
+                self._config.threads,
+            )
+        batch = next(self._batches)
+        self._next_index = index + 1
+        return batch
+
+    def close(self) -> None:
+        """Stop prefetching and free the loader; a later `batch` opens it again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _requests(self, index: int) -> list[Request]:
+        step, micro = divmod(index, self._accumulation)
+        positions = self._shard.micro_batch(step, micro, self._accumulation, self._batch_size)
+        return [self._request(position) for position in positions]
+
+    def _request(self, position: int) -> Request:
+        epoch, offset = divmod(position, len(self._samples))
+        order = _epoch_order(self._seed, self._name, epoch, len(self._samples))
+        config = self._config
+        transform = draw_transform(config.augment, config.image_size, self._seed, self._name, position)
+        return Request(self._samples[order[offset]], self._labels, transform)
+
+
+def evaluation_batches(
+    samples: Sequence[Sample], config: DataConfig, shard: ShardSpec, batch_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """This rank's share of `samples`, each once, in the order given, with true masks and no augmentation."""
+    transform = identity_transform(config.image_size)
+    requests = (
+        [Request(samples[index], "true", transform) for index in indices]
+        for indices in shard.evaluation_batches(len(samples), batch_size)
+    )
+    return _find_loader(config.pipeline)(requests, config.image_size, batch_size, device, config.threads)
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(seed: int, name: str, epoch: int, count: int) -> NDArray[np.int64]:
+    return generator(seed, "order", name, epoch).permutation(count)
+
+
+def _find_loader(pipeline: str) -> Callable[..., Iterator[Batch]]:
+    # Imported here because DALI is heavy and optional, and because the loaders import this module's Batch.
+    if pipeline in ("auto", "dali"):
+        try:
+            from distseg.data import dali
+        except ImportError as error:
+            if pipeline == "dali":
+                raise UserError(
+                    f"data.pipeline dali: DALI does not import ({error}); pip install 'nvidia-dali-cuda130>=2.4,<3', "
+                    "or set data.pipeline=torch"
+                ) from None
+        else:
+            return dali.load_batches
+    from distseg.data import torch_loader
+
+    return torch_loader.load_batches
