@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distseg.evaluation.metrics import IGNORE, confusion, image_scores
 
-# Okabe and Ito's colours, which colour-blind readers tell apart: two for masks; the others, a purple and a grey for runs.
+# Okabe and Ito's colours, which colour-blind readers tell apart, with a purple and a grey: first masks, then runs.
 _TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
 _RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7F7F")
 _MOST_ROWS = 6
