@@ -1,0 +1,269 @@
+"""What a run looks like: panels of masks, weights and predictions, validation curves, and tables of results.
+
+The only importer of matplotlib, and only when a figure is asked for. Figures are drawn with the object interface, so
+they share no state with a caller's pyplot and need no display.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from distseg.evaluation.metrics import IGNORE, confusion, image_scores
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, with a purple and a grey: first masks, then runs.
+_TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
+_RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7F7F")
+_MOST_ROWS = 6
+_DPI = 120
+# Inches.
+_TILE, _GAP, _NOTE, _MARGIN, _TITLE = 1.5, 0.06, 0.16, 0.12, 0.22
+_CURVE_HEIGHT, _CURVE_LEFT, _CURVE_BELOW = 2.1, 0.55, 0.45
+_TEXT = {"fontsize": 8, "color": "#222222"}
+
+
+def panel(
+    images: Tensor,
+    masks: Tensor,
+    true_masks: Tensor,
+    weights: Tensor,
+    probabilities: Tensor,
+    caption: str,
+) -> np.ndarray:
+    """Show what the method sees and does, one row per sample, at most 6.
+
+    Columns: image; image with the noisy mask's contour; image with the true one's; weight map under both contours;
+    foreground probability, black 0 to white 1, under the true contour. Ignored pixels are grey.
+
+    `images` (B, 3, H, W) RGB in [0, 1]; `masks` and `true_masks` (B, H, W) class ids, 255 = ignore; `weights` (B, H, W)
+    ≥ 0 in any unit; `probabilities` (B, H, W) in [0, 1]; on any device. Few pixels carry most of a weight map, so each
+    map is scaled to the 99th percentile of its positive weights, written below it as a multiple of the map's mean.
+    Returns (h, w, 3) uint8.
+    """
+    pictures = _pictures(images[:_MOST_ROWS])
+    noisy, true, weight, probability = (
+        tensor[:_MOST_ROWS].detach().float().cpu().numpy() for tensor in (masks, true_masks, weights, probabilities)
+    )
+    titles = ("image", "noisy mask", "true mask", "weights", "prediction")
+    figure, grid = _sheet(len(pictures), titles, caption)
+    for row, picture in enumerate(pictures):
+        image, with_noisy, with_true, weight_map, prediction = grid[row]
+        for axes in (image, with_noisy, with_true):
+            axes.imshow(picture, interpolation="bilinear")
+        _contour(with_noisy, noisy[row], _NOISY)
+        _contour(with_true, true[row], _TRUE)
+
+        positive = weight[row][weight[row] > 0]
+        top = np.percentile(positive, 99) if positive.size else 1.0
+        weight_map.imshow(weight[row], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+        _contour(weight_map, noisy[row], _NOISY, width=0.7)
+        _contour(weight_map, true[row], _TRUE, width=0.7)
+        _note(weight_map, f"0 – {top / weight[row].mean():.1f} × mean" if positive.size else "all 0")
+
+        prediction.imshow(probability[row], cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+        _contour(prediction, true[row], _TRUE)
+    return _pixels(figure)
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> np.ndarray:
+    """Draw validation Dice against step, one line per run, from the records of each run's metrics.jsonl.
+
+    Returns (h, w, 3) uint8.
+    """
+    figure = _figure(_CURVE_LEFT + 4.2 + _legend_width(runs), _MARGIN + _CURVE_HEIGHT + _CURVE_BELOW)
+    _draw_curves(figure, runs, _colours(runs))
+    return _pixels(figure)
+
+
+def comparison_figure(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    images: Tensor,
+    masks: Tensor,
+    true_masks: Tensor,
+    predictions: Mapping[str, Tensor],
+) -> np.ndarray:
+    """Set methods side by side: the curves of `runs` above, and below them test images with each method's prediction.
+
+    Rows are the samples, at most 6; columns the image, the kind of mask that was trained on, and one per method with
+    the prediction filled, the true contour on top and the image's Dice below. A method has one colour throughout, so
+    give `runs` and `predictions` the same keys.
+
+    `images` (B, 3, H, W) RGB in [0, 1]; `masks` and `true_masks` (B, H, W) class ids, 255 = ignore; each prediction
+    (B, H, W) bool; on any device. Returns (h, w, 3) uint8.
+    """
+    pictures = _pictures(images[:_MOST_ROWS])
+    true = true_masks[:_MOST_ROWS].cpu()
+    colour = _colours([*runs, *predictions])
+    titles = ("image, true mask", "training mask", *predictions)
+    figure, grid = _sheet(len(pictures), titles, above=_CURVE_HEIGHT + _CURVE_BELOW)
+    for axes, name in zip(grid[0][2:], predictions, strict=True):
+        axes.title.set_color(colour[name])
+    _draw_curves(figure, runs, colour)
+
+    scores = {
+        name: image_scores(confusion(prediction[:_MOST_ROWS].cpu(), true).numpy())["dice"]
+        for name, prediction in predictions.items()
+    }
+    for row, picture in enumerate(pictures):
+        for axes in grid[row]:
+            axes.imshow(picture, interpolation="bilinear")
+        _contour(grid[row][0], true[row].numpy(), _TRUE)
+        _contour(grid[row][1], masks[row].cpu().numpy(), _NOISY)
+        for axes, (name, prediction) in zip(grid[row][2:], predictions.items(), strict=True):
+            _fill(axes, prediction[row].cpu().numpy(), colour[name])
+            _contour(axes, true[row].numpy(), _TRUE)
+            _note(axes, f"Dice {scores[name][row]:.3f}")
+    return _pixels(figure)
+
+
+def save_png(array: np.ndarray, path: Path) -> None:
+    """Write an (h, w, 3) uint8 image as PNG, aside and renamed, so that a kill leaves the old file or the new one."""
+    from matplotlib.image import imsave
+
+    aside = path.with_name(path.name + ".tmp")
+    imsave(aside, array, format="png")
+    aside.replace(path)
+
+
+def results_table(results: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """Table of final figures, one row per result.json: aligned columns for a terminal, or GitHub's markdown.
+
+    Keys read: method, test/dice with _low and _high, test/jaccard, test/sensitivity, test/specificity, noise_rate
+    (fraction of pixels), steps, seconds. A figure that is absent or None is shown as –.
+    """
+    header = ("method", "test Dice [95 %]", "Jaccard", "sensitivity", "specificity", "noise rate", "steps", "minutes")
+    rows = [header, *(_table_row(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    ]
+    rule = ["-" * width for width in widths]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in [lines[0], rule, *lines[1:]])
+    rule = [dashes if column == 0 else dashes[:-1] + ":" for column, dashes in enumerate(rule)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _table_row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    def shown(key: str, form: str, scale: float = 1.0) -> str:
+        value = result.get(key)
+        return "–" if value is None else format(value * scale, form)
+
+    dice = shown("test/dice", ".3f")
+    if dice != "–":
+        dice += f" [{shown('test/dice_low', '.3f')}, {shown('test/dice_high', '.3f')}]"
+    return (
+        str(result.get("method", "–")),
+        dice,
+        shown("test/jaccard", ".3f"),
+        shown("test/sensitivity", ".3f"),
+        shown("test/specificity", ".3f"),
+        shown("noise_rate", ".1%"),
+        shown("steps", ".0f"),
+        shown("seconds", ".1f", 1 / 60),
+    )
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+
+
+def _axes(figure, left: float, top: float, width: float, height: float):
+    """Axes at a place in inches, measured from the figure's top left corner."""
+    whole_width, whole_height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
+    )
+
+
+def _sheet(rows: int, titles: Sequence[str], caption: str = "", above: float = 0.0):
+    """A figure of rows × len(titles) square tiles, titles over the first row; `above` them inches left free."""
+    top = _MARGIN + above + (_TITLE if caption else 0) + _TITLE
+    across, down = _TILE + _GAP, _TILE + _NOTE + _GAP
+    width, height = 2 * _MARGIN + len(titles) * across - _GAP, top + rows * down - _GAP + _MARGIN
+    figure = _figure(width, height)
+    figure.text(_MARGIN / width, 1 - (_MARGIN + above) / height, caption, va="top", **_TEXT)
+    grid = [
+        [_axes(figure, _MARGIN + column * across, top + row * down, _TILE, _TILE) for column in range(len(titles))]
+        for row in range(rows)
+    ]
+    for axes in (axes for line in grid for axes in line):
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color="#BBBBBB", linewidth=0.5)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, pad=4, **_TEXT)
+    return figure, grid
+
+
+def _contour(axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
+    """Outline the foreground of class ids (H, W), and grey out what is ignored."""
+    from matplotlib.patheffects import withStroke
+
+    ignored = mask == IGNORE
+    _fill(axes, ignored, _IGNORED)
+    foreground = (mask > 0) & ~ignored
+    if foreground.any() and not foreground.all():
+        lines = axes.contour(foreground, levels=(0.5,), colors=[colour], linewidths=width)
+        # A dark rim keeps the line visible on skin and on lesion alike.
+        lines.set_path_effects([withStroke(linewidth=width + 1, foreground="#00000090")])
+
+
+def _fill(axes, region: np.ndarray, colour: str) -> None:
+    from matplotlib.colors import to_rgba
+
+    axes.imshow(region[..., None] * np.array(to_rgba(colour, 0.45)), interpolation="nearest")
+
+
+def _note(axes, text: str) -> None:
+    """A small line under a tile."""
+    axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=6.5, color="#555555")
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: _RUNS[place % len(_RUNS)] for place, name in enumerate(dict.fromkeys(names))}
+
+
+def _legend_width(runs: Iterable[str]) -> float:
+    """Inches that the longest `name  0.123` takes: a mean letter at 7.5 points is 0.065 inches wide."""
+    return 0.5 + 0.065 * (7 + max((len(name) for name in runs), default=0))
+
+
+def _draw_curves(figure, runs: Mapping[str, Sequence[Mapping[str, Any]]], colour: Mapping[str, str]) -> None:
+    """Fill the top of the figure, legend to the right in the order of the last values."""
+    width = figure.get_size_inches()[0] - _CURVE_LEFT - _legend_width(runs)
+    axes = _axes(figure, _CURVE_LEFT, _MARGIN, width, _CURVE_HEIGHT)
+    points = {
+        name: [(record["step"], record["val/dice"]) for record in records if record.get("val/dice") is not None]
+        for name, records in runs.items()
+    }
+    drawn = sorted((name for name in points if points[name]), key=lambda name: -points[name][-1][1])
+    for name in drawn:
+        steps, dice = zip(*points[name], strict=True)
+        axes.plot(steps, dice, color=colour[name], linewidth=1.6, marker="o", markersize=2.5, label=name)
+    axes.set_xlabel("step", **_TEXT)
+    axes.set_ylabel("validation Dice", **_TEXT)
+    axes.tick_params(labelsize=7, colors="#444444", length=2.5)
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    if drawn:
+        labels = [f"{name}  {points[name][-1][1]:.3f}" for name in drawn]
+        axes.legend(labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5, handlelength=1.4)
+
+
+def _pictures(images: Tensor) -> np.ndarray:
+    return images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _pixels(figure) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

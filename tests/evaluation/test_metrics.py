@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from distseg.evaluation.metrics import SCORES, confusion, image_scores, summarise
+
+
+def test_confusion_counts_each_image_and_leaves_ignored_pixels_out():
+    prediction = torch.tensor([[[1, 1, 0], [0, 1, 0]], [[0, 0, 0], [0, 0, 1]]], dtype=torch.bool)
+    truth = torch.tensor([[[1, 0, 3], [0, 255, 255]], [[0, 0, 0], [0, 0, 2]]], dtype=torch.uint8)
+
+    actual = confusion(prediction, truth)
+
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == [[1, 1, 1, 1], [1, 0, 0, 5]]
+    assert confusion(prediction, truth.long()).tolist() == actual.tolist()
+
+
+def test_confusion_refuses_shapes_that_would_broadcast():
+    with pytest.raises(ValueError, match="must be equal"):
+        confusion(torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.uint8))
+
+
+def test_scores_by_hand():
+    scores = image_scores(np.array([[6, 2, 4, 8]]))
+
+    assert {name: values.item() for name, values in scores.items()} == pytest.approx(
+        {"dice": 12 / 18, "jaccard": 6 / 12, "sensitivity": 6 / 10, "specificity": 8 / 10, "accuracy": 14 / 20}
+    )
+    assert tuple(scores) == SCORES
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([0, 0, 0, 9], {"dice": 1, "jaccard": 1, "sensitivity": 1, "specificity": 1, "accuracy": 1}),
+        ([0, 3, 0, 6], {"dice": 0, "jaccard": 0, "sensitivity": 1, "specificity": 6 / 9, "accuracy": 6 / 9}),
+        ([9, 0, 0, 0], {"dice": 1, "jaccard": 1, "sensitivity": 1, "specificity": 1, "accuracy": 1}),
+        ([0, 0, 9, 0], {"dice": 0, "jaccard": 0, "sensitivity": 0, "specificity": 1, "accuracy": 0}),
+        ([0, 0, 0, 0], {"dice": 1, "jaccard": 1, "sensitivity": 1, "specificity": 1, "accuracy": 1}),
+    ],
+    ids=["empty truth, empty prediction", "empty truth", "truth everywhere", "all missed", "all ignored"],
+)
+def test_scores_without_a_denominator(counts, expected):
+    scores = image_scores(np.array([counts]))
+
+    assert {name: values.item() for name, values in scores.items()} == pytest.approx(expected)
+
+
+def random_counts(images: int) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 50, size=(images, 4))
+
+
+def test_bootstrap_interval_equals_a_loop_over_resamples():
+    counts = random_counts(images=23)
+
+    actual = summarise(counts, "test", seed=3, resamples=200)
+
+    chosen = np.random.default_rng(3).integers(23, size=(200, 23))
+    for name in SCORES:
+        means = sorted(float(np.mean([image_scores(counts[[i]])[name][0] for i in resample])) for resample in chosen)
+        assert actual[f"test/{name}_low"] == pytest.approx(np.quantile(means, 0.025), abs=1e-12)
+        assert actual[f"test/{name}_high"] == pytest.approx(np.quantile(means, 0.975), abs=1e-12)
+        assert actual[f"test/{name}"] == pytest.approx(image_scores(counts)[name].mean(), abs=1e-12)
+    assert len(actual) == 3 * len(SCORES)
+    assert all(type(value) is float for value in actual.values())
+
+
+def test_bootstrap_interval_has_the_width_that_the_normal_theory_gives():
+    counts = random_counts(images=400)
+    dice = image_scores(counts)["dice"]
+
+    summary = summarise(counts, "val")
+
+    expected = 2 * 1.96 * dice.std() / np.sqrt(len(dice))
+    assert summary["val/dice_high"] - summary["val/dice_low"] == pytest.approx(expected, rel=0.1)
+    assert summary["val/dice_low"] < dice.mean() < summary["val/dice_high"]
+
+
+def test_summary_depends_on_the_seed_alone():
+    counts = random_counts(images=30)
+
+    assert summarise(counts, "test", seed=1) == summarise(counts, "test", seed=1)
+    assert summarise(counts, "test", seed=1) != summarise(counts, "test", seed=2)
+
+
+def test_nothing_to_score_is_an_error():
+    with pytest.raises(ValueError, match="test: no images"):
+        summarise(np.zeros((0, 4), dtype=np.int64), "test")

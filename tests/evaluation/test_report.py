@@ -1,0 +1,191 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from distseg.evaluation.report import comparison_figure, curves, panel, results_table, save_png
+
+SIDE = 32
+BLUE = (0, 0, 255)
+
+
+def samples(count: int):
+    """Blue images whose true mask is the upper left quarter and whose noisy mask is the lower right one."""
+    images = torch.zeros(count, 3, SIDE, SIDE)
+    images[:, 2] = 1
+    true = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
+    true[:, 4:16, 4:16] = 1
+    noisy = torch.zeros_like(true)
+    noisy[:, 16:28, 16:28] = 1
+    return images, noisy, true
+
+
+def tiles(picture: np.ndarray) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Where the all-blue tiles of the first row lie: their left and right ends, and the row's top and bottom."""
+    blue = (picture == BLUE).all(axis=2)
+    ends = np.flatnonzero(np.diff(blue.sum(axis=0) > 20, prepend=False, append=False))
+    lines = np.flatnonzero(np.diff(blue.sum(axis=1) > 20, prepend=False, append=False))
+    return list(zip(ends[::2], ends[1::2], strict=True)), (lines[0], lines[1])
+
+
+def test_panel_grows_by_rows_up_to_six():
+    heights = []
+    for count in (1, 2, 6, 7):
+        images, noisy, true = samples(count)
+        weights = torch.full((count, SIDE, SIDE), 1 / (count * SIDE**2))
+        picture = panel(images, noisy, true, weights, true.float(), caption="step 10")
+        assert picture.dtype == np.uint8
+        assert picture.ndim == 3
+        assert picture.shape[2] == 3
+        heights.append(picture.shape[0])
+
+    one, two, six, seven = heights
+    assert six - two == pytest.approx(4 * (two - one), abs=4)  # whole pixels
+    assert seven == six
+
+
+def test_panel_draws_each_mask_in_its_column_and_the_prediction_where_it_is():
+    images, noisy, true = samples(1)
+    prediction = true.float()
+
+    picture = panel(images, noisy, true, torch.rand(1, SIDE, SIDE), prediction, caption="")
+
+    (image, with_noisy, with_true, *_), (top, bottom) = tiles(picture)
+    side, pitch = image[1] - image[0], with_noisy[0] - image[0]
+
+    def centre_of(colour, left):
+        tile = picture[top:bottom, left : left + side].astype(int)
+        rows, columns = np.nonzero(np.abs(tile - colour).sum(axis=2) < 30)
+        return (rows.min() + rows.max()) / 2 / side * SIDE, (columns.min() + columns.max()) / 2 / side * SIDE
+
+    assert centre_of((240, 228, 66), with_noisy[0]) == pytest.approx((22, 22), abs=0.5)
+    assert centre_of((86, 180, 233), with_true[0]) == pytest.approx((10, 10), abs=0.5)
+
+    left = image[0] + 4 * pitch
+    tile = picture[top:bottom, left : left + side]
+    inner = slice(side * 7 // SIDE, side * 13 // SIDE)
+    outer = slice(side * 19 // SIDE, side * 30 // SIDE)
+    assert (tile[inner, inner] == 255).all()
+    assert (tile[outer, outer] == 0).all()
+
+
+def test_panel_shows_weights_relative_to_their_own_row():
+    images, noisy, true = samples(2)
+    weights = torch.zeros(2, SIDE, SIDE)
+    weights[0, :, 24:] = 1e-5
+    weights[1, :, 24:] = 1e-8
+
+    picture = panel(images, noisy, true, weights, true.float(), caption="")
+
+    (image, with_noisy, *_), (top, bottom) = tiles(picture)
+    side, left = image[1] - image[0], image[0] + 3 * (with_noisy[0] - image[0])
+    rows = np.flatnonzero(np.diff((picture == BLUE).all(axis=2).sum(axis=1) > 20, prepend=False, append=False))
+    inside = slice(left + side * 29 // SIDE, left + side * 31 // SIDE)
+    first, second = (picture[start + side // 4 : start + side // 2, inside] for start in (rows[0], rows[2]))
+    assert first.mean() > 200  # magma's bright end
+    assert (first == second).all()
+    assert picture[top + side // 2 : bottom - 5, left + 5 : left + side // 4].mean() < 20
+
+
+def test_panel_survives_ignored_pixels_empty_masks_and_no_weight():
+    images, noisy, true = samples(2)
+    noisy[0] = 255
+    true[:] = 0
+    nothing = torch.zeros(2, SIDE, SIDE)
+
+    picture = panel(images, noisy, true, nothing, nothing, caption="all ignored")
+
+    (image, *_), (top, bottom) = tiles(picture)
+    second = image[0] + (image[1] - image[0]) * 3 // 2
+    greyed = picture[(top + bottom) // 2, second]
+    assert tuple(greyed) != BLUE
+
+
+RUNS = {
+    "noisy_only": [{"step": 1, "train/loss": 0.7}, {"step": 5, "val/dice": 0.3}, {"step": 10, "val/dice": 0.4}],
+    "pixel_reweight": [{"step": 5, "val/dice": None}, {"step": 10, "val/dice": 0.8}],
+}
+
+
+def has_colour(picture, colour):
+    return (np.abs(picture.astype(int) - colour).sum(axis=2) < 12).any()
+
+
+def test_curves_draw_a_line_per_run_and_nothing_for_a_run_without_validation():
+    first, second = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+
+    both, one = curves(RUNS), curves({**RUNS, "pixel_reweight": [{"step": 1, "train/loss": 0.7}]})
+
+    assert has_colour(both, first)
+    assert has_colour(both, second)
+    assert has_colour(one, first)
+    assert not has_colour(one, second)
+    assert curves({}).shape[2] == 3
+
+
+def test_comparison_has_a_column_per_method():
+    images, noisy, true = samples(2)
+    runs = {**RUNS, "oracle": []}
+
+    two = comparison_figure(RUNS, images, noisy, true, dict.fromkeys(RUNS, true > 0))
+    three = comparison_figure(runs, images, noisy, true, dict.fromkeys(runs, noisy > 0))
+
+    (_, second, third, *_), _ = tiles(two[300:])
+    assert three.shape[1] - two.shape[1] == pytest.approx(third[0] - second[0], abs=2)
+    assert three.shape[0] == two.shape[0]
+
+
+def test_png_round_trip_leaves_nothing_beside_it(tmp_path):
+    from matplotlib.image import imread
+
+    picture = np.random.default_rng(0).integers(0, 256, size=(8, 9, 3), dtype=np.uint8)
+    path = tmp_path / "figure.png"
+    path.write_text("an older figure")
+
+    save_png(picture, path)
+
+    assert (np.round(imread(path)[..., :3] * 255) == picture).all()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+RESULTS = [
+    {
+        "method": "pixel_reweight",
+        "test/dice": 0.7664,
+        "test/dice_low": 0.75,
+        "test/dice_high": 0.78,
+        "test/jaccard": 0.65,
+        "test/sensitivity": 0.8,
+        "test/specificity": 0.975,
+        "noise_rate": 0.1123,
+        "steps": 1090,
+        "seconds": 702.0,
+    },
+    {"method": "oracle", "test/dice": None},
+]
+
+
+def test_results_table_for_a_terminal():
+    assert results_table(RESULTS).splitlines() == [
+        "method              test Dice [95 %]  Jaccard  sensitivity  specificity  noise rate  steps  minutes",
+        "--------------  --------------------  -------  -----------  -----------  ----------  -----  -------",
+        "pixel_reweight  0.766 [0.750, 0.780]    0.650        0.800        0.975       11.2%   1090     11.7",
+        "oracle                             –        –            –            –           –      –        –",
+    ]
+
+
+def test_results_table_in_markdown():
+    header, rule, row, _ = results_table(RESULTS, markdown=True).splitlines()
+
+    assert [cell.strip() for cell in header.strip("|").split("|")][:2] == ["method", "test Dice [95 %]"]
+    assert [cell.strip().endswith("-:") for cell in rule.strip("|").split("|")] == [False] + [True] * 7
+    assert "| 0.766 [0.750, 0.780] |" in row
+    assert len({len(line) for line in (header, rule, row)}) == 1
+
+
+def test_the_module_imports_without_matplotlib():
+    code = "import sys, distseg.evaluation.report; sys.exit('matplotlib' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
