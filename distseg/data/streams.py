@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distseg.config import DataConfig
-from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform, draw_transform, identity_transform
 from distseg.data.manifest import Sample
 from distseg.data.seeding import generator
 from distseg.data.sharding import ShardSpec
@@ -33,6 +33,15 @@ class Batch:
     true_masks: Tensor
     """(B, H, W) uint8: the clean annotation; the same tensor as `masks` where nothing was corrupted."""
     ids: tuple[str, ...]
+
+    @property
+    def pictures(self) -> Tensor:
+        """(B, 3, H, W) float32: the images in [0, 1] again, to be looked at."""
+        means, deviations = (
+            torch.as_tensor(values, dtype=torch.float32, device=self.images.device)[:, None, None]
+            for values in (CHANNEL_MEANS, CHANNEL_DEVIATIONS)
+        )
+        return (self.images * deviations + means).clamp(0, 1)
 
 
 @dataclass(frozen=True)
