@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distseg.config.schema import Config
+from distseg.distributed.engine import deepspeed_config, shadow_of
+from distseg.errors import UserError
+
+OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
+
+
+def config_with(**deepspeed) -> Config:
+    train = {"steps": 1, "batch_size": 3, "accumulation": 2}
+    return Config.model_validate({"name": "x", "data": {"root": "."}, "train": train, "deepspeed": deepspeed})
+
+
+def test_the_experiment_decides_what_deepspeed_is_told() -> None:
+    told = deepspeed_config(config_with(zero_stage=2, gradient_clipping=1.5))
+    assert told["zero_optimization"]["stage"] == 2
+    assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (3, 2)
+    assert told["gradient_clipping"] == 1.5
+
+
+def test_there_are_overlays() -> None:
+    assert OVERLAYS
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_every_overlay_adds_to_the_experiment(path: Path) -> None:
+    told = deepspeed_config(config_with(zero_stage=1, config_file=path))
+    assert told["zero_optimization"]["stage"] == 1
+    assert json.loads(path.read_text()).items() <= {**told, "zero_optimization": _without_stage(told)}.items()
+
+
+def _without_stage(told: dict) -> dict:
+    return {key: value for key, value in told["zero_optimization"].items() if key != "stage"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"train_batch_size": 3}', "train_batch_size follows from the experiment's config; remove it"),
+        ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage follows"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "must hold a JSON object"),
+    ],
+)
+def test_an_overlay_that_contradicts_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "overlay.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        deepspeed_config(config_with(config_file=path))
+
+
+def test_the_shadow_shares_tensors_and_no_hooks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    shadow = shadow_of(model)
+    assert all(a is b for a, b in zip(model.parameters(), shadow.parameters(), strict=True))
+    assert all(a is b for a, b in zip(model.buffers(), shadow.buffers(), strict=True))
+
+    def refuse(*_) -> None:
+        raise AssertionError("a hook of the model ran on its shadow")
+
+    model.register_forward_hook(refuse)
+    model[0].register_forward_pre_hook(refuse)
+    shadow(torch.randn(2, 3, 4, 4))

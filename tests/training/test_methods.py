@@ -1,0 +1,105 @@
+"""Each method draws from the streams that it should, and its weights are a mean over the global batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distseg.config.schema import Config
+from distseg.data.manifest import Sample, read_samples, split_clean
+from distseg.data.sharding import ShardSpec
+from distseg.data.streams import Stream
+from distseg.meta import PixelReweighter
+from distseg.meta.reweighter import one_process
+from distseg.training.methods import Method, build_method
+
+STEPS = 10
+
+
+def config_for(root: Path, name: str, **method) -> Config:
+    return Config.model_validate({
+        "name": "x",
+        "data": {"root": str(root), "image_size": 16, "clean_count": 4, "pipeline": "torch"},
+        "method": {"name": name, **method},
+        "train": {"steps": STEPS, "batch_size": 4, "clean_batch_size": 3, "accumulation": 2},
+    })
+
+
+@pytest.fixture
+def build(drawn_data: Path):
+    streams: list[Stream] = []
+
+    def make(name: str, **options) -> tuple[Method, set[str], set[str]]:
+        config = config_for(drawn_data, name, **options)
+        clean, noisy = split_clean(read_samples(config.data, 0), 4, 0)
+
+        def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
+            device = torch.device("cpu")
+            streams.append(Stream(samples, labels, name, config.data, 0, ShardSpec(), batch_size, 2, device))
+            return streams[-1]
+
+        def reweighter(granularity: str) -> PixelReweighter:
+            torch.manual_seed(0)
+            return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity)
+
+        method = build_method(config, noisy, clean, STEPS, open_stream, reweighter, one_process)
+        return method, {s.id for s in noisy}, {s.id for s in clean}
+
+    yield make
+    for stream in streams:
+        stream.close()
+
+
+def drawn_ids(method: Method, step: int) -> list[str]:
+    return [i for weighted in method.draw(step, diagnose=False)[0] for i in weighted.batch.ids]
+
+
+@pytest.mark.parametrize(
+    "name", ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "pixel_reweight", "oracle"]
+)
+def test_weights_are_a_mean_over_the_micro_batches(build, name: str) -> None:
+    method, *_ = build(name)
+    batches, _ = method.draw(0, diagnose=False)
+    assert len(batches) == 2
+    assert all(b.weights.shape == b.batch.masks.shape == (4, 16, 16) for b in batches)
+    assert all((b.weights >= 0).all() for b in batches)
+    assert sum(b.weights.sum().item() for b in batches) == pytest.approx(1, abs=1e-5)
+
+
+def test_each_method_draws_from_its_streams(build) -> None:
+    method, noisy, clean = build("noisy_only")
+    assert set(drawn_ids(method, 0)) <= noisy
+    method, *_ = build("clean_only")
+    assert set(drawn_ids(method, 0)) <= clean
+    method, *_ = build("union")
+    ids = drawn_ids(method, 0)
+    assert sum(i in clean for i in ids) == sum(i in noisy for i in ids) == 4
+    method, *_ = build("oracle")
+    assert {i for step in range(3) for i in drawn_ids(method, step)} == noisy | clean
+    method, *_ = build("pixel_reweight")
+    assert set(drawn_ids(method, 0)) <= noisy
+
+
+def test_finetune_turns_to_the_clean_images_for_the_last_part(build) -> None:
+    method, noisy, clean = build("finetune", clean_phase=0.3)
+    assert [set(drawn_ids(method, step)) <= noisy for step in (0, 6)] == [True, True]
+    assert [set(drawn_ids(method, step)) <= clean for step in (7, 9)] == [True, True]
+
+
+def test_image_reweight_gives_an_image_one_weight(build) -> None:
+    method, *_ = build("image_reweight")
+    for weighted in method.draw(0, diagnose=False)[0]:
+        assert all(w.unique().numel() == 1 for w in weighted.weights)
+
+
+def test_include_clean_takes_half_the_weight(build) -> None:
+    method, noisy, clean = build("pixel_reweight", include_clean=True)
+    batches, diagnostics = method.draw(0, diagnose=True)
+    for weighted in batches:
+        assert weighted.weights.shape == (4 + 3, 16, 16)
+        assert set(weighted.batch.ids[:4]) <= noisy and set(weighted.batch.ids[4:]) <= clean
+        assert weighted.weights[4:].unique().numel() == 1
+    assert sum(b.weights[:4].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
+    assert sum(b.weights[4:].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
+    assert {"gradient_norm", "wrong_mass", "auroc"} <= diagnostics.keys()
