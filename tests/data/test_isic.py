@@ -1,0 +1,53 @@
+"""The real images, where there are any: the folder that holds isic2017_128/ and isic_original/."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distseg.config import AugmentConfig, DataConfig, NoiseConfig
+from distseg.data.manifest import check_samples, read_samples, split_clean
+from distseg.data.noise import write_noisy_masks
+from distseg.data.sharding import ShardSpec
+from distseg.data.streams import Stream, evaluation_batches
+
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.skipif("DISTSEG_DATA" not in os.environ, reason="DISTSEG_DATA does not name the ISIC sample's folder"),
+]
+CPU = torch.device("cpu")
+
+
+def data_config(folder: str, **keys) -> DataConfig:
+    return DataConfig(root=Path(os.environ["DISTSEG_DATA"]) / folder, image_size=64, **keys)
+
+
+def test_isic2017_is_sound_and_triangles_get_a_ninth_of_its_pixels_wrong(tmp_path):
+    samples = read_samples(data_config("isic2017_128"), seed=0)
+    assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [1800, 121, 529]
+    check_samples(samples, threads=2)
+    clean, noisy = split_clean(samples, 50, seed=0)
+    noisy, rate = write_noisy_masks(noisy[:300], NoiseConfig(kind="polygon", vertices=3), tmp_path)
+    assert (len(clean), len(noisy)) == (50, 300)
+    assert 0.09 < rate < 0.16
+
+
+def test_images_are_about_standardised():
+    config = data_config("isic2017_128")
+    samples = [s for s in read_samples(config, seed=0) if s.split == "test"][:200]
+    images = torch.cat([batch.images for batch in evaluation_batches(samples, config, ShardSpec(), 50, CPU)])
+    assert images.mean(dim=(0, 2, 3)).abs().max() < 0.3
+    assert (images.std(dim=(0, 2, 3)) - 1).abs().max() < 0.3
+
+
+def test_original_resolution_gets_a_split_and_streams():
+    config = data_config("isic_original", augment=AugmentConfig(rotate=180, scale=(0.8, 1.2)))
+    samples = read_samples(config, seed=0)
+    assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [33, 5, 9]
+    _, noisy = split_clean(samples, 3, seed=0)
+    stream = Stream(noisy, "noisy", "noisy", config, 0, ShardSpec(), 4, 1, CPU)
+    batch = stream.batch(0, 0)
+    stream.close()
+    assert batch.images.shape == (4, 3, 64, 64)
+    assert 0.01 < batch.masks.float().mean() < 0.8

@@ -1,0 +1,212 @@
+import hashlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from distseg.config import AugmentConfig, DataConfig
+from distseg.data.manifest import read_samples, split_clean
+from distseg.data.sharding import ShardSpec
+from distseg.data.streams import Batch, Stream, evaluation_batches
+from distseg.errors import UserError
+
+CPU = torch.device("cpu")
+AUGMENT = AugmentConfig(flip=True, rotate=40, scale=(0.8, 1.2), brightness=0.2)
+
+
+@pytest.fixture
+def config(make_dataset) -> DataConfig:
+    root = make_dataset(train=13, val=3, test=5, noisy=True)
+    return DataConfig(root=root, image_size=16, pipeline="torch", augment=AUGMENT)
+
+
+@pytest.fixture
+def open_stream(config):
+    opened = []
+
+    def open_(samples=None, shard=None, batch_size=4, accumulation=1, name="noisy", seed=0, config=config):
+        samples = split_clean(read_samples(config, 0), 3, 0)[1] if samples is None else samples
+        shard = shard or ShardSpec()
+        opened.append(Stream(samples, "noisy", name, config, seed, shard, batch_size, accumulation, CPU))
+        return opened[-1]
+
+    yield open_
+    for stream in opened:
+        stream.close()
+
+
+def fingerprint(batch: Batch) -> str:
+    digest = hashlib.sha256(repr(batch.ids).encode())
+    for tensor in (batch.images, batch.masks, batch.true_masks):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_same(actual: Batch, expected: Batch) -> None:
+    assert fingerprint(actual) == fingerprint(expected)
+
+
+def rows(batch: Batch) -> set[tuple]:
+    """What each sample of the batch looks like, transform included, to compare batches as sets."""
+    return {
+        (id, image.numpy().tobytes(), mask.numpy().tobytes())
+        for id, image, mask in zip(batch.ids, batch.images, batch.masks, strict=True)
+    }
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_sample_once_per_epoch_and_epochs_differ(open_stream):
+    stream = open_stream()  # 10 noisy samples in batches of 4: epochs end inside batches
+    ids = [id for step in range(15) for id in stream.batch(step, 0).ids]
+    epochs = [ids[first : first + 10] for first in range(0, 60, 10)]
+    assert all(len(set(epoch)) == 10 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_a_batch_may_be_larger_than_the_set(open_stream, config):
+    clean, _ = split_clean(read_samples(config, 0), 3, 0)
+    batch = open_stream(clean, batch_size=8).batch(0, 0)
+    assert sorted(Counter(batch.ids).values()) == [2, 3, 3]
+    assert len(rows(batch)) == 8  # each occurrence under a transform of its own
+
+
+def test_order_depends_on_seed_and_name(open_stream):
+    expected = open_stream().batch(0, 0)
+    assert open_stream(seed=1).batch(0, 0).ids != expected.ids
+    assert open_stream(name="clean").batch(0, 0).ids != expected.ids
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (3, 1), (1, 2), (1, 3), (2, 3), (6, 1)])
+def test_ranks_and_accumulation_cut_one_global_batch(open_stream, world_size, accumulation):
+    whole = open_stream(batch_size=6)
+    batch_size = 6 // (world_size * accumulation)
+    parts = [
+        open_stream(shard=ShardSpec(rank, world_size), batch_size=batch_size, accumulation=accumulation)
+        for rank in range(world_size)
+    ]
+    for step in (0, 1, 5):
+        expected = rows(whole.batch(step, 0))
+        actual = [rows(part.batch(step, micro)) for part in parts for micro in range(accumulation)]
+        assert set().union(*actual) == expected
+        assert sum(map(len, actual)) == len(expected) == 6
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_random_access_is_sequential_access_bit_for_bit(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = config.model_copy(update={"pipeline": pipeline})
+    sequential = open_stream(config=config, accumulation=2)
+    batches = {(step, micro): sequential.batch(step, micro) for step in range(5) for micro in range(2)}
+    jumping = open_stream(config=config, accumulation=2)
+    for step, micro in [(3, 1), (4, 0), (0, 0), (0, 0), (2, 1)]:
+        assert_same(jumping.batch(step, micro), batches[step, micro])
+    jumping.close()
+    assert_same(jumping.batch(3, 0), batches[3, 0])
+    assert len({fingerprint(batch) for batch in batches.values()}) == 10
+
+
+def test_sequential_access_opens_the_loader_once(open_stream, monkeypatch):
+    stream, opened = open_stream(), []
+    load_batches = stream._load_batches
+    monkeypatch.setattr(stream, "_load_batches", lambda *arguments: opened.append(1) or load_batches(*arguments))
+    for step in (0, 1, 2, 3, 7, 8):
+        stream.batch(step, 0)
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_two_processes_see_the_same_bits(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = config.model_copy(update={"pipeline": pipeline})
+    expected = [fingerprint(open_stream(config=config).batch(step, 0)) for step in (0, 3)]
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from test_streams import *\n"
+        "config = DataConfig.model_validate_json(sys.argv[1])\n"
+        "noisy = split_clean(read_samples(config, 0), 3, 0)[1]\n"
+        "stream = Stream(noisy, 'noisy', 'noisy', config, 0, ShardSpec(), 4, 1, CPU)\n"
+        "print(*[fingerprint(stream.batch(step, 0)) for step in (0, 3)])\n"
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    run = subprocess.run(
+        [sys.executable, "-c", program, config.model_dump_json(), str(here), str(here.parents[1])],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert run.stdout.split() == expected
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------------
+
+
+def test_training_never_sees_an_evaluation_image(open_stream, config):
+    samples = read_samples(config, 0)
+    clean, noisy = split_clean(samples, 3, 0)
+    seen = {
+        name: {id for step in range(12) for id in open_stream(part, name=name).batch(step, 0).ids}
+        for name, part in (("clean", clean), ("noisy", noisy))
+    }
+    evaluated = {
+        id
+        for split in ("val", "test")
+        for batch in evaluation_batches([s for s in samples if s.split == split], config, ShardSpec(), 4, CPU)
+        for id in batch.ids
+    }
+    assert (len(seen["clean"]), len(seen["noisy"]), len(evaluated)) == (3, 10, 8)
+    assert not (seen["clean"] & seen["noisy"] or (seen["clean"] | seen["noisy"]) & evaluated)
+
+
+def test_noisy_stream_learns_from_noisy_masks_and_knows_the_true_ones(open_stream, config):
+    plain = config.model_copy(update={"augment": AugmentConfig()})
+    batch = open_stream(config=plain).batch(0, 0)
+    assert torch.all(batch.masks == 1 - batch.true_masks)  # the data set's noisy masks are the complements
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
+def test_evaluation_covers_each_sample_once_in_order_without_augmentation(config, world_size):
+    samples = read_samples(config, 0)
+    parts = [
+        list(evaluation_batches(samples, config, ShardSpec(rank, world_size), 4, CPU)) for rank in range(world_size)
+    ]
+    batches = [batch for part in parts for batch in part]
+    assert [id for batch in batches for id in batch.ids] == [sample.id for sample in samples]
+    assert all(batch.masks is batch.true_masks for batch in batches)
+    whole = torch.cat([batch.images for batch in evaluation_batches(samples, config, ShardSpec(), 7, CPU)])
+    torch.testing.assert_close(torch.cat([batch.images for batch in batches]), whole, rtol=0, atol=0)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_stream_is_refused(open_stream):
+    with pytest.raises(UserError, match=r"the clean stream has no images: data\.clean_count"):
+        open_stream([], name="clean")
+
+
+@pytest.mark.parametrize(("pipeline", "fails"), [("dali", True), ("auto", False), ("torch", False)])
+def test_without_dali(open_stream, config, monkeypatch, pipeline, fails):
+    monkeypatch.setitem(sys.modules, "distseg.data.dali", None)  # makes the import fail
+    monkeypatch.delattr("distseg.data.dali", raising=False)
+    config = config.model_copy(update={"pipeline": pipeline})
+    if fails:
+        with pytest.raises(UserError, match="pip install 'nvidia-dali-cuda130"):
+            open_stream(config=config)
+    else:
+        assert open_stream(config=config).batch(0, 0).ids
