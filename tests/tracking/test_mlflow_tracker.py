@@ -93,13 +93,14 @@ def test_a_run_and_its_resumption(store, tmp_path, capfd):
 def test_a_dead_server_is_told_once_and_stops_nothing(tmp_path):
     """In a process of its own: patience and silence are set for a whole process."""
     code = """
-import json, os, socket, sys, time
+import json, logging, os, socket, sys, time
 from pathlib import Path
 import numpy as np
 import mlflow
 from distseg.config import Config
 from distseg.tracking.mlflow import MlflowTracker
 
+logging.basicConfig()  # a program that shows the warnings of its libraries
 with socket.socket() as closed:
     closed.bind(("127.0.0.1", 0))
     port = closed.getsockname()[1]
