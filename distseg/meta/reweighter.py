@@ -30,7 +30,7 @@ def stateless(module: nn.Module) -> Network:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         cuda = [images.device] if images.is_cuda else []
         with torch.random.fork_rng(devices=cuda), torch.autocast(images.device.type, enabled=False):
-            return functional_call(module, (parameters, buffers), (images,))
+            return functional_call(module, (parameters, buffers), (images.contiguous(),))
 
     return network
 
@@ -110,7 +110,8 @@ class PixelReweighter:
         for images, masks in (*noisy, *clean):
             _check(images, masks)
         network = stateless(self.model)
-        parameters = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        # Contiguous, because group normalisation has no forward mode for channels-last features (torch 2.13).
+        parameters = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
         gradient = estimators.clean_gradient(network, parameters, clean, self.sum_over_ranks)
         alignments = [self.estimate(network, parameters, gradient, images, masks) for images, masks in noisy]
         weights, self.diagnostics = weight_maps(

@@ -91,31 +91,29 @@ def weight_maps(
     truths: Sequence[Tensor | None] = true_masks or [None] * len(masks)
     local = sum(_sums(*columns) for columns in zip(positive, masks, truths, zero_images, strict=True))
     mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = sum_over_ranks(local).unbind()
-    effective, zero_fraction, wrong_share = mass.square() / (count * squares), zeros / count, wrong_mass / mass
+    nothing = mass <= 0
+    uniform = rule.on_zero == "uniform"
 
     if rule.normalise == "image":
         weights = [w / images.to(w.dtype) for w in positive]
     else:
-        nothing = mass <= 0
-        zero_maps = nothing.double()
-        uniform = rule.on_zero == "uniform"
+        zero_maps = nothing
         level = (1 / count.clamp(min=1)) if uniform else torch.zeros_like(count)
         weights = [
             torch.where(nothing, valid_pixels(m) * level.to(w.dtype), w / torch.where(nothing, 1.0, mass).to(w.dtype))
             for w, m in zip(positive, masks, strict=True)
         ]
-        effective = torch.where(nothing, float(uniform), effective)
-        zero_fraction = torch.where(nothing, float(not uniform), zero_fraction)
-        wrong_share = torch.where(nothing, wrong_count / count if uniform else 0.0, wrong_share)
 
     diagnostics = {
         "gradient_norm": gradient_norm,
-        "effective_fraction": effective,
-        "zero_fraction": zero_fraction,
-        "zero_maps": zero_maps,
+        "effective_fraction": torch.where(nothing, float(uniform), mass.square() / (count * squares)),
+        "zero_fraction": torch.where(nothing, float(not uniform), zeros / count),
+        "zero_maps": zero_maps.double(),
     }
     if true_masks is not None:
-        diagnostics |= {"noise_rate": wrong_count / count, "wrong_mass": wrong_share}
+        noise_rate = wrong_count / count
+        wrong_mass = torch.where(nothing, noise_rate if uniform else 0.0, wrong_mass / mass)
+        diagnostics |= {"noise_rate": noise_rate, "wrong_mass": wrong_mass}
         diagnostics["auroc"] = auroc(sum_over_ranks(detection_histogram(alignments, masks, true_masks)))
     return weights, diagnostics
 

@@ -172,9 +172,12 @@ class Trainer:
         self.model.eval()
         size, shard = 2 * self.config.train.batch_size, self.runtime.shard
         batches = evaluation_batches(samples, self.config.data, shard, size, self.runtime.device)
-        counts = evaluate(
-            self.model, batches, shard.evaluation_batches(len(samples), size), len(samples), sum_over_ranks
-        )
+        rows = shard.evaluation_batches(len(samples), size)
+
+        def total(counts: Tensor) -> Tensor:  # a rank with no sample counts on the CPU
+            return sum_over_ranks(counts.to(self.runtime.device))
+
+        counts = evaluate(self.model, batches, rows, len(samples), total)
         self.model.train()
         return counts
 

@@ -1,7 +1,7 @@
 r"""Weights against U of a 1×1 convolution (logistic regression of each pixel), derived by hand.
 
-One channel: z_p = w·x_p + b and ∂ℓ_p/∂z_p = e_p = σ(z_p) − y_p, so ∇_{(w,b)} ℓ_p = e_p (x_p, 1). The clean gradient over the N
-valid clean pixels is g = (1/N) Σ_q e_q (x_q, 1), hence
+One channel: z_p = w·x_p + b and ∂ℓ_p/∂z_p = e_p = σ(z_p) − y_p, so ∇_{(w,b)} ℓ_p = e_p (x_p, 1). The clean gradient
+over the N valid clean pixels is g = (1/N) Σ_q e_q (x_q, 1), hence
 
     U_p = ⟨g, ∇ℓ_p⟩ = (1/N) Σ_q e_p e_q (x_p·x_q + 1):
 
@@ -21,7 +21,7 @@ ESTIMATORS = ["forward", "reverse", "finite"]
 
 
 def problem(classes: int = 1, height: int = 11, width: int = 7, seed: int = 0) -> tuple:
-    """A 1×1 convolution, a noisy batch of 3 whose images hold unequal numbers of valid pixels, and a clean batch of 2."""
+    """A 1×1 convolution, a noisy batch of 3 with unequal numbers of valid pixels, and a clean batch of 2."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = nn.Conv2d(3, classes, 1).double()
@@ -118,7 +118,7 @@ def test_a_patch_of_one_pixel_is_pixel() -> None:
 
 
 def test_the_share_of_an_image_does_not_grow_with_its_valid_pixels() -> None:
-    """`image`: max(ΣU, 0) whatever the number of valid pixels (Ren et al. 2018), read off the sum of the image's weights."""
+    """`image`: max(ΣU, 0) whatever the number of valid pixels (Ren et al. 2018), read off the image's sum."""
     model, noisy, clean = problem(seed=4)
     alignment, _ = pixelwise_alignment(model, noisy, clean)
     shares = np.maximum(alignment.sum(axis=(1, 2)), 0)

@@ -25,7 +25,8 @@ def noisy_and_clean(classes: int = 1) -> tuple[tuple[Tensor, Tensor], tuple[Tens
 
 
 def assert_same_weights(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    # Relative to the largest weight: U is a sum of terms of both signs, so a weight near 0 has lost digits to cancellation.
+    # Relative to the largest weight: U is a sum of terms of both signs, so a weight near 0 has lost digits to
+    # cancellation.
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * expected.max().item())
 
 
@@ -138,7 +139,7 @@ def test_dropout_draws_the_same_units_in_every_estimator(estimator: str, classes
 
 @pytest.mark.parametrize("estimator", EXACT)
 def test_dropout_weights_are_for_the_step_that_follows(estimator: str) -> None:
-    """The weighted step's forward pass, run next, drops the units that the weights were computed for: U_p = ⟨g, ∇ℓ_p⟩."""
+    """The weighted step's forward pass, run next, drops the units that the weights were computed for."""
     torch.manual_seed(0)
     model = DropoutNetwork().double()
     (images, masks), clean = noisy_and_clean()

@@ -15,7 +15,7 @@ ESTIMATORS = ["forward", "reverse", "finite"]
 
 
 class Network(nn.Module):
-    """Everything that a pass could change: BatchNorm buffers, dropout's random numbers, a counter, frozen parameters."""
+    """All that a pass could change: BatchNorm buffers, dropout's random numbers, a counter, frozen parameters."""
 
     def __init__(self) -> None:
         super().__init__()

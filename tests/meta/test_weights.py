@@ -209,7 +209,8 @@ def test_nan_logits_at_ignored_pixels_do_not_leak(estimator: str, granularity: s
 
 @pytest.mark.parametrize("estimator", ["forward", "finite"])
 def test_nan_image_pixels_do_not_leak_through_a_pixelwise_network(estimator: str) -> None:
-    # `reverse` is left out: its virtual step sums 0 · NaN over the pixels into the parameters, as any backward pass does.
+    # `reverse` is left out: its virtual step sums 0 · NaN over the pixels into the parameters, as any backward pass
+    # does.
     model = pixelwise()
     images, masks = batch(2, 7, 6, seed=1)
     masks[:, 2:4, 1] = IGNORE
@@ -276,8 +277,9 @@ def test_without_true_masks_only_what_is_known() -> None:
 def test_auroc_counts_ties_half() -> None:
     """Two distinct values of U, each shared by wrong and right pixels.
 
-    Bias-only network, clean all lesion: U = ¼ where the label is 1 and −¼ where it is 0. Truth: 20 pixels labelled 1, of which
-    5 wrong; 20 labelled 0, of which 10 wrong. P(−U_wrong > −U_right) = (10/15)(15/25) = 0.4, ties (10·10 + 5·15)/(15·25) = 7/15.
+    Bias-only network, clean all lesion: U = ¼ where the label is 1 and −¼ where it is 0. Truth: 20 pixels labelled 1,
+    of which 5 wrong; 20 labelled 0, of which 10 wrong. P(−U_wrong > −U_right) = (10/15)(15/25) = 0.4, ties (10·10 +
+    5·15)/(15·25) = 7/15.
     """
     model, (images, masks), clean = opposed()
     masks[1] = 1
