@@ -134,8 +134,25 @@ def results_table(results: Sequence[Mapping[str, Any]], markdown: bool = False) 
     (fraction of pixels), steps, seconds. A figure that is absent or None is shown as –.
     """
     header = ("method", "test Dice [95 %]", "Jaccard", "sensitivity", "specificity", "noise rate", "steps", "minutes")
-    rows = [header, *(_table_row(result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return _aligned([header, *(_table_row(result) for result in results)], markdown)
+
+
+def seeds_table(results: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """Table of methods, each with mean ± standard deviation (n − 1) over its results, runs of other seeds."""
+    rows = [("method", "runs", "test Dice", "Jaccard")]
+    for method in dict.fromkeys(result["method"] for result in results):
+        own = [result for result in results if result["method"] == method]
+        cells = []
+        for key in ("test/dice", "test/jaccard"):
+            values = [result[key] for result in own]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
+        rows.append((method, str(len(own)), *cells))
+    return _aligned(rows, markdown)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         for row in rows

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from distseg.config import Config, load_config
 from distseg.data.sharding import ShardSpec
 from distseg.distributed.engine import load_optimizer_state, optimizer_state
 from distseg.errors import UserError
 from distseg.files import write_atomically
+from distseg.models import build_model
 
 FORMAT = 1
 
@@ -80,6 +82,18 @@ def load_checkpoint(folder: Path, engine: Any, shard: ShardSpec) -> dict[str, An
     if "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return state
+
+
+def load_network(run: Path) -> tuple[Config, nn.Module]:
+    """The config of a run and its network, on the CPU, with the parameters of its last checkpoint."""
+    config = load_config(run / "config.yaml")
+    network = build_model(config.model)
+    try:
+        checkpoint = run / "checkpoints" / (run / "checkpoints" / "last").read_text()
+        network.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{run}: its last checkpoint cannot be read: {error}") from None
+    return config, network
 
 
 def _rng_streams() -> dict[str, Tensor]:

@@ -59,11 +59,11 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path, runtime: Runtime) -> None:
         self.config, self.folder, self.runtime = config, folder, runtime
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model).to(runtime.device)
         self.splits = main_rank_first(lambda: prepare_data(config, folder, runtime.is_main), runtime.device)
         self.steps = _number_of_steps(config, len(self.splits.noisy), runtime.shard.world_size)
 
-        torch.manual_seed(config.seed)
-        self.model = build_model(config.model).to(runtime.device)
         shadow = shadow_of(self.model).train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer, self.optimizer_kind = build_optimizer(parameters, config.optim)

@@ -57,7 +57,7 @@ def test_two_ranks_train_track_and_report(small: Path, tmp_path: Path, train) ->
     assert "small" in done.stderr and "12/12" in done.stderr, "no progress bar"
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    tracked = client.get_run((run / "mlflow_run_id").read_text())
+    tracked = client.get_run((run / "mlflow_run_id").read_text().strip())
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["method.name"] == "pixel_reweight"
     assert tracked.data.metrics["test/dice"] == pytest.approx(result["test/dice"])
