@@ -11,6 +11,7 @@ no side effects; `Parameters` are the trainable tensors by name. Shapes: images 
 W).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,20 +34,12 @@ def clean_gradient(
     is no valid pixel at all.
     """
     leaves = _leaves(parameters)
-    total: Tensor | None = None
-    for images, masks in clean:
-        with torch.enable_grad():
-            loss = pixel_loss(network(leaves, images), masks).sum()
-        # A parameter that the network does not use has gradient 0.
-        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        count = valid_pixels(masks).sum().to(gradients[0].dtype)
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), count[None]])
-        total = flat if total is None else total.add_(flat)
-    assert total is not None, "a clean batch is needed"
-    total = sum_over_ranks(total)
-    mean = total[:-1] / total[-1].clamp(min=1)
+    parts = (_summed_gradient(network, leaves, images, masks) for images, masks in clean)
+    total = sum_over_ranks(functools.reduce(Tensor.add_, parts))
+    mean = total[:-1].div_(total[-1].clamp(min=1))
     pieces = mean.split([parameter.numel() for parameter in parameters.values()])
-    return {name: piece.view(parameters[name].shape) for name, piece in zip(parameters, pieces, strict=True)}
+    # Cloned, because forward mode would copy a tangent that views a larger storage, and hold both.
+    return {name: piece.view_as(parameters[name]).clone() for name, piece in zip(parameters, pieces, strict=True)}
 
 
 def forward(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
@@ -101,6 +94,16 @@ def finite(
 def norm(tensors: Parameters) -> Tensor:
     """Euclidean norm of all tensors together, a scalar on their device."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
+
+
+def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> Tensor:
+    """The gradient of the loss summed over the valid pixels, flattened, with their number as the last element."""
+    with torch.enable_grad():
+        loss = pixel_loss(network(leaves, images), masks).sum()
+    # A parameter that the network does not use has gradient 0.
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    count = valid_pixels(masks).sum().to(gradients[0].dtype)
+    return torch.cat([*(gradient.flatten() for gradient in gradients), count[None]])
 
 
 def _leaves(parameters: Parameters) -> Parameters:

@@ -3,7 +3,7 @@ unpickled.
 
     checkpoints/step_00000120/model.safetensors     parameters (fp32) and buffers
                               rank_00000.safetensors optimiser state and RNG streams of each rank
-                              state.json             step, best validation, world size, …
+                              state.json              progress, world size
     checkpoints/last, best                           the name of a folder
 """
 
@@ -28,14 +28,15 @@ from distseg.models import build_model
 FORMAT = 1
 
 
-def save_checkpoint(folder: Path, engine: Any, state: dict[str, Any], shard: ShardSpec, best: bool) -> None:
-    """Write `state["step"]`'s checkpoint; every rank calls it. Keeps what `last` and `best` name and removes the
-    others.
+def save_checkpoint(folder: Path, engine: Any, progress: dict[str, Any], shard: ShardSpec, best: bool) -> None:
+    """Write the checkpoint of `progress["step"]`; every rank calls it.
+
+    Keeps what `last` and `best` name and removes the others.
 
     The pointer moves after the folder is complete and on the disk, so that a crash leaves the previous checkpoint in
     force.
     """
-    target = folder / f"step_{state['step']:08d}"
+    target = folder / f"step_{progress['step']:08d}"
     aside = target.with_suffix(".part")
     if shard.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -46,7 +47,7 @@ def save_checkpoint(folder: Path, engine: Any, state: dict[str, Any], shard: Sha
         _save(aside / "model.safetensors", engine.module.state_dict())
     dist.barrier()
     if shard.rank == 0:
-        described = state | {"format": FORMAT, "world_size": shard.world_size}
+        described = {"format": FORMAT, "world_size": shard.world_size, "progress": progress}
         write_atomically(aside / "state.json", json.dumps(described, indent=2))
         shutil.rmtree(target, ignore_errors=True)
         aside.replace(target)
@@ -58,8 +59,7 @@ def save_checkpoint(folder: Path, engine: Any, state: dict[str, Any], shard: Sha
 
 
 def load_checkpoint(folder: Path, engine: Any, shard: ShardSpec) -> dict[str, Any] | None:
-    """Put the last checkpoint's tensors into `engine` and the RNG streams, and return its state; None where there is
-    none.
+    """Put the last checkpoint's tensors into `engine` and the RNG streams, and return its progress; None without one.
 
     Raises UserError where the checkpoint is not of this number of ranks, or not complete.
     """
@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path, engine: Any, shard: ShardSpec) -> dict[str, An
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return state
+    return state["progress"]
 
 
 def load_network(run: Path) -> tuple[Config, nn.Module]:

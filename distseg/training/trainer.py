@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,20 @@ class Splits:
     test: list[Sample]
     noise_rate: float
     """Mean share of wrong pixels in the noisy stream's masks, NaN where their truth is not known."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    """Updates made; the next one has this index."""
+    seconds: float = 0.0
+    best_dice: float = -1.0
+    """Of the validations so far, and the step after which it was reached."""
+    best_step: int = 0
+    zero_maps: float = 0.0
+    """How often the policy for an all-zero weight map has acted."""
 
 
 class Trainer:
@@ -94,17 +108,17 @@ class Trainer:
         if main:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", dump_config(config))
-        state = (load_checkpoint(self.checkpoints, self.engine, self.runtime.shard) if resume else None) or {
-            "step": 0, "seconds": 0.0, "best_dice": -1.0, "best_step": 0, "zero_maps": 0.0,
-        }  # fmt: skip
-        log = JsonlLog(self.folder / "metrics.jsonl", from_step=state["step"] + 1) if main else None
+        saved = load_checkpoint(self.checkpoints, self.engine, self.runtime.shard) if resume else None
+        progress = Progress(**saved) if saved else Progress()
+        log = JsonlLog(self.folder / "metrics.jsonl", from_step=progress.step + 1) if main else None
         tracker = MlflowTracker(config, self.folder) if main and config.tracking.mlflow else None
         bar = tqdm(
-            total=self.steps, initial=state["step"], desc=config.name, unit="step", disable=not main,
+            total=self.steps, initial=progress.step, desc=config.name, unit="step", disable=not main,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )  # fmt: skip
-        zero_maps = torch.tensor(state["zero_maps"], device=self.runtime.device, dtype=torch.float64)
-        resumed_at, started, status, val_dice = state["step"], time.monotonic(), "FAILED", math.nan
+        zero_maps = torch.tensor(progress.zero_maps, device=self.runtime.device, dtype=torch.float64)
+        resumed_at, resumed, status, val_dice = progress.step, time.monotonic(), "FAILED", math.nan
+        started = resumed - progress.seconds  # as if the run had never stopped
 
         def report(step: int, metrics: dict[str, float]) -> None:
             if main:
@@ -113,7 +127,7 @@ class Trainer:
                     tracker.log_metrics(metrics, step)
 
         try:
-            for step in range(state["step"], self.steps):
+            for step in range(progress.step, self.steps):
                 logging = (step + 1) % train.log_every == 0 or step + 1 == self.steps
                 lr = learning_rate(config.optim, step, self.steps)
                 batches, diagnostics = self.method.draw(step, diagnose=logging)
@@ -127,7 +141,7 @@ class Trainer:
                     if not math.isfinite(loss):
                         ids = ", ".join(i for b in batches for i in b.batch.ids)
                         raise FloatingPointError(f"step {step}: the loss is {loss}; this rank's images: {ids}")
-                    speed = (done - resumed_at) * self.images_per_step / (time.monotonic() - started)
+                    speed = (done - resumed_at) * self.images_per_step / (time.monotonic() - resumed)
                     metrics = {"train/loss": loss, "train/lr": lr, "train/images_per_second": speed}
                     metrics |= {f"meta/{name}": value.item() for name, value in diagnostics.items()}
                     if diagnostics:
@@ -139,20 +153,21 @@ class Trainer:
                     save_png(figure, self.folder / "figures" / f"step_{done:08d}.png")
                     if tracker:
                         tracker.log_image(figure, "training batch", done)
+                best = False
                 if done % validate_every == 0 or done == self.steps:
                     scores = summarise(self.score(self.splits.val), "val")
                     val_dice = scores["val/dice"]
                     report(done, scores)
-                best = done % validate_every == 0 and val_dice > state["best_dice"]
-                if best:
-                    state |= {"best_dice": val_dice, "best_step": done}
+                    best = val_dice > progress.best_dice
+                    if best:
+                        progress.best_dice, progress.best_step = val_dice, done
                 if best or done % checkpoint_every == 0 or done == self.steps:
-                    state |= {"step": done, "zero_maps": zero_maps.item()}
-                    elapsed = state["seconds"] + time.monotonic() - started
-                    saved = state | {"seconds": elapsed}
-                    save_checkpoint(self.checkpoints, self.engine, saved, self.runtime.shard, best)
+                    progress.step, progress.zero_maps = done, zero_maps.item()
+                    progress.seconds = time.monotonic() - started
+                    save_checkpoint(self.checkpoints, self.engine, asdict(progress), self.runtime.shard, best)
 
-            result = self._result(state, state["seconds"] + time.monotonic() - started)
+            progress.seconds = time.monotonic() - started
+            result = self._result(progress)
             if main:
                 write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
                 report(self.steps, {k: v for k, v in result.items() if isinstance(v, float) and math.isfinite(v)})
@@ -240,18 +255,18 @@ class Trainer:
         self.streams.append(stream)
         return stream
 
-    def _result(self, state: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _result(self, progress: Progress) -> dict[str, Any]:
         scores = summarise(self.score(self.splits.test), "test")
         return scores | {
             "name": self.config.name,
             "method": self.config.method.name,
             "steps": self.steps,
-            "images_per_second": self.steps * self.images_per_step / seconds,
-            "seconds": seconds,
+            "images_per_second": self.steps * self.images_per_step / progress.seconds,
+            "seconds": progress.seconds,
             "noise_rate": None if math.isnan(self.splits.noise_rate) else self.splits.noise_rate,
             "clean_count": len(self.splits.clean),
-            "best_val_dice": state["best_dice"],
-            "best_step": state["best_step"],
+            "best_val_dice": progress.best_dice,
+            "best_step": progress.best_step,
             "world_size": self.runtime.shard.world_size,
         }
 

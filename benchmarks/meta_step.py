@@ -1,0 +1,185 @@
+"""What a weighted step costs beside a plain one: time and memory of each estimator on one network and batch.
+
+    python benchmarks/meta_step.py [--width 64 --depth 4 --norm none --size 96 --batch 6] [--rounds 9] [--json FILE]
+
+A plain step is forward, backward and SGD with momentum on the noisy batch. The others first compute the weights of that
+batch from a clean batch of the same size. Contenders take turns in a random order, round after round, and each is
+compared with the plain step of its own round, because a machine's speed drifts. Beside the time stands what counting
+passes predicts: F, one forward pass of a batch; a backward is 2F, a Jacobian-vector product 3F.
+
+Memory is the peak above what any training of the network holds (parameters, gradients, momentum, the batches): on CUDA
+what the allocator counts; on the CPU the growth of the resident set, each contender in a process of its own where glibc
+gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_), so that it shows what is held and not what the heap keeps.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from distseg.meta import PixelReweighter
+from distseg.models import UNet
+from distseg.ops import weighted_loss
+
+PASSES = {"plain": 3, "forward": 9, "reverse": 11, "finite": 8}
+"""In F. plain: 1 + 2. forward: clean 3, JVP 3, step 3. reverse: clean 3, inner forward and backward 3, its transpose
+about 2, step 3. finite: clean 3, two noisy forwards, step 3."""
+
+
+def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], None]:
+    """One training step of `contender`, with everything that training holds already allocated."""
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    model = UNet(arguments.width, arguments.depth, arguments.norm).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.99)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (arguments.batch, arguments.size, arguments.size)
+        images = torch.randn(shape[0], 3, *shape[1:], device=device)
+        return images, torch.randint(0, 2, shape, dtype=torch.uint8, device=device)
+
+    (images, masks), clean = batch(), batch()
+    uniform = torch.full(masks.shape, 1 / masks.numel(), device=device)
+    reweighter = None if contender == "plain" else PixelReweighter(model, estimator=contender)
+
+    def step() -> None:
+        weights = uniform if reweighter is None else reweighter(images, masks, *clean)
+        optimizer.zero_grad(set_to_none=False)
+        weighted_loss(model(images), masks, weights).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure_times(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
+    steps = {contender: build_step(contender, arguments) for contender in PASSES}
+    seconds: dict[str, list[float]] = {contender: [] for contender in PASSES}
+    order = random.Random(0)
+    for round_number in range(arguments.rounds + 1):
+        for contender in order.sample(list(PASSES), len(PASSES)):
+            synchronise(arguments.device)
+            started = time.perf_counter()
+            steps[contender]()
+            synchronise(arguments.device)
+            if round_number:  # the first round warms up
+                seconds[contender].append(time.perf_counter() - started)
+    return seconds
+
+
+def measure_peak(contender: str, arguments: argparse.Namespace) -> int:
+    """Bytes that two steps of `contender` take above what training holds, at their peak; for a fresh process."""
+    step = build_step(contender, arguments)
+    if arguments.device == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present resident set
+    held = resident("VmRSS")
+    step()
+    step()
+    return resident("VmHWM") - held
+
+
+def resident(field: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def measure_peak_apart(contender: str, options: list[str]) -> int:
+    command = [sys.executable, __file__, *options, "--peak-of", contender]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(arguments: argparse.Namespace, options: list[str]) -> dict:
+    seconds = measure_times(arguments)
+    peaks = {contender: measure_peak_apart(contender, options) for contender in PASSES}
+    rows = {}
+    for contender, times in seconds.items():
+        ratios = [own / plain for own, plain in zip(times, seconds["plain"], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4)
+        rows[contender] = {
+            "seconds": statistics.median(times),
+            "time_ratio": median,
+            "time_ratio_quartiles": [low, high],
+            "predicted_ratio": PASSES[contender] / PASSES["plain"],
+            "peak_bytes": peaks[contender],
+            "memory_ratio": peaks[contender] / peaks["plain"],
+        }
+    return {"setting": vars(arguments) | {"json": None}, "machine": describe_machine(arguments.device), "rows": rows}
+
+
+def describe_machine(device: str) -> dict[str, str | int]:
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else platform.processor()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, "threads": torch.get_num_threads(), **versions, "date": time.strftime("%Y-%m-%d")}
+
+
+def show(result: dict) -> str:
+    setting, machine = result["setting"], result["machine"]
+    network = f"U-Net width {setting['width']} depth {setting['depth']} norm {setting['norm']}"
+    lines = [
+        f"{network}, batch {setting['batch']} noisy + {setting['batch']} clean, {setting['size']}×{setting['size']}",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {setting['rounds']} rounds",
+        "",
+        "step       seconds   × plain  quartiles      by passes   peak MiB   × plain",
+    ]
+    for name, row in result["rows"].items():
+        low, high = row["time_ratio_quartiles"]
+        lines.append(
+            f"{name:8s}  {row['seconds']:8.3f}  {row['time_ratio']:8.2f}  {low:.2f} – {high:.2f}"
+            f"  {row['predicted_ratio']:11.2f}  {row['peak_bytes'] / 2**20:9.0f}  {row['memory_ratio']:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--norm", default="none")
+    parser.add_argument("--size", type=int, default=96, help="side of the images, pixels")
+    parser.add_argument("--batch", type=int, default=6, help="noisy images, and as many clean ones")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--peak-of", choices=PASSES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    contender = vars(arguments).pop("peak_of")
+    if contender:
+        print(measure_peak(contender, arguments))
+        return
+    options = [f"--{name}={value}" for name, value in vars(arguments).items() if name != "json"]
+    path = arguments.json
+    result = report(arguments, options)
+    print(show(result))
+    if path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
