@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
+from distseg.errors import UserError
+
 SUPERSAMPLING = 2
 """Drawn at twice the size and averaged down: hair is thinner than a pixel at network resolution."""
 
@@ -74,7 +76,7 @@ def write_dataset(folder: Path, counts: dict[str, int], size: int, seed: int) ->
     dataset.json (the parameters). Sample i is drawn from the seed (seed, i), whatever the other counts. A dataset of
     these parameters is left as it is and one of others is replaced; the folder appears complete or not at all.
 
-    Raises FileExistsError where `folder` holds something that this function has not written.
+    Raises UserError where `folder` holds something that this function has not written.
     """
     drawn_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     parameters = json.dumps({"counts": counts, "size": size, "seed": seed, "drawn_by": drawn_by}, indent=2) + "\n"
@@ -83,7 +85,7 @@ def write_dataset(folder: Path, counts: dict[str, int], size: int, seed: int) ->
         if record.read_text() == parameters:
             return
     elif folder.exists():
-        raise FileExistsError(f"{folder} is not a drawn dataset: remove it or choose another folder")
+        raise UserError(f"{folder}: holds something other than a drawn dataset; remove it or choose another folder")
 
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -100,9 +102,12 @@ def write_dataset(folder: Path, counts: dict[str, int], size: int, seed: int) ->
             (aside / row[3]).write_bytes(cv2.imencode(".png", mask * 255)[1])
             manifest.writerow(row)
     (aside / "dataset.json").write_text(parameters)
+    replaced = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(replaced)
     aside.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 # --- the lesion and the skin, as fields -------------------------------------------------------------------------------
