@@ -2,12 +2,13 @@
 
 A picture is skin reflectance times exp(−optical density), seen through a dermatoscope. Pigment adds optical density, so
 one lesion darkens light and dark skin alike, as in Beer–Lambert's law; hair, bubbles and ruler lie on top. Lengths are
-fractions of the frame's side, so that a seed gives much the same picture at any size.
+fractions of the frame's side. Fields are float32: draw scalars as Python floats, for NumPy's own would widen them.
 """
 
 import csv
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -147,36 +148,36 @@ def _lesion_region(side: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
 
     Overlapping elliptic lobes with a noisy level set: rounded, lobed or notched, and never symmetric.
     """
-    area = np.clip(MEDIAN_AREA * np.exp(0.75 * rng.standard_normal()), *AREA_RANGE)
-    radius = np.sqrt(area / np.pi)
+    area = float(np.clip(MEDIAN_AREA * math.exp(rng.normal(0, 0.75)), *AREA_RANGE))
+    radius = math.sqrt(area / math.pi)
     spread = 0.045 if rng.random() < 0.8 else 0.13
-    centre = 0.5 + np.clip(rng.normal(0, spread, 2), -0.25, 0.25)
+    centre = (0.5 + np.clip(rng.normal(0, spread, 2), -0.25, 0.25)).tolist()
     x, y = _coordinates(side)
-    turn = rng.uniform(0, np.pi)
-    stretch = np.exp(abs(rng.normal(0, 0.17)))
+    turn = rng.uniform(0, math.pi)
+    stretch = math.exp(abs(rng.normal(0, 0.17)))
     notch = rng.random() < 0.25
 
     nearness = np.zeros((side, side), np.float32)
     for lobe in range(rng.integers(1, 5)):
         away = 0 if lobe == 0 else rng.uniform(0.3, 0.9) * radius
-        bearing = rng.uniform(0, 2 * np.pi)
+        bearing = rng.uniform(0, 2 * math.pi)
         lobe_radius = radius * (1.0 if lobe == 0 else rng.uniform(0.45, 0.8))
-        dx = x - centre[0] - away * np.cos(bearing)
-        dy = y - centre[1] - away * np.sin(bearing)
-        along = (dx * np.cos(turn) + dy * np.sin(turn)) / (lobe_radius * stretch)
-        across = (dy * np.cos(turn) - dx * np.sin(turn)) / (lobe_radius / stretch)
+        dx = x - centre[0] - away * math.cos(bearing)
+        dy = y - centre[1] - away * math.sin(bearing)
+        along = (dx * math.cos(turn) + dy * math.sin(turn)) / (lobe_radius * stretch)
+        across = (dy * math.cos(turn) - dx * math.sin(turn)) / (lobe_radius / stretch)
         nearness += np.exp(-(along**2 + across**2))
     if notch:
-        bearing = rng.uniform(0, 2 * np.pi)
-        dx = x - centre[0] - radius * np.cos(bearing)
-        dy = y - centre[1] - radius * np.sin(bearing)
+        bearing = rng.uniform(0, 2 * math.pi)
+        dx = x - centre[0] - radius * math.cos(bearing)
+        dy = y - centre[1] - radius * math.sin(bearing)
         nearness -= 0.7 * np.exp(-(dx**2 + dy**2) / (0.4 * radius) ** 2)
 
     height = np.log(np.maximum(nearness, 1e-4))
     height += rng.uniform(0.12, 0.32) * _noise(side, 1.0 / radius, rng)
     height += rng.uniform(0.05, 0.18) * _noise(side, 2.6 / radius, rng)
     height += rng.uniform(0.04, 0.12) * _noise(side, 7.0 / radius, rng)
-    border = np.quantile(height, 1 - area)
+    border = float(np.quantile(height, 1 - area))
     lesion = _largest_region(height > border)
     depth = (height - border) / (height.max() - border)
     return depth, lesion
@@ -209,7 +210,7 @@ def _add_lesion(absorbers: np.ndarray, depth: np.ndarray, lesion: np.ndarray, rn
     def patches(share: float, cells: float) -> np.ndarray:
         """A region of about `share` of the lesion, with a rough and soft edge."""
         field = _noise(side, cells, rng) + unevenness * (0.4 * _noise(side, 22, rng) + 0.2 * _noise(side, 40, rng))
-        return 1 / (1 + np.exp((np.quantile(field[lesion], 1 - share) - field) / softness))
+        return 1 / (1 + np.exp((float(np.quantile(field[lesion], 1 - share)) - field) / softness))
 
     pigment = np.zeros_like(absorbers)
     pigment[MELANIN] = brown
@@ -237,7 +238,7 @@ def _skin(side: int, rng: Generator) -> np.ndarray:
     if rng.random() < 0.25:
         vessels = np.zeros((side, side), np.uint8)
         for _ in range(rng.integers(3, 14)):
-            _draw_strand(vessels, rng.uniform(0, 1, 2), rng.uniform(0, 2 * np.pi), rng.uniform(0.06, 0.2), 0.004, rng)
+            _draw_strand(vessels, rng.uniform(0, 1, 2), rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.2), 0.004, rng)
         skin[BLOOD] += rng.uniform(0.2, 0.6) * _blur(vessels.astype(np.float32) / 255, 0.004)
     return skin
 
@@ -266,9 +267,9 @@ def _add_spots(absorbers: np.ndarray, lesion: np.ndarray, rng: Generator) -> Non
 def _add_shade(absorbers: np.ndarray, rng: Generator) -> None:
     """Add the lamp's unevenness to `absorbers`: a slope, and a fall-off towards the rim that leaves it bluer."""
     x, y = _coordinates(absorbers.shape[-1])
-    bearing = rng.uniform(0, 2 * np.pi)
-    slope = rng.uniform(0, 0.16) * ((x - 0.5) * np.cos(bearing) + (y - 0.5) * np.sin(bearing))
-    middle = rng.normal(0.5, 0.05, 2)
+    bearing = rng.uniform(0, 2 * math.pi)
+    slope = rng.uniform(0, 0.16) * ((x - 0.5) * math.cos(bearing) + (y - 0.5) * math.sin(bearing))
+    middle = rng.normal(0.5, 0.05, 2).tolist()
     rim = (x - middle[0]) ** 2 + (y - middle[1]) ** 2
     absorbers[SHADE] = slope + (rng.uniform(0.7, 1.4) if rng.random() < 0.2 else rng.uniform(0.0, 0.4)) * rim
 
@@ -363,9 +364,9 @@ def _lay_bubbles(picture: np.ndarray, rng: Generator) -> None:
 def _lay_field_stop(picture: np.ndarray, rng: Generator) -> None:
     """The dermatoscope's round field of view: corners as dark as a lesion."""
     x, y = _coordinates(picture.shape[-1])
-    middle = rng.normal(0.5, 0.02, 2)
+    middle = rng.normal(0.5, 0.02, 2).tolist()
     distance = np.hypot(x - middle[0], y - middle[1])
-    softness = rng.choice((0.003, 0.012, 0.04))
+    softness = float(rng.choice((0.003, 0.012, 0.04)))
     outside = 1 / (1 + np.exp(-np.clip((distance - rng.uniform(0.50, 0.70)) / softness, -30, 30)))
     picture += outside * (np.float32(rng.uniform(0.01, 0.10)) - picture)
 
