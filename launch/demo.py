@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distseg.errors import UserError
 from distseg.testing.dermoscopy import write_dataset
 
 METHODS = ("noisy_only", "pixel_reweight")
@@ -30,7 +31,11 @@ def main() -> int:
     store, runs, figure = f"sqlite:///{folder}/mlflow.db", folder / "runs", folder / "figure.png"
 
     print(f"drawing {sum(IMAGES.values())} images into {folder / 'data'}", flush=True)
-    write_dataset(folder / "data", IMAGES, SIZE, seed=0)
+    try:
+        write_dataset(folder / "data", IMAGES, SIZE, seed=0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for method in METHODS:
         shutil.rmtree(runs / method, ignore_errors=True)
         settings = [f"name={method}", f"method.name={method}", f"data.root={folder / 'data'}", f"tracking.uri={store}"]

@@ -28,14 +28,15 @@ def test_isic2017_is_sound_and_triangles_get_a_ninth_of_its_pixels_wrong(tmp_pat
     assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [1800, 121, 529]
     check_samples(samples, threads=2)
     clean, noisy = split_clean(samples, 50, seed=0)
-    noisy, rate = write_noisy_masks(noisy[:300], NoiseConfig(kind="polygon", vertices=3), tmp_path)
-    assert (len(clean), len(noisy)) == (50, 300)
-    assert 0.09 < rate < 0.16
+    noisy, rate = write_noisy_masks(noisy, NoiseConfig(kind="polygon", vertices=3), tmp_path)
+    assert (len(clean), len(noisy)) == (50, 1750)
+    assert 0.10 < rate < 0.125
 
 
 def test_images_are_about_standardised():
     config = data_config("isic2017_128")
-    samples = [s for s in read_samples(config, seed=0) if s.split == "test"][:200]
+    # The constants are the training images'; ids are grouped by source, so that any prefix of them has a cast of its own.
+    samples = [s for s in read_samples(config, seed=0) if s.split == "train"][::6]
     images = torch.cat([batch.images for batch in evaluation_batches(samples, config, ShardSpec(), 50, CPU)])
     assert images.mean(dim=(0, 2, 3)).abs().max() < 0.3
     assert (images.std(dim=(0, 2, 3)) - 1).abs().max() < 0.3
