@@ -35,7 +35,7 @@ def test_isic2017_is_sound_and_triangles_get_a_ninth_of_its_pixels_wrong(tmp_pat
 
 def test_images_are_about_standardised():
     config = data_config("isic2017_128")
-    # The constants are the training images'; ids are grouped by source, so that any prefix of them has a cast of its own.
+    # The constants are of the training images; ids are grouped by source, so that a prefix has a cast of its own.
     samples = [s for s in read_samples(config, seed=0) if s.split == "train"][::6]
     images = torch.cat([batch.images for batch in evaluation_batches(samples, config, ShardSpec(), 50, CPU)])
     assert images.mean(dim=(0, 2, 3)).abs().max() < 0.3
