@@ -13,7 +13,7 @@ test: $(INSTALLED)
 	$(RUN) -m pytest
 
 lint: $(INSTALLED)
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check --no-cache .
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from distseg.testing.dermoscopy import write_dataset
 
+from distseg.testing.dermoscopy import write_dataset
 from distseg.testing.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
