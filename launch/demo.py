@@ -9,13 +9,13 @@ weighs their pixels, and sets the two side by side. `make demo` calls this.
 import argparse
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from distseg.errors import UserError
 from distseg.testing.dermoscopy import write_dataset
+from distseg.testing.launcher import train_command, train_environment
 
 METHODS = ("noisy_only", "pixel_reweight")
 IMAGES = {"train": 420, "val": 40, "test": 120}
@@ -39,10 +39,9 @@ def main() -> int:
     for method in METHODS:
         shutil.rmtree(runs / method, ignore_errors=True)
         settings = [f"name={method}", f"method.name={method}", f"data.root={folder / 'data'}", f"tracking.uri={store}"]
-        train = ["launch/train.py", "--config", "configs/demo.yaml", "--runs-dir", runs, *settings]
-        done = subprocess.run([*deepspeed(arguments.ranks), *train], env=os.environ | {"DS_LOG_LEVEL": "error"})
-        if done.returncode:
-            return done.returncode
+        command = train_command(arguments.ranks, "--config", "configs/demo.yaml", "--runs-dir", str(runs), *settings)
+        if code := subprocess.run(command, env=train_environment()).returncode:
+            return code
 
     print()
     compare = [sys.executable, "launch/compare.py", *(runs / method for method in METHODS), "--figure", figure]
@@ -51,15 +50,6 @@ def main() -> int:
     print(f"\nfigure          {figure}")
     print(f"compare runs    {mlflow()} ui --host 127.0.0.1 --backend-store-uri {store}")
     return 0
-
-
-def deepspeed(ranks: int) -> list[str]:
-    """DeepSpeed's launcher of this environment, on a port that nobody holds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(port)]
 
 
 def mlflow() -> str:

@@ -28,7 +28,7 @@ def start_runtime() -> Runtime:
     """Join the process group that the launcher's variables describe, or a group of one where nothing launched us."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
-        lone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        lone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in lone.items()})
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -50,7 +50,8 @@ def stop_runtime() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody holds at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

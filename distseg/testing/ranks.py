@@ -1,7 +1,6 @@
 """Real ranks for tests: processes in one gloo group on the loopback, with a time limit and nothing left behind."""
 
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -14,7 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distseg.distributed.runtime import Runtime, start_runtime, stop_runtime
+from distseg.distributed.runtime import Runtime, free_port, start_runtime, stop_runtime
 
 RankFunction = Callable[..., dict[str, Tensor]]
 
@@ -55,12 +54,6 @@ def run_ranks(
         if failed:
             raise RuntimeError(f"{function.__name__}: rank {failed[0]} died with {processes[failed[0]].exitcode}")
         return [load_file(Path(folder) / f"rank_{rank}.safetensors") for rank in range(world_size)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank_main(function: RankFunction, rank: int, world_size: int, port: int, folder: str, arguments: tuple) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, command, environment
 from safetensors.torch import load_file
+
+from distseg.testing.launcher import train_command, train_environment
+
+ROOT = Path(__file__).parents[2]
 
 SMALL = """
 name: small
@@ -80,7 +83,7 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path:
 
     killed = [*arguments, "--runs-dir", str(tmp_path / "killed")]
     process = subprocess.Popen(
-        command(ranks, *killed), cwd=ROOT, env=environment(), start_new_session=True,
+        train_command(ranks, *killed), cwd=ROOT, env=train_environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     log, deadline = tmp_path / "killed" / "small" / "metrics.jsonl", time.monotonic() + 200
