@@ -24,7 +24,7 @@ def drawn_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train() -> Callable[..., subprocess.CompletedProcess]:
     """Run `launch/train.py` to its end; `train(ranks, *arguments)`."""
 
-    environment = train_environment() | {"OMP_NUM_THREADS": "1"}
+    environment = train_environment() | {"OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
 
     def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
