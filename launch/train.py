@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from distseg.config import load_config
-from distseg.errors import UserError
+from distseg.errors import BadFileError, UserError
 
 
 def main() -> int:
@@ -22,7 +22,8 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         return run(config, arguments)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # All ranks meet the same bad config, and one of them tells it.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, BadFileError):
             print(f"error: {error}", file=sys.stderr)
         return 2
 

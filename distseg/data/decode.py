@@ -10,24 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distseg.errors import UserError
+from distseg.errors import BadFileError
 
 # What both loaders can decode; PIL would open more.
 FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB. Raises UserError where the file is missing or no image."""
+    """(H, W, 3) uint8 RGB. Raises BadFileError where the file is missing or no image."""
     return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
-    """(H, W) uint8 in {0, 1}: 1 where the grey value is not black. Raises UserError as `read_image` does."""
+    """(H, W) uint8 in {0, 1}: 1 where the grey value is not black. Raises BadFileError as `read_image` does."""
     return (_decode(path, cv2.IMREAD_GRAYSCALE) > 0).astype(np.uint8)
 
 
 def check_image(path: Path) -> tuple[int, int]:
-    """Decode the whole file strictly and return (width, height). Raises UserError that says what is wrong with it."""
+    """Decode the whole file strictly and return (width, height). Raises BadFileError that says what is wrong."""
     return _decode_strictly(path)[1]
 
 
@@ -37,9 +37,9 @@ def check_mask(path: Path) -> tuple[int, int]:
     grey = mask if mask.mode in ("1", "L", "P") else mask.convert("L")
     values = {value for value, count in enumerate(grey.histogram()) if count}
     if not (values <= {0, 1} or values <= {0, 255}):
-        raise UserError(f"{path}: mask is not binary: it holds {_few(values)}; save it with the values 0 and 255 only")
+        raise BadFileError(f"{path}: mask is not binary: it holds {_few(values)}; save it with 0 and 255 only")
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette(), value) for value in values):
-        raise UserError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
+        raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
     return size
 
 
@@ -47,10 +47,10 @@ def _decode(path: Path, flags: int) -> NDArray[np.uint8]:
     try:
         encoded = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadFileError(f"{path}: cannot be read: {error.strerror}") from None
     pixels = cv2.imdecode(encoded, flags | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
     if pixels is None:
-        raise UserError(f"{path}: not a readable image; replace the file or take its row out of the data")
+        raise BadFileError(f"{path}: not a readable image; replace the file or take its row out of the data")
     return pixels
 
 
@@ -59,18 +59,18 @@ def _decode_strictly(path: Path) -> tuple[Image.Image, tuple[int, int]]:
     # cv2 and DALI fill what a truncated JPEG lacks with grey and carry on; PIL raises.
     try:
         if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty; fetch it again")
+            raise BadFileError(f"{path}: the file is empty; fetch it again")
         with Image.open(path, formats=FORMATS) as image:
             size = image.size
             image.draft(None, (size[0] // 8, size[1] // 8))  # JPEG only: reads every coefficient, draws few pixels
             image.load()
             return image, size
-    except UserError:
+    except BadFileError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise BadFileError(f"{path}: no such file") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"{path}: cannot be decoded: {' '.join(str(error).split())}; fetch it again") from None
+        raise BadFileError(f"{path}: cannot be decoded: {' '.join(str(error).split())}; fetch it again") from None
 
 
 def _is_lit(palette: list[int], index: int) -> bool:
