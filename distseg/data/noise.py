@@ -26,7 +26,7 @@ from distseg.errors import UserError
 def polygon(mask: NDArray[np.uint8], vertices: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The lesion as an annotator in a hurry draws it: `vertices` clicks on the true contour, joined and filled.
 
-    The clicks are contour pixels at equal arc length from a random start (Mirikharaji et al. 2019, section 3). Where
+    The clicks are contour pixels at equal arc length from a random start (Mirikharaji et al. 2019). Where
     the mask has several components the one of largest area is drawn and the others are missed; holes are not seen.
 
     Args:

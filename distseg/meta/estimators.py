@@ -1,4 +1,4 @@
-"""The alignment map U of a noisy batch, three ways (Mirikharaji et al. 2019, eq. 3–5; Ren et al. 2018, eq. 12).
+"""The alignment map U of a noisy batch, three ways (Mirikharaji et al. 2019; Ren et al. 2018).
 
     U_p = ⟨g, ∇_θ ℓ_p(θ)⟩,   g = ∇_θ of the mean clean loss
 
@@ -7,8 +7,7 @@ through a virtual SGD step of size α taken with weights W = 0; that derivative 
 are normalised, so U is without it here.
 
 Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has
-no side effects; `Parameters` are the trainable tensors by name. Shapes: images (B, 3, H, W), masks (B, H, W), U (B, H,
-W).
+no side effects; `Parameters` are the trainable tensors by name. Images (B, 3, H, W), masks and U (B, H, W).
 """
 
 import functools
@@ -74,8 +73,7 @@ def finite(
     masks: Tensor,
     relative_step: float | None = None,
 ) -> Tensor:
-    """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖; needs no derivative of the
-    network.
+    """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖: the network is only evaluated.
 
     The default step is the cube root of the parameters' machine epsilon, where truncation and rounding errors balance.
     """

@@ -18,12 +18,10 @@ def one_process(tensor: Tensor) -> Tensor:
 
 
 def stateless(module: nn.Module) -> Network:
-    """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient is changed by
-    it.
+    """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient changes.
 
-    Buffers are cloned at each call, random numbers are drawn from a fork of the streams (so that each pass of a step,
-    and the weighted step that follows, drops the same units), and autocast is off, because forward mode does not pass
-    through it.
+    Buffers are cloned at each call; random numbers come from a fork of the streams, so that each pass of a step, and
+    the weighted step after it, drops the same units; autocast, which forward mode does not pass through, is off.
     """
 
     def network(parameters: Parameters, images: Tensor) -> Tensor:
@@ -43,11 +41,9 @@ class PixelReweighter:
         loss = weighted_loss(model(images), masks, weights)
 
     model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers,
-    gradients,
-        RNG streams and hooks on parameters are left alone. Parameters with requires_grad=False are constants.
+        gradients, RNG streams and hooks on parameters are left alone. Frozen parameters are constants.
     estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
-    difference,
-        for networks with operators that have no forward-mode formula).
+        difference, for networks with operators that have no forward-mode formula).
     granularity, normalise, on_zero: see WeightRule.
     virtual_lr: α of the virtual step, used by `reverse` alone; the weights do not depend on it.
     finite_step: relative step of `finite`.

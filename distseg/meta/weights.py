@@ -69,13 +69,11 @@ def weight_maps(
     sum_over_ranks: SumOverRanks,
     true_masks: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Diagnostics]:
-    """The weight maps of a step's noisy micro-batches, one (B, H, W) for each, and 0-dim diagnostics of the global
-    batch.
+    """The weight maps of a step's noisy micro-batches, each (B, H, W), and 0-dim diagnostics of the global batch.
 
     One reduction of eight numbers over the ranks; nothing leaves the device. Diagnostics: gradient_norm;
-    effective_fraction 1 / (N ΣW²); zero_fraction of the N valid pixels; zero_maps, how often the policy acted; and with
-    `true_masks` noise_rate, wrong_mass (share of the weight that lies on wrongly labelled pixels) and auroc (see
-    `auroc`).
+    effective_fraction 1 / (N ΣW²); zero_fraction of the N valid pixels; zero_maps, how often the policy acted; and
+    with `true_masks` noise_rate, wrong_mass (the share of the weight on wrongly labelled pixels) and `auroc`.
     """
     # Without a direction U is noise. A NaN norm is not below the floor: it passes on, and shows in the loss.
     flat = gradient_norm <= GRADIENT_FLOOR

@@ -1,10 +1,9 @@
-"""Checkpoints: a folder that is either absent or complete, tensors as safetensors, the rest as JSON; nothing is
-unpickled.
+"""Checkpoints: folders that are absent or complete; tensors as safetensors, the rest as JSON, nothing pickled.
 
-    checkpoints/step_00000120/model.safetensors     parameters (fp32) and buffers
-                              rank_00000.safetensors optimiser state and RNG streams of each rank
+    checkpoints/step_00000120/model.safetensors       parameters (fp32) and buffers
+                              rank_00000.safetensors  optimiser state and RNG streams of each rank
                               state.json              progress, world size
-    checkpoints/last, best                           the name of a folder
+    checkpoints/last, best                            the name of a folder
 """
 
 import json
@@ -33,8 +32,7 @@ def save_checkpoint(folder: Path, engine: Any, progress: dict[str, Any], shard: 
 
     Keeps what `last` and `best` name and removes the others.
 
-    The pointer moves after the folder is complete and on the disk, so that a crash leaves the previous checkpoint in
-    force.
+    The pointer moves once the folder is complete and on the disk: a crash leaves the previous checkpoint in force.
     """
     target = folder / f"step_{progress['step']:08d}"
     aside = target.with_suffix(".part")

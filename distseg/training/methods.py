@@ -1,8 +1,7 @@
 """The step of each method: which images it learns from, and the weight of each of their pixels.
 
 Every method is the same update, ∇ Σ W·ℓ over the global batch with ΣW = 1, and differs only in where its images come
-from and in W. `draw(step)` yields this rank's micro-batches of a step with their weight maps; the trainer does the
-rest.
+from and in W. `draw(step)` yields this rank's micro-batches of a step with their weight maps.
 
     noisy_only      noisy stream                          W uniform
     clean_only      clean stream                          W uniform
