@@ -10,7 +10,6 @@ Everything is a pure function of (network, parameters, batches). A `Network` map
 no side effects; `Parameters` are the trainable tensors by name. Images (B, 3, H, W), masks and U (B, H, W).
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +23,11 @@ LabelledImages = tuple[Tensor, Tensor]
 SumOverRanks = Callable[[Tensor], Tensor]
 
 
+def one_process(tensor: Tensor) -> Tensor:
+    """The sum over ranks where there is one."""
+    return tensor
+
+
 def clean_gradient(
     network: Network, parameters: Parameters, clean: Sequence[LabelledImages], sum_over_ranks: SumOverRanks
 ) -> Parameters:
@@ -33,12 +37,20 @@ def clean_gradient(
     is no valid pixel at all.
     """
     leaves = _leaves(parameters)
-    parts = (_summed_gradient(network, leaves, images, masks) for images, masks in clean)
-    total = sum_over_ranks(functools.reduce(Tensor.add_, parts))
-    mean = total[:-1].div_(total[-1].clamp(min=1))
-    pieces = mean.split([parameter.numel() for parameter in parameters.values()])
-    # Cloned, because forward mode would copy a tangent that views a larger storage, and hold both.
-    return {name: piece.view_as(parameters[name]).clone() for name, piece in zip(parameters, pieces, strict=True)}
+    total: Sequence[Tensor] | None = None
+    for images, masks in clean:
+        part = _summed_gradient(network, leaves, images, masks)
+        total = part if total is None else torch._foreach_add(total, part)
+    assert total is not None, "a clean batch is needed"
+    if sum_over_ranks is not one_process:
+        bucket = torch.cat([tensor.flatten() for tensor in total])
+        total = sum_over_ranks(bucket).split([tensor.numel() for tensor in total])
+    *gradients, count = total
+    # Quotients own their memory; forward mode would copy a tangent that views a larger storage, and hold both.
+    return {
+        name: (gradient / count.clamp(min=1)).view_as(parameters[name])
+        for name, gradient in zip(parameters, gradients, strict=True)
+    }
 
 
 def forward(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
@@ -94,14 +106,13 @@ def norm(tensors: Parameters) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
 
 
-def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> Tensor:
-    """The gradient of the loss summed over the valid pixels, flattened, with their number as the last element."""
+def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> list[Tensor]:
+    """The gradient of the loss summed over the valid pixels, parameter by parameter, and then the number of pixels."""
     with torch.enable_grad():
         loss = pixel_loss(network(leaves, images), masks).sum()
     # A parameter that the network does not use has gradient 0.
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    count = valid_pixels(masks).sum().to(gradients[0].dtype)
-    return torch.cat([*(gradient.flatten() for gradient in gradients), count[None]])
+    return [*gradients, valid_pixels(masks).sum().to(gradients[0].dtype)]
 
 
 def _leaves(parameters: Parameters) -> Parameters:

@@ -8,13 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distseg.meta import estimators
-from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks
+from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, one_process
 from distseg.meta.weights import Diagnostics, WeightRule, weight_maps
-
-
-def one_process(tensor: Tensor) -> Tensor:
-    """The sum over ranks where there is one."""
-    return tensor
 
 
 def stateless(module: nn.Module) -> Network:

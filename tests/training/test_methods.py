@@ -11,7 +11,7 @@ from distseg.data.manifest import Sample, read_samples, split_clean
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
-from distseg.meta.reweighter import one_process
+from distseg.meta.estimators import one_process
 from distseg.training.methods import Method, build_method
 
 STEPS = 10
