@@ -21,11 +21,11 @@ bench: $(INSTALLED)
 ui: $(INSTALLED)
 	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 
-# torch first: csrc/ is built against the torch that it will run with.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# torch first: the build of DeepSpeed looks for it, in this environment and not in an isolated one.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(RUN) -m pip install --quiet --constraint constraints.txt torch numpy ninja
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch numpy
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dali,dev]"
 	touch $@
 

@@ -1,0 +1,1 @@
+"""Test kit: real ranks, the trainer as a user starts it, drawn dermoscopy images."""

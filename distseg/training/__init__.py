@@ -1,0 +1,1 @@
+"""The step of each method, checkpoints, and the trainer that composes everything."""
