@@ -8,8 +8,8 @@ from and in W. `draw(step)` yields this rank's micro-batches of a step with thei
     union           half noisy, half clean in each batch  W uniform
     finetune        noisy, then clean (clean_phase)       W uniform
     oracle          every training image, true masks      W uniform
-    image_reweight  noisy stream                          W from the clean gradient, one weight an image (Ren et al.
-    2018) pixel_reweight  noisy stream                          W from the clean gradient (Mirikharaji et al. 2019)
+    image_reweight  noisy stream                          W from the clean gradient, per image (Ren et al. 2018)
+    pixel_reweight  noisy stream                          W from the clean gradient (Mirikharaji et al. 2019)
 """
 
 from collections.abc import Callable, Sequence
