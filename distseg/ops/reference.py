@@ -2,6 +2,9 @@
 
 Shapes: B images, C logit channels, H×W pixels. C = 1 is binary (class ids 0 and 1); C ≥ 2 is a softmax over class ids
 0 … C − 1. Class id 255 marks a pixel that nobody vouches for: its loss, weight and alignment are 0, whatever its logit.
+
+Logits may be in half precision: they are read as float32, and maps and sums are float32 (float64 for float64 logits).
+Only the gradient in the logits has their own dtype.
 """
 
 import torch
@@ -17,7 +20,7 @@ def valid_pixels(masks_BHW: Tensor) -> Tensor:
 
 
 def pixel_loss(logits_BCHW: Tensor, masks_BHW: Tensor) -> Tensor:
-    """Cross-entropy of each pixel, (B, H, W) in the dtype of the logits; 0 at ignored pixels.
+    """Cross-entropy of each pixel, (B, H, W); 0 at ignored pixels.
 
     C = 1: −y log σ(z) − (1 − y) log(1 − σ(z)).   C ≥ 2: −log softmax(z)_y.
     """
@@ -29,26 +32,72 @@ def pixel_loss(logits_BCHW: Tensor, masks_BHW: Tensor) -> Tensor:
     return torch.where(valid, loss, 0.0)
 
 
-def weighted_loss(logits_BCHW: Tensor, masks_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
-    """Σ W·ℓ over every pixel, a scalar; differentiable, twice, in the logits and in the weights."""
-    return (weights_BHW * pixel_loss(logits_BCHW, masks_BHW)).sum()
+def weighted_loss(
+    logits_BCHW: Tensor, masks_BHW: Tensor, weights_BHW: Tensor | None, scale_B: Tensor, level_B: Tensor
+) -> Tensor:
+    """Σ_p (scale·W_p + level)·ℓ_p of each image over its valid pixels, (B,); W = 0 where there is no map."""
+    loss = pixel_loss(logits_BCHW, masks_BHW)
+    return (normalise(weights_BHW, masks_BHW, scale_B, level_B) * loss).sum((1, 2))
 
 
 def alignment(logits_BCHW: Tensor, tangents_BCHW: Tensor, masks_BHW: Tensor) -> Tensor:
-    """Σ_c ∂ℓ/∂z_c · ż_c of each pixel, (B, H, W): how fast its loss grows along the tangent of the logits.
+    """U = Σ_c ∂ℓ/∂z_c · ż_c of each pixel, (B, H, W): how fast its loss grows along the tangent of the logits.
 
     C = 1: (σ(z) − y) ż.   C ≥ 2: Σ_c (softmax(z)_c − [c = y]) ż_c.   0 at ignored pixels.
     """
     logits, masks, valid = _without_ignored(logits_BCHW, masks_BHW)
-    tangents = torch.where(valid[:, None], tangents_BCHW, 0.0)
+    tangents = torch.where(valid[:, None], at_least_float32(tangents_BCHW), 0.0)
     if logits.shape[1] == 1:
         return ((torch.sigmoid(logits) - masks[:, None].to(logits.dtype)) * tangents)[:, 0]
     chosen = tangents.gather(1, masks.long()[:, None])[:, 0]
     return (torch.softmax(logits, dim=1) * tangents).sum(dim=1) - chosen
 
 
+def positive_alignment(logits_BCHW: Tensor, tangents_BCHW: Tensor, masks_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """`positive_part` of `alignment`, pixel by pixel."""
+    return positive_part(alignment(logits_BCHW, tangents_BCHW, masks_BHW), masks_BHW)
+
+
+def positive_part(alignment_BHW: Tensor, masks_BHW: Tensor, cell: int = 1) -> tuple[Tensor, Tensor]:
+    """W⁺ (B, H, W): U summed over the valid pixels of each cell × cell patch, clamped at 0, spread evenly over them.
+
+    Patches start at the upper left; those at the right and lower edge are cut. With it come the sums (B, 5) float64
+    of each image, from which every normaliser and diagnostic follows: ΣU, ΣW⁺, Σ(W⁺)², how many pixels are valid, and
+    how many of these have W⁺ = 0.
+    """
+    valid = valid_pixels(masks_BHW)
+    aligned = torch.where(valid, alignment_BHW, 0.0)
+    if cell == 1:
+        positive = aligned.clamp(min=0)
+    else:
+        height, width = aligned.shape[-2:]
+        share = _patch_sums(aligned, cell).clamp(min=0) / _patch_sums(valid.to(aligned.dtype), cell).clamp(min=1)
+        spread = share.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :height, :width]
+        positive = torch.where(valid, spread, 0.0)
+    numbers = (aligned, positive, positive.double().square(), valid, valid & (positive == 0))
+    return positive, torch.stack([number.sum((1, 2), dtype=torch.float64) for number in numbers], dim=1)
+
+
+def normalise(positive_BHW: Tensor | None, masks_BHW: Tensor, scale_B: Tensor, level_B: Tensor) -> Tensor:
+    """The weight map W = scale·W⁺ + level at valid pixels, 0 at ignored ones, (B, H, W) in the dtype of the scales."""
+    weights = level_B[:, None, None]
+    if positive_BHW is not None:
+        weights = scale_B[:, None, None] * positive_BHW + weights
+    return torch.where(valid_pixels(masks_BHW), weights, 0.0)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _patch_sums(maps_BHW: Tensor, cell: int) -> Tensor:
+    height, width = maps_BHW.shape[-2:]
+    padded = F.pad(maps_BHW, (0, -width % cell, 0, -height % cell))
+    return padded.unflatten(2, (-1, cell)).unflatten(1, (-1, cell)).sum((2, 4))
+
+
 def _without_ignored(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Ignored pixels get logit 0 and class 0 before anything is computed, so that a NaN there reaches neither the value
     # nor, by 0 · NaN, the gradient.
     valid = valid_pixels(masks)
-    return torch.where(valid[:, None], logits, 0.0), torch.where(valid, masks, 0), valid
+    return torch.where(valid[:, None], at_least_float32(logits), 0.0), torch.where(valid, masks, 0), valid
