@@ -1,5 +1,64 @@
-"""Everything about the package is in pyproject.toml."""
+"""Builds csrc into distseg._C, if it can; everything else about the package is in pyproject.toml.
+
+The kernels are compiled for several instruction sets and chosen when they are loaded, so that a wheel runs on any
+processor of its architecture. DISTSEG_NO_EXT=1 builds none; where there is no compiler, or it fails, the package
+installs without them and says so.
+"""
+
+import os
+import platform
+import sys
 
 from setuptools import setup
 
-setup()
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"DEFAULT": []}
+if X86:
+    INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"]
+
+
+def extension() -> dict:
+    if os.environ.get("DISTSEG_NO_EXT") == "1":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("distseg: no torch in the build environment (--no-build-isolation): csrc is not built", file=sys.stderr)
+        return {}
+
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized", *(["-DDISTSEG_X86"] if X86 else [])]
+
+    class Build(BuildExtension):
+        def build_extension(self, ext) -> None:
+            try:
+                # One object for each instruction set, the portable one first: where objects share an inline function,
+                # the linker keeps the first it meets.
+                for name, options in INSTRUCTION_SETS.items():
+                    ext.extra_objects += self.compiler.compile(
+                        ["csrc/kernels.cpp"],
+                        output_dir=os.path.join(self.build_temp, name),
+                        include_dirs=ext.include_dirs,
+                        extra_postargs=[*flags, *options, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"],
+                        depends=ext.depends,
+                    )
+                super().build_extension(ext)
+            except Exception as error:  # whatever a compiler, or its absence, raises
+                print(f"distseg: csrc is not built, the eager operators serve instead: {error}", file=sys.stderr)
+
+        def copy_extensions_to_source(self) -> None:
+            built = [ext for ext in self.extensions if os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(ext.name)))]
+            self.extensions = built
+            super().copy_extensions_to_source()
+
+    ext = CppExtension(
+        "distseg._C",
+        ["csrc/operators.cpp"],
+        depends=["csrc/kernels.h", "csrc/kernels.cpp"],
+        extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
+    )
+    return {"ext_modules": [ext], "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
+
+
+setup(**extension())

@@ -1,5 +1,108 @@
-"""The torch-facing operators, one name each: see reference.py for what they compute."""
+"""The torch-facing operators, one name each, whatever serves the device: what they compute is said in reference.py.
 
-from distseg.ops.reference import IGNORE, alignment, pixel_loss, valid_pixels, weighted_loss
+Logits (B, C, H, W) in float16, bfloat16, float32 or float64, contiguous or channels-last; masks (B, H, W) integer class
+ids, 255 = ignore. Maps are (B, H, W) and sums (B,) or (B, 5), float32 (float64 for float64 logits; the sums that come
+with a map float64). All raise ValueError for shapes and dtypes that do not fit. None waits for the device.
+"""
 
-__all__ = ["IGNORE", "alignment", "pixel_loss", "valid_pixels", "weighted_loss"]
+import torch
+from torch import Tensor
+
+from distseg.ops import functions, reference
+from distseg.ops.backends import backend, raw_operators, using
+from distseg.ops.reference import IGNORE, valid_pixels
+
+__all__ = [
+    "IGNORE",
+    "alignment",
+    "backend",
+    "normalise",
+    "pixel_loss",
+    "positive_alignment",
+    "positive_part",
+    "using",
+    "valid_pixels",
+    "weighted_loss",
+]
+
+
+def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy ℓ of each pixel, (B, H, W); differentiable twice, in reverse and in forward mode."""
+    masks = _labels(logits, masks)
+    if raw_operators(logits.device) is None:
+        return reference.pixel_loss(logits, masks)
+    return functions.PixelLoss.apply(logits, masks)
+
+
+def weighted_loss(
+    logits: Tensor,
+    masks: Tensor,
+    weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    level: Tensor | None = None,
+) -> Tensor:
+    """Σ W·ℓ over every pixel, a scalar; differentiable twice in the logits and the weights, in either mode.
+
+    A weight map may come as the operators of `distseg.meta` make it, W = scale·weights + level at valid pixels, with
+    scale (B,) 1 and level (B,) 0 unless given; both are constants to autograd. Without `weights`, W = level.
+    """
+    masks = _labels(logits, masks)
+    dtype = _map_dtype(logits)
+    weights = None if weights is None else _map(weights, masks, "weights").to(dtype)
+    scale = torch.ones(len(masks), dtype=dtype, device=masks.device) if scale is None else scale.to(dtype)
+    level = torch.zeros(len(masks), dtype=dtype, device=masks.device) if level is None else level.to(dtype)
+    if raw_operators(logits.device) is None:
+        return reference.weighted_loss(logits, masks, weights, scale, level).sum()
+    # A gradient in half precision is made in the backward, where a loss scaler's factor keeps it from underflow.
+    with_gradient = logits.requires_grad and torch.is_grad_enabled() and logits.dtype != torch.float16
+    return functions.WeightedLoss.apply(logits, masks, weights, scale, level, with_gradient)[0].sum()
+
+
+def alignment(logits: Tensor, tangents: Tensor, masks: Tensor) -> Tensor:
+    """U = Σ_c ∂ℓ/∂z_c · ż_c of each pixel, (B, H, W); differentiable in reverse mode."""
+    masks = _labels(logits, masks)
+    if raw_operators(logits.device) is None:
+        return reference.alignment(logits, tangents, masks)
+    return functions.Alignment.apply(logits, tangents, masks)
+
+
+def positive_alignment(logits: Tensor, tangents: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """`positive_part(alignment(…))` pixel by pixel, in one pass: W⁺ (B, H, W) and the sums (B, 5). Constants."""
+    masks = _labels(logits, masks)
+    if raw_operators(logits.device) is None:
+        return reference.positive_alignment(logits.detach(), tangents.detach(), masks)
+    return functions.Constant.apply("alignment", logits.device, logits, tangents, masks, True)
+
+
+def positive_part(aligned: Tensor, masks: Tensor, cell: int = 1) -> tuple[Tensor, Tensor]:
+    """W⁺ (B, H, W) of an alignment map over cell × cell patches, and the sums (B, 5). Constants to autograd."""
+    masks = _labels(_map(aligned, masks, "alignment")[:, None], masks)
+    if raw_operators(aligned.device) is None:
+        return reference.positive_part(aligned.detach(), masks, cell)
+    return functions.Constant.apply("positive_part", aligned.device, aligned, masks, cell)
+
+
+def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tensor) -> Tensor:
+    """The weight map W = scale·W⁺ + level at valid pixels, (B, H, W); scale, level (B,). Constant to autograd."""
+    if raw_operators(masks.device) is None:
+        return reference.normalise(positive, masks, scale, level)
+    return functions.Constant.apply("normalise", masks.device, positive, masks, scale, level)
+
+
+def _labels(logits: Tensor, masks: Tensor) -> Tensor:
+    if logits.ndim != 4 or masks.shape != (logits.shape[0], *logits.shape[2:]):
+        shapes = f"logits {tuple(logits.shape)} and masks {tuple(masks.shape)}"
+        raise ValueError(f"{shapes}: need (B, C, H, W) and (B, H, W)")
+    if masks.is_floating_point() or masks.dtype == torch.bool:
+        raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")
+    return masks if masks.dtype in (torch.uint8, torch.int64) else masks.long()
+
+
+def _map(values: Tensor, masks: Tensor, name: str) -> Tensor:
+    if values.shape != masks.shape:
+        raise ValueError(f"{name} {tuple(values.shape)} and masks {tuple(masks.shape)}: need (B, H, W)")
+    return values
+
+
+def _map_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

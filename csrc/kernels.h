@@ -1,0 +1,54 @@
+// What a kernel is told, and the table of kernels of one instruction set. Pointers only: the tensors, their checks and
+// their allocation are in operators.cpp.
+//
+// z logits, t tangents or cotangents: (B, C, P) in `type`, P = H·W pixels, contiguous or, if `channels_last`, (B, P, C).
+// y masks: (B, P) uint8 or int64, 255 = ignored. Maps (B, P) and vectors (B,) are in acc: double for double logits, else
+// float. C = 1 is binary, C ≥ 2 a softmax. Weights are w̃ = scale·w + level at valid pixels, w = 0 without a map.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <cstdint>
+
+namespace distseg {
+
+struct Logits {
+  const void* z;
+  c10::ScalarType type;
+  int64_t batch, channels, pixels;
+  bool channels_last;
+  const void* y;
+  bool byte_labels;
+};
+
+struct Weights {
+  const void* map;  // may be null
+  const void* scale;
+  const void* level;
+};
+
+// Of each image: ΣU, ΣU⁺, Σ(U⁺)², valid pixels, valid pixels where U⁺ = 0.
+constexpr int64_t kSums = 5;
+
+// Kernels that read labels return false when one of them is no class id; what they wrote is then meaningless.
+struct Kernels {
+  const char* name;
+  bool (*alignment)(const Logits&, const void* t, bool clamp, void* map, double* sums);
+  bool (*pixel_loss)(const Logits&, void* loss);
+  bool (*weighted_loss)(const Logits&, const Weights&, void* loss, void* gradient);  // gradient may be null
+  bool (*weighted_loss_double_backward)(
+      const Logits&, const Weights&, const void* upstream, const void* cotangent,
+      void* cot_z, void* cot_w, void* cot_upstream);  // cot_z may be null
+  void (*positive_part)(
+      const void* u, bool is_double, const void* y, bool byte_labels, int64_t batch, int64_t height, int64_t width,
+      int64_t cell, void* map, double* sums);
+  void (*normalise)(
+      const Weights&, bool is_double, const void* y, bool byte_labels, int64_t batch, int64_t pixels, void* map);
+};
+
+extern const Kernels kernels_DEFAULT;
+#ifdef DISTSEG_X86
+extern const Kernels kernels_AVX2;
+extern const Kernels kernels_AVX512;
+#endif
+
+}  // namespace distseg

@@ -1,0 +1,133 @@
+"""Which implementation serves a device: Triton on CUDA, C++ on the CPU, eager torch anywhere.
+
+A backend is a namespace with the six raw operators: `alignment`, `pixel_loss`, `weighted_loss`,
+`weighted_loss_double_backward`, `positive_part`, `normalise`. None stands for eager torch, reference.py, which
+autograd differentiates by itself.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_chosen: str | None = None
+
+
+def backend(device: str | torch.device = "cpu") -> str:
+    """What serves tensors on `device`: `triton`, `csrc (AVX512)` or another instruction set, or `reference`."""
+    name = _name(torch.device(device))
+    return f"csrc ({_extension().instruction_set()})" if name == "csrc" else name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Within the block every tensor is served by `triton`, `csrc` or `reference`: for comparing them.
+
+    Raises ValueError for another name, RuntimeError for one that is not installed.
+    """
+    global _chosen
+    if name not in ("triton", "csrc", "reference"):
+        raise ValueError(f"backend {name!r}: triton, csrc or reference")
+    if name == "csrc" and _extension() is None:
+        raise RuntimeError("backend csrc: the extension is not built; install with a C++ compiler and no DISTSEG_NO_EXT")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def raw_operators(device: torch.device) -> Any | None:
+    """The namespace of raw operators for tensors on `device`; None where eager torch serves."""
+    name = _name(device)
+    if name == "triton":
+        return importlib.import_module("distseg.kernels")
+    return torch.ops.distseg if name == "csrc" else None
+
+
+def _name(device: torch.device) -> str:
+    if _chosen is not None:
+        return _chosen
+    if device.type == "cuda" and torch.version.hip is None and _triton_is_there():
+        return "triton"
+    if device.type == "cpu" and _extension() is not None:
+        return "csrc"
+    return "reference"
+
+
+@cache
+def _triton_is_there() -> bool:
+    if importlib.util.find_spec("triton"):
+        return True
+    warnings.warn("distseg: triton is not installed; eager operators serve instead, slower", stacklevel=2)
+    return False
+
+
+@cache
+def _extension() -> ModuleType | None:
+    if os.environ.get("DISTSEG_NO_EXT") == "1":
+        why = "DISTSEG_NO_EXT=1"
+    else:
+        try:
+            extension = importlib.import_module("distseg._C")
+        except ImportError as error:
+            why = f"the extension is not built ({error})"
+        else:
+            _register_fake_kernels()
+            return extension
+    warnings.warn(f"distseg: {why}; eager operators serve the CPU instead, slower", stacklevel=2)
+    return None
+
+
+def _register_fake_kernels() -> None:
+    """Shapes and dtypes without data, for tracing."""
+
+    def acc_dtype(logits: Tensor) -> torch.dtype:
+        return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def map_of(logits: Tensor, masks: Tensor) -> Tensor:
+        return torch.empty(masks.shape, dtype=acc_dtype(logits), device=logits.device)
+
+    def sums_of(masks: Tensor) -> Tensor:
+        return torch.empty((masks.shape[0], 5), dtype=torch.float64, device=masks.device)
+
+    def vector_of(logits: Tensor) -> Tensor:
+        return torch.empty(logits.shape[0], dtype=acc_dtype(logits), device=logits.device)
+
+    def logits_or_nothing(logits: Tensor, wanted: bool) -> Tensor:
+        if not wanted:
+            return logits.new_empty(0)
+        last = logits.shape[1] > 1 and torch._prims_common.suggest_memory_format(logits) == torch.channels_last
+        return torch.empty_like(logits, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    @torch.library.register_fake("distseg::alignment")
+    def _(logits, tangents, masks, clamp):
+        return map_of(logits, masks), sums_of(masks)
+
+    @torch.library.register_fake("distseg::pixel_loss")
+    def _(logits, masks):
+        return map_of(logits, masks)
+
+    @torch.library.register_fake("distseg::weighted_loss")
+    def _(logits, masks, weights, scale, level, gradient):
+        return vector_of(logits), logits_or_nothing(logits, gradient)
+
+    @torch.library.register_fake("distseg::weighted_loss_double_backward")
+    def _(logits, masks, weights, scale, level, upstream, cotangent, for_logits):
+        return logits_or_nothing(logits, for_logits), map_of(logits, masks), vector_of(logits)
+
+    @torch.library.register_fake("distseg::positive_part")
+    def _(alignment, masks, cell):
+        return torch.empty(alignment.shape, dtype=alignment.dtype, device=alignment.device), sums_of(masks)
+
+    @torch.library.register_fake("distseg::normalise")
+    def _(positive, masks, scale, level):
+        return torch.empty(masks.shape, dtype=scale.dtype, device=masks.device)

@@ -1,0 +1,251 @@
+"""How autograd sees the raw operators: reverse mode, forward mode, and both of them twice.
+
+With r = softmax(z) − onehot(y) (σ(z) − y where C = 1) and H its Jacobian in z, four operators close under
+differentiation; W are the per-pixel weights w̃ = scale·w + level:
+
+    PixelLoss      ℓ(z)             d/dz = LossGradient with W the cotangent       jvp = Alignment
+    WeightedLoss   Σ W·ℓ(z)         d/dz = LossGradient, d/dw = PixelLoss          jvp = Σ W·Alignment + Σ ẇ·PixelLoss
+    LossGradient   up·W·r           d/dz, d/dw, d/dup = DoubleBackward             jvp = DoubleBackward + LossGradient
+    Alignment      U = ⟨r, t⟩       d/dt = LossGradient, d/dz = DoubleBackward     jvp raises
+
+The derivatives of DoubleBackward, the third of the loss, raise; so do those of the maps that are constants to autograd.
+Every tensor has the images first, so vmap folds its dimension into them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from distseg.ops.backends import raw_operators
+
+
+class _ImageFunction(Function):
+    """A Function whose tensors, arguments and results, all have the images as their first dimension."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *arguments):
+        def fold(value, dim):
+            if not isinstance(value, Tensor):
+                return value
+            value = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return value.flatten(0, 1)
+
+        results = cls.apply(*map(fold, arguments, in_dims))
+        if isinstance(results, Tensor):
+            return _unfold(results, info.batch_size), 0
+        return tuple(_unfold(result, info.batch_size) for result in results), (0,) * len(results)
+
+
+class PixelLoss(_ImageFunction):
+    """ℓ (B, H, W) from logits and masks."""
+
+    @staticmethod
+    def forward(logits, masks):
+        return raw_operators(logits.device).pixel_loss(logits, masks)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, masks = ctx.saved_tensors
+        return LossGradient.apply(logits, masks, upstream.contiguous(), *_as_they_are(upstream)), None
+
+    @staticmethod
+    def jvp(ctx, tangents, _):
+        logits, masks = ctx.saved_tensors
+        return Alignment.apply(logits, tangents, masks)
+
+
+class WeightedLoss(_ImageFunction):
+    """Σ w̃·ℓ of each image (B,), and the gradient in the logits that the same pass makes for the backward.
+
+    The gradient is empty unless asked for. It serves a first-order backward; one that is differentiated itself goes
+    through LossGradient.
+    """
+
+    @staticmethod
+    def forward(logits, masks, weights, scale, level, with_gradient):
+        return raw_operators(logits.device).weighted_loss(logits, masks, weights, scale, level, with_gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.with_gradient = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        logits, masks, weights, scale, level, gradient = ctx.saved_tensors
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            raise RuntimeError("weighted_loss is not differentiable in scale and level: detach them")
+        for_logits = for_weights = None
+        if upstream is not None and ctx.needs_input_grad[0]:
+            if torch.is_grad_enabled() or not ctx.with_gradient:
+                for_logits = LossGradient.apply(logits, masks, weights, scale, level, upstream)
+            else:
+                for_logits = _times_upstream(gradient, upstream)
+        if upstream is not None and ctx.needs_input_grad[2]:
+            for_weights = (upstream * scale)[:, None, None] * PixelLoss.apply(logits, masks)
+        return for_logits, None, for_weights, None, None, None
+
+    @staticmethod
+    def jvp(ctx, logits_t, _, weights_t, scale_t, level_t, __):
+        logits, masks, weights, scale, level = ctx.saved_tensors
+        if scale_t is not None or level_t is not None:
+            raise RuntimeError("weighted_loss is not differentiable in scale and level: detach them")
+        change = torch.zeros_like(scale)
+        if logits_t is not None:
+            change = change + (_weights(weights, scale, level) * Alignment.apply(logits, logits_t, masks)).sum((1, 2))
+        if weights_t is not None:
+            change = change + scale * (weights_t * PixelLoss.apply(logits, masks)).sum((1, 2))
+        return change, None
+
+
+class LossGradient(_ImageFunction):
+    """upstream·w̃·r (B, C, H, W): the gradient of Σ upstream·w̃·ℓ in the logits."""
+
+    @staticmethod
+    def forward(logits, masks, weights, scale, level, upstream):
+        operators = raw_operators(logits.device)
+        return operators.weighted_loss(logits, masks, weights, scale * upstream, level * upstream, True)[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        if cotangent is None:
+            return (None,) * 6
+        in_logits, _, in_weights, *_, in_upstream = ctx.needs_input_grad
+        for_logits, for_weights, for_upstream = DoubleBackward.apply(*ctx.saved_tensors, cotangent, in_logits)
+        return (
+            for_logits if in_logits else None,
+            None,
+            for_weights if in_weights else None,
+            None,
+            None,
+            for_upstream if in_upstream else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, logits_t, _, weights_t, __, ___, upstream_t):
+        logits, masks, weights, scale, level, upstream = ctx.saved_tensors
+        change = torch.zeros_like(logits)
+        if logits_t is not None:
+            change = change + DoubleBackward.apply(logits, masks, weights, scale, level, upstream, logits_t, True)[0]
+        moved = torch.zeros(masks.shape, dtype=scale.dtype, device=scale.device)
+        if weights_t is not None:
+            moved = moved + (upstream * scale)[:, None, None] * weights_t
+        if upstream_t is not None:
+            moved = moved + upstream_t[:, None, None] * _weights(weights, scale, level)
+        return change + LossGradient.apply(logits, masks, moved, *_as_they_are(moved))
+
+
+class Alignment(_ImageFunction):
+    """U = ⟨r, t⟩ (B, H, W) from logits, tangents and masks."""
+
+    @staticmethod
+    def forward(logits, tangents, masks):
+        return raw_operators(logits.device).alignment(logits, tangents, masks, False)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, tangents, masks = ctx.saved_tensors
+        weights = (upstream.contiguous(), *_as_they_are(upstream))
+        for_logits = for_tangents = None
+        if ctx.needs_input_grad[0]:
+            for_logits = DoubleBackward.apply(logits, masks, *weights, tangents, True)[0]
+        if ctx.needs_input_grad[1]:
+            for_tangents = LossGradient.apply(logits, masks, *weights)
+        return for_logits, for_tangents, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("alignment has no forward mode: it is a derivative already")
+
+
+class DoubleBackward(_ImageFunction):
+    """Cotangents of logits, weights and upstream for a cotangent of LossGradient."""
+
+    @staticmethod
+    def forward(logits, masks, weights, scale, level, upstream, cotangent, for_logits):
+        operators = raw_operators(logits.device)
+        return operators.weighted_loss_double_backward(
+            logits, masks, weights, scale, level, upstream, cotangent.to(logits.dtype), for_logits
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError("the loss is differentiable twice, not three times")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("the loss is differentiable twice, not three times")
+
+
+class Constant(_ImageFunction):
+    """A raw operator by name whose results are constants to autograd: differentiating them raises."""
+
+    @staticmethod
+    def forward(name, device, *arguments):
+        return getattr(raw_operators(device), name)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError(f"{ctx.name} is a constant to autograd: detach its arguments")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f"{ctx.name} is a constant to autograd: detach its arguments")
+
+
+def _weights(positive: Tensor | None, scale: Tensor, level: Tensor) -> Tensor:
+    """w̃ without looking at the masks: for a product with a map that is 0 at ignored pixels."""
+    weights = level[:, None, None]
+    return weights if positive is None else scale[:, None, None] * positive + weights
+
+
+def _as_they_are(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """scale, level and upstream under which a map of weights stands for itself."""
+    ones = torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
+    return ones, torch.zeros_like(ones), ones
+
+
+def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return gradient if _is_one(upstream) else gradient * upstream[:, None, None, None].to(gradient.dtype)
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether nothing multiplied the loss: the CPU can look, a GPU would have to be waited for."""
+    if upstream.device.type != "cpu":
+        return False
+    try:
+        return bool((upstream == 1).all())
+    except RuntimeError:  # under vmap it is many numbers
+        return False
+
+
+def _unfold(result: Any, size: int) -> Tensor:
+    return result.reshape(size, result.shape[0] // size, *result.shape[1:])
