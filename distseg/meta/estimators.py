@@ -55,8 +55,14 @@ def clean_gradient(
 
 def forward(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
     """U by one forward-mode pass: the Jacobian-vector product of the logits along g, then Σ_c ∂ℓ/∂z_c · ż_c. Exact."""
-    logits, tangents = torch.func.jvp(lambda theta: network(theta, images), (parameters,), (gradient,))
-    return alignment(logits, tangents, masks)
+    return alignment(*logits_along(network, parameters, gradient, images), masks)
+
+
+def logits_along(
+    network: Network, parameters: Parameters, gradient: Parameters, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """z and ż (B, C, H, W): the logits, and their Jacobian-vector product along g."""
+    return torch.func.jvp(lambda theta: network(theta, images), (parameters,), (gradient,))
 
 
 def reverse(
@@ -109,7 +115,8 @@ def norm(tensors: Parameters) -> Tensor:
 def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> list[Tensor]:
     """The gradient of the loss summed over the valid pixels, parameter by parameter, and then the number of pixels."""
     with torch.enable_grad():
-        loss = pixel_loss(network(leaves, images), masks).sum()
+        every_pixel = torch.ones(len(masks), device=masks.device)
+        loss = weighted_loss(network(leaves, images), masks, level=every_pixel)
     # A parameter that the network does not use has gradient 0.
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return [*gradients, valid_pixels(masks).sum().to(gradients[0].dtype)]

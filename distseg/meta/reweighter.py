@@ -9,7 +9,15 @@ from torch.func import functional_call
 
 from distseg.meta import estimators
 from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, one_process
-from distseg.meta.weights import Diagnostics, WeightRule, weight_maps
+from distseg.meta.weights import (
+    Cells,
+    Diagnostics,
+    WeightMap,
+    WeightRule,
+    auroc,
+    detection_histogram,
+    weight_maps,
+)
 
 
 def stateless(module: nn.Module) -> Network:
@@ -89,14 +97,14 @@ class PixelReweighter:
         """
         truths = None if true_masks is None else [true_masks]
         [weights] = self.weigh([(images, masks)], [(clean_images, clean_masks)], truths)
-        return weights
+        return weights.full(masks)
 
     def weigh(
         self,
         noisy: Sequence[LabelledImages],
         clean: Sequence[LabelledImages],
         true_masks: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
+    ) -> list[WeightMap]:
         """Weight maps of a step's noisy micro-batches, with g from all its clean ones: the same as one large batch."""
         for images, masks in (*noisy, *clean):
             _check(images, masks)
@@ -104,15 +112,27 @@ class PixelReweighter:
         # Contiguous, because group normalisation has no forward mode for channels-last features (torch 2.13).
         parameters = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
         gradient = estimators.clean_gradient(network, parameters, clean, self.sum_over_ranks)
-        alignments = [self.estimate(network, parameters, gradient, images, masks) for images, masks in noisy]
+        masks = [labels for _, labels in noisy]
+
+        # U itself is needed for patches and for AUROC; else forward mode goes from logits to W⁺ in one pass.
+        in_one_pass = self.estimate is estimators.forward and true_masks is None
+        if in_one_pass and not self.rule.granularity.startswith("patch"):
+            cells = [
+                Cells.of_tangents(
+                    *estimators.logits_along(network, parameters, gradient, images), y, self.rule.granularity
+                )
+                for images, y in noisy
+            ]
+        else:
+            alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
+            cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in zip(alignments, masks, strict=True)]
+
         weights, self.diagnostics = weight_maps(
-            [u.detach() for u in alignments],
-            [masks for _, masks in noisy],
-            estimators.norm(gradient),
-            self.rule,
-            self.sum_over_ranks,
-            true_masks,
+            cells, masks, estimators.norm(gradient), self.rule, self.sum_over_ranks, true_masks
         )
+        if true_masks is not None:
+            histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
+            self.diagnostics["auroc"] = auroc(histogram)
         return weights
 
 

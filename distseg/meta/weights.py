@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distseg.meta.estimators import SumOverRanks
-from distseg.ops import valid_pixels
+from distseg.ops import normalise, positive_alignment, positive_part, valid_pixels
 
 GRADIENT_FLOOR = 1e-12
 """A clean gradient of a smaller norm has no direction to speak of: the map counts as zero."""
@@ -40,87 +40,124 @@ class WeightRule:
             raise ValueError(f"on_zero {self.on_zero!r}: skip or uniform")
 
 
-def positive_part(alignment_BHW: Tensor, masks_BHW: Tensor, granularity: str) -> Tensor:
-    """W⁺ (B, H, W): U summed over the valid pixels of each cell, clamped at 0, and spread evenly over them."""
-    valid = valid_pixels(masks_BHW)
-    aligned = torch.where(valid, alignment_BHW, 0.0)
-    if granularity == "pixel":
-        return aligned.clamp(min=0)
-    height, width = aligned.shape[-2:]
-    if granularity == "image":
-        cell = (height, width)
-    else:
-        side = int(granularity.removeprefix("patch(").removesuffix(")"))
-        cell = (min(side, height), min(side, width))
+class WeightMap(NamedTuple):
+    """The weights of one micro-batch as pass 1 leaves them: W = scale·positive + level at valid pixels, 0 elsewhere.
 
-    def cell_sums(maps_BHW: Tensor) -> Tensor:
-        return F.avg_pool2d(maps_BHW[:, None], cell, ceil_mode=True, divisor_override=1)[:, 0]
+    positive (B, H, W) W⁺ before normalisation, or None for a map that `level` alone describes; scale, level (B,). All
+    normalisers act on the two vectors, so that no step writes the normalised map: `weighted_loss(logits, masks, *map)`.
+    """
 
-    share = cell_sums(aligned).clamp(min=0) / cell_sums(valid.to(aligned.dtype)).clamp(min=1)
-    spread = share.repeat_interleave(cell[0], 1).repeat_interleave(cell[1], 2)[:, :height, :width]
-    return torch.where(valid, spread, 0.0)
+    positive: Tensor | None
+    scale: Tensor
+    level: Tensor
+
+    def full(self, masks: Tensor) -> Tensor:
+        """W itself, (B, H, W)."""
+        return normalise(self.positive, masks, self.scale, self.level)
+
+    def times(self, factor: float) -> "WeightMap":
+        return WeightMap(self.positive, self.scale * factor, self.level * factor)
+
+
+class Cells(NamedTuple):
+    """W⁺ of one micro-batch and what is known of each image: sums (B, 5) of distseg.ops.positive_part."""
+
+    positive: Tensor | None
+    sums: Tensor
+
+    @classmethod
+    def of_alignment(cls, alignment_BHW: Tensor, masks_BHW: Tensor, granularity: str) -> "Cells":
+        """U summed over the valid pixels of each cell, clamped at 0, and spread evenly over them."""
+        if granularity.startswith("patch"):
+            cell = int(granularity.removeprefix("patch(").removesuffix(")"))
+            return cls(*positive_part(alignment_BHW, masks_BHW, cell))
+        positive, sums = positive_part(alignment_BHW, masks_BHW)
+        return cls(None if granularity == "image" else positive, sums)
+
+    @classmethod
+    def of_tangents(cls, logits: Tensor, tangents: Tensor, masks: Tensor, granularity: str) -> "Cells":
+        """The same in one pass over logits and tangents, for granularity `pixel` and `image`."""
+        positive, sums = positive_alignment(logits, tangents, masks)
+        return cls(None if granularity == "image" else positive, sums)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """scale and level (B,), float64, before normalisation: an image that is one cell has its share as a level."""
+        aligned, _, _, valid, _ = self.sums.unbind(1)
+        if self.positive is None:
+            return torch.zeros_like(aligned), aligned.clamp(min=0) / valid.clamp(min=1)
+        return torch.ones_like(aligned), torch.zeros_like(aligned)
 
 
 def weight_maps(
-    alignments: Sequence[Tensor],
+    cells: Sequence[Cells],
     masks: Sequence[Tensor],
     gradient_norm: Tensor,
     rule: WeightRule,
     sum_over_ranks: SumOverRanks,
     true_masks: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], Diagnostics]:
-    """The weight maps of a step's noisy micro-batches, each (B, H, W), and 0-dim diagnostics of the global batch.
+) -> tuple[list[WeightMap], Diagnostics]:
+    """The weight maps of a step's noisy micro-batches and 0-dim diagnostics of the global batch.
 
     One reduction of eight numbers over the ranks; nothing leaves the device. Diagnostics: gradient_norm;
     effective_fraction 1 / (N ΣW²); zero_fraction of the N valid pixels; zero_maps, how often the policy acted; and
-    with `true_masks` noise_rate, wrong_mass (the share of the weight on wrongly labelled pixels) and `auroc`.
+    with `true_masks` noise_rate and wrong_mass, the share of the weight on wrongly labelled pixels.
     """
+    dtype = gradient_norm.dtype
     # Without a direction U is noise. A NaN norm is not below the floor: it passes on, and shows in the loss.
     flat = gradient_norm <= GRADIENT_FLOOR
-    positive = [
-        positive_part(torch.where(flat, 0.0, u), m, rule.granularity) for u, m in zip(alignments, masks, strict=True)
-    ]
-    zero_images: Sequence[Tensor | None] = [None] * len(masks)
-    if rule.normalise == "image":
-        positive, zero_images = zip(
-            *(_normalise_images(w, m, rule.on_zero) for w, m in zip(positive, masks, strict=True)), strict=True
-        )
-
-    truths: Sequence[Tensor | None] = true_masks or [None] * len(masks)
-    local = sum(_sums(*columns) for columns in zip(positive, masks, truths, zero_images, strict=True))
-    mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = sum_over_ranks(local).unbind()
-    nothing = mass <= 0
     uniform = rule.on_zero == "uniform"
+    truths: Sequence[Tensor | None] = true_masks or [None] * len(masks)
+
+    shapes, numbers = [], []
+    for own, labels, truth in zip(cells, masks, truths, strict=True):
+        scale, level = (torch.where(flat, 0.0, vector) for vector in own.affine())
+        zero_images = torch.zeros_like(scale)
+        if rule.normalise == "image":
+            scale, level, zero_images = _normalise_images(own.sums, scale, level, uniform)
+        shapes.append((own.positive, scale, level))
+        numbers.append(_sums(own, scale, level, zero_images, labels, truth))
+    mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = sum_over_ranks(sum(numbers)).unbind()
+    nothing = mass <= 0
 
     if rule.normalise == "image":
-        weights = [w / images.to(w.dtype) for w in positive]
+        divisor, fallback = images, torch.zeros_like(mass)
     else:
-        zero_maps = nothing
-        level = (1 / count.clamp(min=1)) if uniform else torch.zeros_like(count)
-        weights = [
-            torch.where(nothing, valid_pixels(m) * level.to(w.dtype), w / torch.where(nothing, 1.0, mass).to(w.dtype))
-            for w, m in zip(positive, masks, strict=True)
-        ]
+        zero_maps = nothing.double()
+        divisor = torch.where(nothing, 1.0, mass)
+        fallback = torch.where(nothing, 1 / count.clamp(min=1), 0.0) if uniform else torch.zeros_like(mass)
+    maps = [
+        WeightMap(positive, (scale / divisor).to(dtype), (level / divisor + fallback).to(dtype))
+        for positive, scale, level in shapes
+    ]
 
     diagnostics = {
         "gradient_norm": gradient_norm,
         "effective_fraction": torch.where(nothing, float(uniform), mass.square() / (count * squares)),
         "zero_fraction": torch.where(nothing, float(not uniform), zeros / count),
-        "zero_maps": zero_maps.double(),
+        "zero_maps": zero_maps,
     }
     if true_masks is not None:
         noise_rate = wrong_count / count
         wrong_mass = torch.where(nothing, noise_rate if uniform else 0.0, wrong_mass / mass)
         diagnostics |= {"noise_rate": noise_rate, "wrong_mass": wrong_mass}
-        diagnostics["auroc"] = auroc(sum_over_ranks(detection_histogram(alignments, masks, true_masks)))
-    return weights, diagnostics
+    return maps, diagnostics
 
 
-def uniform_weights(masks: Sequence[Tensor], sum_over_ranks: SumOverRanks, dtype: torch.dtype) -> list[Tensor]:
+def uniform_weights(masks: Sequence[Tensor], sum_over_ranks: SumOverRanks, dtype: torch.dtype) -> list[WeightMap]:
     """1/N on each of the N valid pixels of the global batch: the plain mean loss, written as weight maps."""
-    valid = [valid_pixels(m) for m in masks]
-    count = sum_over_ranks(sum(v.sum() for v in valid))
-    return [v / count.clamp(min=1).to(dtype) for v in valid]
+    count = sum_over_ranks(sum(valid_pixels(m).sum() for m in masks)).clamp(min=1).to(dtype)
+    return [WeightMap(None, count.new_zeros(len(m)), (1 / count).expand(len(m))) for m in masks]
+
+
+def joined(maps: Sequence[WeightMap], masks: Sequence[Tensor]) -> WeightMap:
+    """The weight map of several micro-batches as one."""
+    scale, level = torch.cat([m.scale for m in maps]), torch.cat([m.level for m in maps])
+    if all(m.positive is None for m in maps):
+        return WeightMap(None, scale, level)
+    positive = [
+        scale.new_zeros(y.shape) if m.positive is None else m.positive for m, y in zip(maps, masks, strict=True)
+    ]
+    return WeightMap(torch.cat(positive), scale, level)
 
 
 def detection_histogram(
@@ -147,26 +184,36 @@ def auroc(histogram: Tensor) -> Tensor:
     return (wrong * (above + 0.5 * right)).sum() / (right.sum() * wrong.sum())
 
 
-def _normalise_images(positive_BHW: Tensor, masks_BHW: Tensor, on_zero: str) -> tuple[Tensor, Tensor]:
-    """Every image's map scaled to sum 1, the policy applied where it cannot be; and the number of those images."""
-    valid = valid_pixels(masks_BHW).to(positive_BHW.dtype)
-    total, count = positive_BHW.sum((1, 2), keepdim=True), valid.sum((1, 2), keepdim=True)
+def _normalise_images(sums: Tensor, scale: Tensor, level: Tensor, uniform: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """scale and level with which every image sums to 1, the policy where none can; and which images those are."""
+    total, _, count = _moments(sums, scale, level)
     nothing = (total <= 0) & (count > 0)
-    fallback = valid / count.clamp(min=1) if on_zero == "uniform" else torch.zeros_like(positive_BHW)
-    return torch.where(nothing, fallback, positive_BHW / torch.where(total <= 0, 1.0, total)), nothing.sum()
+    divisor = torch.where(total <= 0, 1.0, total)
+    fallback = torch.where(nothing, 1 / count.clamp(min=1), 0.0) if uniform else torch.zeros_like(total)
+    return scale / divisor, level / divisor + fallback, nothing.double()
 
 
-def _sums(positive: Tensor, masks: Tensor, true_masks: Tensor | None, zero_images: Tensor | None) -> Tensor:
-    valid = valid_pixels(masks)
-    wrong = torch.zeros_like(valid) if true_masks is None else valid & valid_pixels(true_masks) & (masks != true_masks)
-    numbers = (
-        positive.sum(dtype=torch.float64),
-        torch.linalg.vector_norm(positive, dtype=torch.float64).square(),
-        valid.sum(),
-        (valid & (positive == 0)).sum(),
-        positive.new_full((), len(positive)),
-        positive.new_zeros(()) if zero_images is None else zero_images,
-        (positive * wrong).sum(dtype=torch.float64),
-        wrong.sum(),
+def _moments(sums: Tensor, scale: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ΣW, ΣW² and the number of valid pixels of each image, for W = scale·W⁺ + level."""
+    _, mass, squares, count, _ = sums.unbind(1)
+    return (
+        scale * mass + level * count,
+        scale.square() * squares + 2 * scale * level * mass + level.square() * count,
+        count,
     )
-    return torch.stack([number.double() for number in numbers])
+
+
+def _sums(
+    cells: Cells, scale: Tensor, level: Tensor, zero_images: Tensor, masks: Tensor, true_masks: Tensor | None
+) -> Tensor:
+    mass, squares, count = _moments(cells.sums, scale, level)
+    zeros = torch.where(level > 0, 0.0, torch.where(scale > 0, cells.sums[:, 4], count))
+    wrong_mass = wrong_count = torch.zeros_like(mass)
+    if true_masks is not None:
+        wrong = valid_pixels(masks) & valid_pixels(true_masks) & (masks != true_masks)
+        dtype = scale.dtype if cells.positive is None else cells.positive.dtype
+        weights = normalise(cells.positive, masks, scale.to(dtype), level.to(dtype))
+        wrong_mass, wrong_count = (weights * wrong).sum((1, 2), dtype=torch.float64), wrong.sum((1, 2))
+    numbers = (mass, squares, count, zeros, torch.ones_like(mass), zero_images, wrong_mass, wrong_count)
+    return torch.stack([number.sum().double() for number in numbers])
+

@@ -84,6 +84,7 @@ def positive_part(aligned: Tensor, masks: Tensor, cell: int = 1) -> tuple[Tensor
 
 def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tensor) -> Tensor:
     """The weight map W = scale·W⁺ + level at valid pixels, (B, H, W); scale, level (B,). Constant to autograd."""
+    masks = _class_ids(masks)
     if raw_operators(masks.device) is None:
         return reference.normalise(positive, masks, scale, level)
     return functions.Constant.apply("normalise", masks.device, positive, masks, scale, level)
@@ -93,6 +94,10 @@ def _labels(logits: Tensor, masks: Tensor) -> Tensor:
     if logits.ndim != 4 or masks.shape != (logits.shape[0], *logits.shape[2:]):
         shapes = f"logits {tuple(logits.shape)} and masks {tuple(masks.shape)}"
         raise ValueError(f"{shapes}: need (B, C, H, W) and (B, H, W)")
+    return _class_ids(masks)
+
+
+def _class_ids(masks: Tensor) -> Tensor:
     if masks.is_floating_point() or masks.dtype == torch.bool:
         raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")
     return masks if masks.dtype in (torch.uint8, torch.int64) else masks.long()

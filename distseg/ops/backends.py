@@ -37,7 +37,7 @@ def using(name: str) -> Iterator[None]:
     if name not in ("triton", "csrc", "reference"):
         raise ValueError(f"backend {name!r}: triton, csrc or reference")
     if name == "csrc" and _extension() is None:
-        raise RuntimeError("backend csrc: the extension is not built; install with a C++ compiler and no DISTSEG_NO_EXT")
+        raise RuntimeError("backend csrc: not built; install with a C++ compiler and without DISTSEG_NO_EXT")
     before, _chosen = _chosen, name
     try:
         yield

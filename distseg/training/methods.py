@@ -17,22 +17,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from distseg.config.schema import Config
 from distseg.data.manifest import Sample
 from distseg.data.streams import Batch, Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import SumOverRanks
-from distseg.meta.weights import Diagnostics, uniform_weights
+from distseg.meta.weights import Diagnostics, WeightMap, joined, uniform_weights
 
 
 @dataclass(frozen=True)
 class WeightedBatch:
-    """One rank's micro-batch and its (B, H, W) weights; the weights of a step sum to 1 over micro-batches and ranks."""
+    """One rank's micro-batch and its weight map; the weights of a step sum to 1 over micro-batches and ranks."""
 
     batch: Batch
-    weights: Tensor
+    weights: WeightMap
 
 
 class Method(Protocol):
@@ -122,9 +121,13 @@ class Reweighted:
             [b.true_masks for b in noisy] if diagnose else None,
         )
         if self.include_clean:
-            clean_weights = uniform_weights([b.masks for b in clean], self.sum_over_ranks, weights[0].dtype)
-            weights = [0.5 * torch.cat(pair) for pair in zip(weights, clean_weights, strict=True)]
-            noisy = [_join(pair) for pair in zip(noisy, clean, strict=True)]
+            clean_weights = uniform_weights([b.masks for b in clean], self.sum_over_ranks, weights[0].scale.dtype)
+            pairs = list(zip(noisy, clean, strict=True))
+            weights = [
+                joined(maps, [batch.masks for batch in pair]).times(0.5)
+                for maps, pair in zip(zip(weights, clean_weights, strict=True), pairs, strict=True)
+            ]
+            noisy = [_join(pair) for pair in pairs]
         return [WeightedBatch(b, w) for b, w in zip(noisy, weights, strict=True)], self.reweighter.diagnostics
 
 

@@ -204,7 +204,8 @@ class Trainer:
         logits = self.model(batch.images).float()
         self.model.train()
         foreground = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
-        return panel(batch.pictures, batch.masks, batch.true_masks, weighted.weights, foreground, caption)
+        weights = weighted.weights.full(batch.masks)
+        return panel(batch.pictures, batch.masks, batch.true_masks, weights, foreground, caption)
 
     def rehearse(self) -> str:
         """One real step and nothing kept: what a run with this config would do."""
@@ -278,12 +279,13 @@ def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int
     total = torch.zeros((), device=engine.device)
     for weighted in batches:
         logits = engine(weighted.batch.images)
-        loss = weighted_loss(logits.float(), weighted.batch.masks, weighted.weights)
-        # The engine averages gradients over ranks; the weights already sum to 1 over ranks and micro-batches.
-        engine.backward(loss * world_size, scale_wrt_gas=False)
+        # The engine averages gradients over ranks; the weights already sum to 1 over ranks and micro-batches. The
+        # factor goes into the weights, which spares the gradient of the loss a pass.
+        loss = weighted_loss(logits.float(), weighted.batch.masks, *weighted.weights.times(world_size))
+        engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
-    return total
+    return total / world_size
 
 
 def earlier_result(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:

@@ -94,7 +94,8 @@ def weigh_in_float64(runtime, accumulations: tuple[int, ...]) -> dict[str, torch
             model = make_model(torch.float64)
             reweighter = PixelReweighter(model, estimator=estimator, sum_over_ranks=sum_over_ranks)
             noisy, clean = (micro_batches(p, runtime, accumulation) for p in global_batches(0, torch.float64))
-            parts = reweighter.weigh(noisy, clean)
+            weights = reweighter.weigh(noisy, clean)
+            parts = [w.full(masks) for w, (_, masks) in zip(weights, noisy, strict=True)]
             out[f"{estimator}.{accumulation}"] = assemble(parts, runtime, accumulation)
     return out
 

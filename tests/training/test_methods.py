@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distseg.config.schema import Config
 from distseg.data.manifest import Sample, read_samples, split_clean
@@ -12,7 +12,7 @@ from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
-from distseg.training.methods import Method, build_method
+from distseg.training.methods import Method, WeightedBatch, build_method
 
 STEPS = 10
 
@@ -62,9 +62,14 @@ def test_weights_are_a_mean_over_the_micro_batches(build, name: str) -> None:
     method, *_ = build(name)
     batches, _ = method.draw(0, diagnose=False)
     assert len(batches) == 2
-    assert all(b.weights.shape == b.batch.masks.shape == (4, 16, 16) for b in batches)
-    assert all((b.weights >= 0).all() for b in batches)
-    assert sum(b.weights.sum().item() for b in batches) == pytest.approx(1, abs=1e-5)
+    maps = [full(b) for b in batches]
+    assert all(b.batch.masks.shape == (4, 16, 16) for b in batches)
+    assert all((weights >= 0).all() for weights in maps)
+    assert sum(weights.sum().item() for weights in maps) == pytest.approx(1, abs=1e-5)
+
+
+def full(weighted: WeightedBatch) -> Tensor:
+    return weighted.weights.full(weighted.batch.masks)
 
 
 def test_each_method_draws_from_its_streams(build) -> None:
@@ -90,16 +95,16 @@ def test_finetune_turns_to_the_clean_images_for_the_last_part(build) -> None:
 def test_image_reweight_gives_an_image_one_weight(build) -> None:
     method, *_ = build("image_reweight")
     for weighted in method.draw(0, diagnose=False)[0]:
-        assert all(w.unique().numel() == 1 for w in weighted.weights)
+        assert all(w.unique().numel() == 1 for w in full(weighted))
 
 
 def test_include_clean_takes_half_the_weight(build) -> None:
     method, noisy, clean = build("pixel_reweight", include_clean=True)
     batches, diagnostics = method.draw(0, diagnose=True)
     for weighted in batches:
-        assert weighted.weights.shape == (4 + 3, 16, 16)
+        assert full(weighted).shape == (4 + 3, 16, 16)
         assert set(weighted.batch.ids[:4]) <= noisy and set(weighted.batch.ids[4:]) <= clean
-        assert weighted.weights[4:].unique().numel() == 1
-    assert sum(b.weights[:4].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
-    assert sum(b.weights[4:].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
+        assert full(weighted)[4:].unique().numel() == 1
+    assert sum(full(b)[:4].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
+    assert sum(full(b)[4:].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
     assert {"gradient_norm", "wrong_mass", "auroc"} <= diagnostics.keys()
