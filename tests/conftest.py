@@ -1,15 +1,21 @@
 """What several rooms' tests share: a small data set, and entry points run as a user runs them."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from distseg.testing.dermoscopy import write_dataset
 from distseg.testing.launcher import train_command, train_environment
 
 ROOT = Path(__file__).parents[1]
+
+# Triton decides when a kernel is defined: in its interpreter the kernels run on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

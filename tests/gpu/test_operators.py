@@ -1,0 +1,50 @@
+"""The operators' matrix on a GPU, and that no step waits for it."""
+
+import pytest
+import torch
+
+from distseg import PixelReweighter, ops, weighted_loss
+from distseg.testing.operator_cases import CASES, Case, check
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_agrees_with_float64_eager_torch(case: Case) -> None:
+    assert ops.backend("cuda") == "triton"
+    check(case, "cuda")
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """2³¹ logits and more: 129 images of 4096² pixels in float16."""
+    shape = (129, 1, 4096, 4096)
+    logits = torch.zeros(shape, dtype=torch.float16, device="cuda")
+    masks = torch.zeros(shape[0], *shape[2:], dtype=torch.uint8, device="cuda")
+    logits[-1, 0, -1, -1] = 10
+    masks[-1, -1, -1] = 1
+    losses = ops.pixel_loss(logits, masks)
+    assert losses[-1, -1, -1].item() == pytest.approx(4.54e-5, rel=1e-3)
+    assert losses[-1, -1, -2].item() == pytest.approx(0.6931, rel=1e-3)
+    loss = weighted_loss(logits, masks, level=torch.ones(shape[0], device="cuda"))
+    assert loss.item() == pytest.approx(0.693147 * (losses.numel() - 1), rel=1e-3)
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    model = torch.nn.Conv2d(3, 1, 3, padding=1).cuda()
+    images = torch.rand(4, 3, 32, 32, device="cuda")
+    masks = (images[:, 0] > 0.5).to(torch.uint8)
+    reweighter = PixelReweighter(model)
+
+    def step() -> None:
+        weighted_loss(model(images), masks, reweighter(images, masks, images, masks)).backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
