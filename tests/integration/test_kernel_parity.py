@@ -12,7 +12,7 @@ STEPS = 50
 def losses(backend: str, granularity: str, classes: int) -> list[float]:
     """Of a small network that learns, by weighted steps, to tell bright from dark under masks with a wrong quarter.
 
-    It is smooth and learns slowly: where one rounding decides a ReLU, or a step overshoots, two eager runs part ways too.
+    It is smooth and learns slowly: where one rounding decides a ReLU, or a step overshoots, two eager runs part ways.
     """
     torch.manual_seed(0)
     model = nn.Sequential(
