@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "distseg").rglob("*.py")) + sorted((ROOT / "launch").glob("*.py"))
 
 # Lower layers may not import higher ones; rooms of one layer may import each other unless FORBIDDEN says otherwise.
-LAYERS = ["ops", "meta", "training"]
+LAYERS = ["kernels", "ops", "meta", "training"]
 BESIDE = ("config", "data", "distributed", "evaluation", "models", "optim", "tracking")
 FORBIDDEN = {room: {"meta", "training"} for room in BESIDE}
 ONE_IMPORTER = {
@@ -57,6 +57,11 @@ def test_a_heavy_dependency_has_one_importer(package: str) -> None:
         str(path.relative_to(ROOT)) for path in SOURCES if any(n.split(".")[0] == package for n in imports_of(path))
     ]
     assert importers == [ONE_IMPORTER[package]]
+
+
+def test_only_the_kernels_import_triton() -> None:
+    importers = {path.parent for path in SOURCES if any(n.split(".")[0] == "triton" for n in imports_of(path))}
+    assert importers == {ROOT / "distseg" / "kernels"}
 
 
 def test_import_distseg_is_light_and_asks_no_device() -> None:

@@ -87,10 +87,11 @@ class WeightedLoss(_ImageFunction):
             raise RuntimeError("weighted_loss is not differentiable in scale and level: detach them")
         for_logits = for_weights = None
         if upstream is not None and ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled() or not ctx.with_gradient:
-                for_logits = LossGradient.apply(logits, masks, weights, scale, level, upstream)
-            else:
+            if ctx.with_gradient and not torch.is_grad_enabled():
                 for_logits = _times_upstream(gradient, upstream)
+                ctx.with_gradient = not upstream.is_cuda  # there it was scaled in place, and is now somebody else's
+            else:
+                for_logits = LossGradient.apply(logits, masks, weights, scale, level, upstream)
         if upstream is not None and ctx.needs_input_grad[2]:
             for_weights = (upstream * scale)[:, None, None] * PixelLoss.apply(logits, masks)
         return for_logits, None, for_weights, None, None, None
@@ -234,13 +235,13 @@ def _as_they_are(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.is_cuda:
+        return raw_operators(upstream.device).rescale_(gradient, upstream)
     return gradient if _is_one(upstream) else gradient * upstream[:, None, None, None].to(gradient.dtype)
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Whether nothing multiplied the loss: the CPU can look, a GPU would have to be waited for."""
-    if upstream.device.type != "cpu":
-        return False
+    """Whether nothing multiplied the loss: the CPU can look."""
     try:
         return bool((upstream == 1).all())
     except RuntimeError:  # under vmap it is many numbers
