@@ -15,16 +15,14 @@ gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_), so that it shows what
 import argparse
 import json
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import describe_machine, take_turns
 
 from distseg.meta import PixelReweighter
 from distseg.models import UNet
@@ -66,17 +64,7 @@ def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], No
 def measure_times(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each contender in each round."""
     steps = {contender: build_step(contender, arguments) for contender in PASSES}
-    seconds: dict[str, list[float]] = {contender: [] for contender in PASSES}
-    order = random.Random(0)
-    for round_number in range(arguments.rounds + 1):
-        for contender in order.sample(list(PASSES), len(PASSES)):
-            synchronise(arguments.device)
-            started = time.perf_counter()
-            steps[contender]()
-            synchronise(arguments.device)
-            if round_number:  # the first round warms up
-                seconds[contender].append(time.perf_counter() - started)
-    return seconds
+    return take_turns(steps, arguments.rounds, arguments.device)
 
 
 def measure_peak(contender: str, arguments: argparse.Namespace) -> int:
@@ -106,11 +94,6 @@ def measure_peak_apart(contender: str, options: list[str]) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def report(arguments: argparse.Namespace, options: list[str]) -> dict:
     seconds = measure_times(arguments)
     peaks = {contender: measure_peak_apart(contender, options) for contender in PASSES}
@@ -127,16 +110,6 @@ def report(arguments: argparse.Namespace, options: list[str]) -> dict:
             "memory_ratio": peaks[contender] / peaks["plain"],
         }
     return {"setting": vars(arguments) | {"json": None}, "machine": describe_machine(arguments.device), "rows": rows}
-
-
-def describe_machine(device: str) -> dict[str, str | int]:
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else platform.processor()
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, "threads": torch.get_num_threads(), **versions, "date": time.strftime("%Y-%m-%d")}
 
 
 def show(result: dict) -> str:
