@@ -125,17 +125,18 @@ struct Layout {
 // Labels of pixels [first, first + n) as numbers; lanes beyond them are ignored pixels. False if one is no class id.
 template <typename acc_t>
 bool read_labels(const void* y, bool byte_labels, int64_t offset, int64_t n, int64_t classes, acc_t* labels) {
-  int bad = 0;
-  const auto read = [&](const auto* from) {
+  const auto read = [&](const auto* from, auto limit) {  // in the labels' own type, so that many fit a vector
+    decltype(limit) bad = 0;
     for (int64_t i = 0; i < n; ++i) {
       const auto label = from[i];
-      bad |= ((label < 0) | (label >= classes)) & (label != kIgnore);
+      bad |= ((label < 0) | (label >= limit)) & (label != kIgnore);
       labels[i] = static_cast<acc_t>(static_cast<int32_t>(label));
     }
+    return bad == 0;
   };
-  byte_labels ? read(static_cast<const uint8_t*>(y) + offset) : read(static_cast<const int64_t*>(y) + offset);
   std::fill(labels + n, labels + (n + kLanes - 1) / kLanes * kLanes, static_cast<acc_t>(kIgnore));
-  return !bad;
+  if (byte_labels) return read(static_cast<const uint8_t*>(y) + offset, static_cast<uint8_t>(std::min(classes, kIgnore)));
+  return read(static_cast<const int64_t*>(y) + offset, classes);
 }
 
 template <typename acc_t>
@@ -204,21 +205,21 @@ struct Point {
         Vec series(2.f / 17);
         for (const float term : {2.f / 15, 2.f / 13, 2.f / 11, 2.f / 9, 2.f / 7, 2.f / 5, 2.f / 3, 2.f})
           series = at::vec::fmadd(series, square, Vec(term));
-        loss = at::vec::fmadd(series, a, at::vec::maximum(against, zero));
+        loss = at::vec::fmadd(series, a, at::vec::clamp_min(against, zero));
       } else {
         sigmoid(against, e, one / (one + e), sign);
-        if constexpr (with_loss) loss = at::vec::maximum(against, zero) + e.log1p();
+        if constexpr (with_loss) loss = at::vec::clamp_min(against, zero) + e.log1p();
       }
     } else {
-      Vec most = load(z[0] + i, count);
-      for (int64_t c = 1; c < channels; ++c) most = at::vec::maximum(most, load(z[c] + i, count));
+      Vec most = load(z[0] + i, count);  // a NaN is lost here, and reaches the sum by its own exponential
+      for (int64_t c = 1; c < channels; ++c) most = at::vec::clamp_min(load(z[c] + i, count), most);
       Vec sum = zero, chosen = zero;
       for (int64_t c = 0; c < channels; ++c) {
         const Vec logit = load(z[c] + i, count) - most;
         const Vec e = exp(logit);
         e.store(probability + c * Vec::size());
         sum = sum + e;
-        if constexpr (with_loss) chosen = Vec::blendv(chosen, logit, is_label(c));
+        if constexpr (with_loss) chosen = chosen + (logit & is_label(c));
       }
       if constexpr (with_loss) loss = sum.log() - chosen;
       const Vec scale = one / sum;
@@ -228,13 +229,14 @@ struct Point {
   }
 
   void sigmoid(Vec against, Vec e, Vec over_one_e, Vec sign) {
-    slope = sign * (Vec::blendv(Vec(1), e, against < Vec(0)) * over_one_e);
+    const Vec above = at::vec::clamp_min(e, Vec(1) & (against >= Vec(0)));  // e ≤ 1 below 0, 1 above it
+    slope = sign * above * over_one_e;
     curvature = e * over_one_e * over_one_e;
   }
 
   // `count` values of which the ignored pixels' are 0.
   Vec load(const acc_t* from, int64_t count) const {
-    return Vec::blendv(Vec(0), count == Vec::size() ? Vec::loadu(from) : Vec::loadu(from, count), valid);
+    return (count == Vec::size() ? Vec::loadu(from) : Vec::loadu(from, count)) & valid;
   }
 
   Vec is_label(int64_t c) const { return label == Vec(static_cast<acc_t>(c)); }
@@ -244,8 +246,7 @@ struct Point {
   // ∂ℓ/∂z_c.
   Vec residual(int64_t c) const {
     if constexpr (binary) return slope;
-    const Vec probability_c = softmax(c);
-    return Vec::blendv(probability_c, probability_c - Vec(1), is_label(c));
+    return softmax(c) - (Vec(1) & is_label(c));
   }
 
   Vec aligned(const Rows<const acc_t>& t, int64_t channels, int64_t i, int64_t count) const {
@@ -268,7 +269,7 @@ struct ImageWeights {
 
   Vec at(int64_t pixel, int64_t count, Vec valid) const {
     const Vec weight = map ? at::vec::fmadd(scale, Vec::loadu(map + pixel, count), level) : level;
-    return Vec::blendv(Vec(0), weight, valid);
+    return weight & valid;
   }
 };
 
@@ -283,8 +284,8 @@ struct Sums {
     aligned = aligned + u;
     positive = positive + u_positive;
     squares = at::vec::fmadd(u_positive, u_positive, squares);
-    valid = valid + Vec::blendv(zero, one, is_valid);
-    zeros = zeros + Vec::blendv(zero, Vec::blendv(zero, one, u_positive == zero), is_valid);
+    valid = valid + (one & is_valid);
+    zeros = zeros + (one & is_valid & (u_positive == zero));
   }
 
   void write(double* sums) const {
@@ -348,7 +349,7 @@ bool alignment(const Logits& in, const void* t, bool clamp, void* map, double* s
           const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
           point.template evaluate<false>(z, in.channels, i, lanes, labels);
           const Vec u = point.aligned(rows, in.channels, i, lanes);
-          const Vec positive = at::vec::maximum(u, Vec(0));
+          const Vec positive = at::vec::clamp_min(u, Vec(0));
           (clamp ? positive : u).store(out + i, lanes);
           tile.add(u, positive, point.valid);
         }
@@ -369,7 +370,7 @@ bool pixel_loss(const Logits& in, void* loss) {
         for (int64_t i = 0; i < n; i += Vec::size()) {
           const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
           point.template evaluate<true>(z, in.channels, i, lanes, labels);
-          Vec::blendv(Vec(0), point.loss, point.valid).store(out + i, lanes);
+          (point.loss & point.valid).store(out + i, lanes);
         }
       };
     });
@@ -466,8 +467,8 @@ void clamp_map(const acc_t* u, const void* y, bool byte_labels, int64_t batch, i
         for (int64_t i = 0; i < n; i += Vec::size()) {
           const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
           const Vec valid = Vec::loadu(labels.data() + i) != Vec(static_cast<acc_t>(kIgnore));
-          const Vec aligned = Vec::blendv(Vec(0), Vec::loadu(u + offset + i, lanes), valid);
-          const Vec positive = at::vec::maximum(aligned, Vec(0));
+          const Vec aligned = Vec::loadu(u + offset + i, lanes) & valid;
+          const Vec positive = at::vec::clamp_min(aligned, Vec(0));
           positive.store(map + offset + i, lanes);
           tile.add(aligned, positive, valid);
         }
