@@ -175,6 +175,14 @@ Vectorized<acc_t> exp(Vectorized<acc_t> x) {
   else return x.exp();
 }
 
+// Runs body(first lane's pixel, lanes) over n pixels: whole vectors with their size as a constant, then the rest.
+template <typename Vec, typename Body>
+void for_each_vector(int64_t n, const Body& body) {
+  const int64_t whole = n / Vec::size() * Vec::size();
+  for (int64_t i = 0; i < whole; i += Vec::size()) body(i, std::integral_constant<int64_t, Vec::size()>());
+  if (whole < n) body(whole, n - whole);
+}
+
 // The loss of a vector of pixels and what its derivatives are made of.
 //
 // Binary: with s = 1 − 2y, ℓ = softplus(s·z) and ∂ℓ/∂z = s·σ(s·z), both exact near 0; e = exp(−|z|).
@@ -345,14 +353,13 @@ bool alignment(const Logits& in, const void* t, bool clamp, void* map, double* s
         const auto rows = layout.read(t, image, first, n, tangents.data());
         acc_t* out = static_cast<acc_t*>(map) + image * in.pixels + first;
         Sums<acc_t> tile;
-        for (int64_t i = 0; i < n; i += Vec::size()) {
-          const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
           point.template evaluate<false>(z, in.channels, i, lanes, labels);
           const Vec u = point.aligned(rows, in.channels, i, lanes);
           const Vec positive = at::vec::clamp_min(u, Vec(0));
           (clamp ? positive : u).store(out + i, lanes);
           tile.add(u, positive, point.valid);
-        }
+        });
         tile.write(partial);
       };
     });
@@ -367,11 +374,10 @@ bool pixel_loss(const Logits& in, void* loss) {
     return over_tiles<scalar_t, binary.value>(in, 0, nullptr, [&](const Layout<scalar_t>&) {
       return [&](auto& point, const auto& z, const acc_t* labels, int64_t image, int64_t first, int64_t n, double*) {
         acc_t* out = static_cast<acc_t*>(loss) + image * in.pixels + first;
-        for (int64_t i = 0; i < n; i += Vec::size()) {
-          const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
           point.template evaluate<true>(z, in.channels, i, lanes, labels);
           (point.loss & point.valid).store(out + i, lanes);
-        }
+        });
       };
     });
   });
@@ -389,14 +395,13 @@ bool weighted_loss(const Logits& in, const Weights& weights, void* loss, void* g
         const ImageWeights<acc_t> weight(weights, image, in.pixels);
         const auto out = gradient ? layout.target(gradient, image, first, gradients.data()) : Rows<acc_t>{nullptr, 0};
         Vec sum(0);
-        for (int64_t i = 0; i < n; i += Vec::size()) {
-          const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
           point.template evaluate<true>(z, in.channels, i, lanes, labels);
           const Vec w = weight.at(first + i, lanes, point.valid);
           sum = at::vec::fmadd(w, point.loss, sum);
           if (gradient)
             for (int64_t c = 0; c < in.channels; ++c) (w * point.residual(c)).store(out[c] + i, lanes);
-        }
+        });
         *partial = total(sum);
         if (gradient) layout.write(gradient, image, first, n, gradients.data());
       };
@@ -423,14 +428,13 @@ bool weighted_loss_double_backward(
         const auto out = cot_z ? layout.target(cot_z, image, first, results.data()) : Rows<acc_t>{nullptr, 0};
         acc_t* out_w = static_cast<acc_t*>(cot_w) + image * in.pixels + first;
         Vec sum(0);
-        for (int64_t i = 0; i < n; i += Vec::size()) {
-          const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
           point.template evaluate<false>(z, in.channels, i, lanes, labels);
           const Vec aligned = point.aligned(rows, in.channels, i, lanes);
           const Vec w = weight.at(first + i, lanes, point.valid);
           (up * weight.scale * aligned).store(out_w + i, lanes);
           sum = at::vec::fmadd(w, aligned, sum);
-          if (!cot_z) continue;
+          if (!cot_z) return;
           if constexpr (binary.value) {
             (up * w * point.curvature * point.load(rows[0] + i, lanes)).store(out[0] + i, lanes);
           } else {
@@ -440,7 +444,7 @@ bool weighted_loss_double_backward(
             for (int64_t c = 0; c < in.channels; ++c)
               (up * w * point.softmax(c) * (point.load(rows[c] + i, lanes) - mean)).store(out[c] + i, lanes);
           }
-        }
+        });
         *partial = total(sum);
         if (cot_z) layout.write(cot_z, image, first, n, results.data());
       };
@@ -464,14 +468,13 @@ void clamp_map(const acc_t* u, const void* y, bool byte_labels, int64_t batch, i
         const int64_t offset = image * pixels + first;
         read_labels(y, byte_labels, offset, n, kAnyClass, labels.data());
         Sums<acc_t> tile;
-        for (int64_t i = 0; i < n; i += Vec::size()) {
-          const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
           const Vec valid = Vec::loadu(labels.data() + i) != Vec(static_cast<acc_t>(kIgnore));
           const Vec aligned = Vec::loadu(u + offset + i, lanes) & valid;
           const Vec positive = at::vec::clamp_min(aligned, Vec(0));
           positive.store(map + offset + i, lanes);
           tile.add(aligned, positive, valid);
-        }
+        });
         tile.write(partial);
       });
   });
@@ -548,11 +551,10 @@ void normalise(const Weights& weights, bool is_double, const void* y, bool byte_
           const ImageWeights<acc_t> weight(weights, image, pixels);
           read_labels(y, byte_labels, image * pixels + first, n, kAnyClass, labels.data());
           acc_t* out = static_cast<acc_t*>(map) + image * pixels + first;
-          for (int64_t i = 0; i < n; i += Vec::size()) {
-            const int64_t lanes = std::min<int64_t>(Vec::size(), n - i);
+          for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
             const Vec valid = Vec::loadu(labels.data() + i) != Vec(static_cast<acc_t>(kIgnore));
             weight.at(first + i, lanes, valid).store(out + i, lanes);
-          }
+          });
         });
     });
   };
