@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,11 @@ print(backend(), f"{loss.item():.6f}", f"{model.weight.grad.norm().item():.6f}")
 
 
 def run(folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "DISTSEG_NO_EXT"} | {"PYTHONPATH": str(folder)} | environment
-    command = [sys.executable, "-c", TRAIN_A_STEP]
+    # -S, with the installed packages as a plain folder: an editable install of distseg would lend its extension to the
+    # package in `folder`.
+    paths = os.pathsep.join([str(folder), sysconfig.get_path("purelib")])
+    env = {k: v for k, v in os.environ.items() if k != "DISTSEG_NO_EXT"} | {"PYTHONPATH": paths} | environment
+    command = [sys.executable, "-S", "-c", TRAIN_A_STEP]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
