@@ -17,6 +17,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
+	$(RUN) benchmarks/kernels.py --json benchmarks/results/kernels_cpu.json --plot benchmarks/results/kernels_cpu.png
 
 ui: $(INSTALLED)
 	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db

@@ -165,30 +165,34 @@ def show_row(row: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Throughput by bytes moved, a panel per case: each contender, and the copy as the limit."""
+    """Throughput by size, a panel per case: each contender, the first C solid and the others dashed."""
     from matplotlib.figure import Figure
 
-    machine = result["machine"]
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    machine, sizes = result["machine"], result["setting"]["sizes"]
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     title = f"{machine['device']}, {machine['backend']}, torch {machine['torch']}, {machine['date']}"
     figure.suptitle(title, fontsize=9)
     panels = figure.subplots(2, 4)
     colours = {"ours": "#D55E00", "eager": "#0072B2", "compiled": "#009E73", "copy": "#7F7F7F"}
     for axes, case in zip(panels.flat, CASES, strict=False):
-        rows = sorted((row for row in result["rows"] if row["case"] == case), key=lambda row: row["bytes"])
-        for name, colour in colours.items():
-            points = [(r["bytes"] / 1e6, r["bytes"] / r["seconds"][name] / 1e9) for r in rows if name in r["seconds"]]
-            if points:
-                style = {"linestyle": "--"} if name == "copy" else {"marker": "o", "markersize": 3}
-                axes.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.4, **style)
+        for nth, channels in enumerate(result["setting"]["channels"]):
+            rows = [row for row in result["rows"] if row["case"] == case and row["channels"] == channels]
+            for name, colour in colours.items():
+                points = [
+                    (sizes.index(row["size"]), row["bytes"] / row["seconds"][name] / 1e9)
+                    for row in rows
+                    if name in row["seconds"]
+                ]
+                if points:
+                    style = {"linestyle": "--" if nth else "-", "marker": "o", "markersize": 3, "linewidth": 1.3}
+                    axes.plot(*zip(*points, strict=True), color=colour, label=f"{name}, C = {channels}", **style)
         axes.set_title(case, fontsize=9)
-        axes.set_xscale("log")
+        axes.set_xticks(range(len(sizes)), [size.replace("x", "×") for size in sizes], fontsize=7)
         axes.set_ylim(bottom=0)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(axis="y", labelsize=7)
         axes.grid(color="#E4E4E4", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("MB that have to be moved", fontsize=8)
-    figure.supylabel("GB/s", fontsize=8)
+    figure.supylabel("GB/s of the bytes that have to be moved", fontsize=8)
     legend = panels.flat[len(CASES)]
     legend.axis("off")
     legend.legend(*panels.flat[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=9)
