@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The tests' tensors are small: threads would wait for each other, on a busy machine ten times as long as they work.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def drawn_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
