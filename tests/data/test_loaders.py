@@ -15,6 +15,7 @@ from distseg.config import AugmentConfig
 from distseg.data.augment import Transform, draw_transform, identity_transform
 from distseg.data.decode import read_image
 from distseg.data.manifest import Sample
+from distseg.data.reader import PixelReader
 from distseg.data.streams import Request
 from distseg.errors import UserError
 
@@ -53,7 +54,7 @@ def noise_image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def load_one(load_batches, sample: Sample, transform: Transform, size: int = SIZE, labels: str = "true"):
-    (batch,) = load_batches(iter([[Request(sample, labels, transform)]]), size, 1, CPU, 1)
+    (batch,) = load_batches(iter([[Request(sample, labels, transform)]]), PixelReader(size), 1, CPU, 1)
     return batch
 
 
@@ -68,7 +69,7 @@ def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
     samples = [write_sample(tmp_path, f"s{n}", noise_image(40 + n, 50, n), blob(40 + n, 50, n) * 255) for n in range(7)]
     cuts = [samples[:3], samples[3:4], samples[4:6], samples[6:]]
     requests = ([Request(s, "true", identity_transform(SIZE)) for s in cut] for cut in cuts)
-    batches = list(load_batches(requests, SIZE, 3, CPU, 2))
+    batches = list(load_batches(requests, PixelReader(SIZE), 3, CPU, 2))
     assert [batch.ids for batch in batches] == [("s0", "s1", "s2"), ("s3",), ("s4", "s5"), ("s6",)]
     for batch in batches:
         count = len(batch.ids)
@@ -76,7 +77,7 @@ def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
         assert (batch.masks.shape, batch.masks.dtype) == ((count, SIZE, SIZE), torch.uint8)
         assert batch.images.is_contiguous() and batch.masks.is_contiguous()
         assert batch.true_masks is batch.masks
-    assert list(load_batches(iter([]), SIZE, 3, CPU, 1)) == []
+    assert list(load_batches(iter([]), PixelReader(SIZE), 3, CPU, 1)) == []
 
 
 def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_path):
@@ -103,7 +104,7 @@ def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_pat
         for first in range(0, 120, 5)
     )
     seen = []
-    kept = list(load_batches(requests, SIZE, 5, CPU, 2))  # kept, so that a reused buffer would show too
+    kept = list(load_batches(requests, PixelReader(SIZE), 5, CPU, 2))  # kept, so that a reused buffer would show too
     for batch in kept:
         for image, mask, true, id in zip(batch.images, batch.masks, batch.true_masks, batch.ids, strict=True):
             number = int(id)
@@ -132,7 +133,7 @@ def test_closing_early_stops_the_loader(load_batches, tmp_path):
             yield [Request(sample, "true", identity_transform(SIZE))]
 
     before = threading.active_count()
-    batches = load_batches(endless(), SIZE, 1, CPU, 1)
+    batches = load_batches(endless(), PixelReader(SIZE), 1, CPU, 1)
     next(batches)
     batches.close()
     assert len(taken) < 10
@@ -157,7 +158,7 @@ def test_every_binary_encoding_becomes_zero_and_one(load_batches, tmp_path):
         image.save(tmp_path / f"{name}.png")
         samples.append(Sample(name, "train", samples[0].image, tmp_path / f"{name}.png"))
     request = [Request(sample, "true", identity_transform(SIZE)) for sample in samples]
-    (batch,) = load_batches(iter([request]), SIZE, len(samples), CPU, 1)
+    (batch,) = load_batches(iter([request]), PixelReader(SIZE), len(samples), CPU, 1)
     for actual in batch.masks:
         np.testing.assert_array_equal(actual.numpy(), mask)
 
@@ -173,7 +174,7 @@ def test_masks_stay_zero_and_one_and_move_with_the_image(load_batches, tmp_path)
         [Request(samples[n % 5], "true", with_bytes(draw_transform(STRONG, 64, 0, "s", n)))] for n in range(300)
     ]
     disagreeing, edge, lit = 0, 0, 0
-    for batch in load_batches(iter(requests), 64, 1, CPU, 2):
+    for batch in load_batches(iter(requests), PixelReader(64), 1, CPU, 2):
         mask = batch.masks[0].numpy()
         assert set(np.unique(mask)) <= {0, 1}
         painted = (batch.images[0, 0].numpy() > 127).astype(np.uint8)
@@ -195,7 +196,7 @@ def test_right_angles_and_flips_permute_the_pixels_exactly(load_batches, tmp_pat
     config = AugmentConfig(flip=True, right_angles=True)
     transforms = [with_bytes(draw_transform(config, size, 0, "s", position)) for position in range(40)]
     requests = [Request(sample, "true", transform) for transform in transforms]
-    (batch,) = load_batches(iter([requests]), size, len(requests), CPU, 1)
+    (batch,) = load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1)
     row, column = np.mgrid[:size, :size] + 0.5
     for image, label, transform in zip(batch.images, batch.masks, transforms, strict=True):
         x, y = np.floor(np.tensordot(transform.matrix, np.stack([column, row, np.ones_like(row)]), 1)).astype(int)
@@ -282,7 +283,7 @@ def test_a_file_that_breaks_during_training_is_named(load_batches, tmp_path, kin
         path.write_bytes(content)
     requests = [[Request(s, "noisy", identity_transform(SIZE)) for s in samples[i : i + 2]] for i in (0, 2, 4)]
     with pytest.raises(UserError) as raised:
-        list(load_batches(iter(requests), SIZE, 2, CPU, 1))
+        list(load_batches(iter(requests), PixelReader(SIZE), 2, CPU, 1))
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
 
@@ -298,7 +299,7 @@ def both(samples: list[Sample], size: int, config: AugmentConfig, colour: bool):
         Request(samples[n % len(samples)], "noisy", t if colour else with_bytes(t)) for n, t in enumerate(transforms)
     ]
     return [
-        next(load_batches(iter([requests]), size, len(requests), CPU, 1))
+        next(load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1))
         for load_batches in (dali.load_batches, torch_loader.load_batches)
     ]
 
