@@ -1,8 +1,8 @@
 """Images and masks at network resolution, written once and read in place of large originals.
 
 A cache is a folder of shards of up to 256 samples, each two or three .npy files: `images` (n, S, S, 3) uint8 RGB,
-`masks` (n, S, S) uint8 in {0, 1} and, where a sample has one, `noisy_masks` (n, S, S); and index.json, which says what it
-was made from (of each source file its path under the root, its size and its time of change) and each .npy file's
+`masks` (n, S, S) uint8 in {0, 1} and, where a sample has one, `noisy_masks` (n, S, S); and index.json, which says what
+it was made from (of each source file its path under the root, its size and its time of change) and each .npy file's
 SHA-256.
 
 The pixels are those that the loaders would decode on the CPU, so that training from the cache is bit for bit training

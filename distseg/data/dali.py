@@ -156,7 +156,9 @@ def _pipeline(feed, names: tuple[str, ...], size: int, on_gpu: bool):
 def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, NDArray]:
     """The arrays of one sample under their names in `_INPUTS`; with `decoding`, DALI does the image's file."""
     sample, transform = request.sample, request.transform
-    masks = np.stack([reader.mask(request.label_file), reader.mask(sample.mask)], axis=-1)
+    true = reader.mask(sample.mask)
+    label = true if request.label_file == sample.mask else reader.mask(request.label_file)
+    masks = np.stack([label, true], axis=-1)
     if transform.elastic is not None:
         masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
     if decoding:
