@@ -3,8 +3,8 @@
     python benchmarks/data.py PATH [--rounds 7] [--images 96] [--size 64] [--batch 8] [--json FILE]
     python benchmarks/data.py PATH --no-training
 
-PATH holds isic_original/ and isic2017_128/, each with manifest.csv. All contenders give the same augmentation, normalised
-float32 batches with masks, on the same two cores:
+PATH holds isic_original/ and isic2017_128/, each with manifest.csv. All contenders give normalised float32 batches with
+masks under the same augmentation, on the same two cores:
 
     baseline       a torch DataLoader with two workers over Image.open, resize and PIL's own transforms
     torch          distseg's loader on cv2, two threads
@@ -12,8 +12,8 @@ float32 batches with masks, on the same two cores:
     … in memory    the same from the second epoch on, when the files have been decoded
 
 Each measurement opens its loader, takes four batches untimed, and times those that follow; contenders take turns in a
-random order, round after round, and ratios are of one round. The files are in the page cache. Then the time that a step of
-configs/isic2017.yaml waits for its batches, on two ranks.
+random order, round after round, and ratios are of one round. The files are in the page cache. Then the time that a step
+of configs/isic2017.yaml waits for its batches, on two ranks.
 """
 
 import argparse
@@ -171,14 +171,15 @@ def measure_loaders(root: Path, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def measure_waiting(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of `arguments.steps` steps of configs/isic2017.yaml on two ranks: the worst rank's share spent waiting for data."""
+    """Steps of configs/isic2017.yaml on two ranks: the larger share of the two that was spent waiting for data."""
     from distseg.distributed.runtime import free_port
 
     with tempfile.TemporaryDirectory() as folder:
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
         command = [*launcher, "--master_port", str(free_port()), __file__, str(arguments.data.resolve())]
         command += ["--steps", str(arguments.steps), "--rank-folder", folder]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank_*.json"))]

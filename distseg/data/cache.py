@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from distseg.config import DataConfig
 from distseg.data.decode import read_resized_image, read_resized_mask
-from distseg.data.manifest import Sample
+from distseg.data.manifest import Problem, Sample
 from distseg.errors import UserError
 from distseg.files import write_atomically
 
@@ -40,8 +40,10 @@ _READERS: dict[str, Callable[[Path, int], NDArray[np.uint8]]] = {
 class PixelCache:
     """An open cache: its arrays are mapped, not read, so that the ranks of a machine share them."""
 
-    def __init__(self, rows: dict[Path, NDArray[np.uint8]]) -> None:
+    def __init__(self, rows: dict[Path, NDArray[np.uint8]], left_out: Sequence[Problem]) -> None:
         self._rows = rows
+        self.left_out = left_out
+        """What was bad when the cache was made."""
 
     def find(self, path: Path) -> NDArray[np.uint8] | None:
         """(S, S, 3) of an image or (S, S) of a mask; None for a file that the cache was not made from."""
@@ -49,13 +51,15 @@ class PixelCache:
 
     def check_holds(self, samples: Sequence[Sample], config: DataConfig) -> None:
         """Raises UserError where a file of `samples` is missing."""
-        missing = [path for sample in samples for path in _files(sample).values() if path not in self._rows]
+        missing = [path for sample in samples for path in sample.files.values() if path not in self._rows]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise _refusal(config, f"does not hold {missing[0]}{more}")
 
 
-def write_cache(samples: Sequence[Sample], config: DataConfig, folder: Path, threads: int) -> tuple[int, int]:
+def write_cache(
+    samples: Sequence[Sample], left_out: Sequence[Problem], config: DataConfig, folder: Path, threads: int
+) -> tuple[int, int]:
     """Fill `folder` from the files of `samples`; returns how many shards were written and how many were kept.
 
     Raises BadFileError for a file that cannot be decoded, and UserError where `folder` holds something else.
@@ -78,7 +82,9 @@ def write_cache(samples: Sequence[Sample], config: DataConfig, folder: Path, thr
     for stale in set(folder.glob("shard_*.json")) - {folder / shard["name"] for shard in shards}:
         for path in folder.glob(f"{stale.stem}*"):
             path.unlink()
-    write_atomically(index, json.dumps({"format": FORMAT, "image_size": config.image_size, "shards": shards}))
+    bad = [[problem.id, problem.file, problem.reason] for problem in left_out]
+    content = {"format": FORMAT, "image_size": config.image_size, "left_out": bad, "shards": shards}
+    write_atomically(index, json.dumps(content))
     return len(shards) - kept, kept
 
 
@@ -116,7 +122,7 @@ def _open(folder: Path, root: Path, image_size: int) -> PixelCache:
                     if _stamp(root / path) != stamp:
                         raise _refusal(config, f"is not of this data: {root / path} is missing or has changed")
                     rows[root / path] = pixels[row]
-    return PixelCache(rows)
+    return PixelCache(rows, [Problem(*row) for row in index["left_out"]])
 
 
 def _write_shard(
@@ -124,7 +130,7 @@ def _write_shard(
 ) -> dict[str, Any]:
     digests = {}
     for kind, read in _READERS.items():
-        paths = [_files(sample).get(kind) for sample in samples]
+        paths = [sample.files.get(kind) for sample in samples]
         if any(paths):
             channels = (3,) if kind == "image" else ()
             blank = np.zeros((size, size, *channels), np.uint8)
@@ -149,13 +155,8 @@ def _whole_shard(folder: Path, record: Path, stamps: list[dict], size: int) -> d
         return None
 
 
-def _files(sample: Sample) -> dict[str, Path]:
-    files = {"image": sample.image, "mask": sample.mask, "noisy_mask": sample.noisy_mask}
-    return {kind: path for kind, path in files.items() if path}
-
-
 def _stamps(sample: Sample, root: Path) -> dict[str, list]:
-    return {kind: [str(path.relative_to(root)), *(_stamp(path) or ())] for kind, path in _files(sample).items()}
+    return {kind: [str(path.relative_to(root)), *(_stamp(path) or ())] for kind, path in sample.files.items()}
 
 
 def _stamp(path: Path) -> list[int] | None:
