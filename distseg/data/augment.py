@@ -96,7 +96,8 @@ def warp_elastically(pixels: NDArray[np.uint8], field: NDArray[np.float32], inte
 def _elastic_field(amplitude: float, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """Smooth: a grid of displacements up to `amplitude` of the frame, interpolated by cubic splines."""
     knots = rng.uniform(-1, 1, (_ELASTIC_KNOTS, _ELASTIC_KNOTS, 2)).astype(np.float32)
-    return cv2.resize(np.float32(amplitude * size) * knots, (size, size), interpolation=cv2.INTER_CUBIC)
+    field = cv2.resize(knots, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.float32(amplitude * size) * field.clip(-1, 1)  # cubics overshoot
 
 
 def _hairs(most: int, size: int, rng: np.random.Generator) -> NDArray[np.float32]:

@@ -30,7 +30,8 @@ class PixelReader:
         """`memory_bytes` bounds the pixels kept; what no longer fits is decoded anew each time."""
         self.size = size
         self.cache = cache
-        self._free = memory_bytes
+        self.kept_bytes = 0
+        self._memory_bytes = memory_bytes
         self._kept: dict[tuple[str, Path], NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
@@ -52,9 +53,9 @@ class PixelReader:
         pixels = decode(path, self.size)
         pixels.setflags(write=False)
         with self._lock:
-            if (kind, path) not in self._kept and pixels.nbytes <= self._free:
+            if (kind, path) not in self._kept and self.kept_bytes + pixels.nbytes <= self._memory_bytes:
                 self._kept[kind, path] = pixels
-                self._free -= pixels.nbytes
+                self.kept_bytes += pixels.nbytes
         return pixels
 
 
