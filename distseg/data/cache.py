@@ -66,10 +66,12 @@ def write_cache(
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.json"
-    foreign = [path for path in folder.iterdir() if path != index and not path.name.startswith(("shard_", ".shard_"))]
+    foreign = [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(("index.json", "shard_"))]
     if foreign:
         raise UserError(f"--cache {folder}: holds {foreign[0].name}, no part of a cache; choose an empty folder")
     index.unlink(missing_ok=True)
+    for part in folder.glob(".*.part"):  # of a run that was killed
+        part.unlink()
     cuts = [samples[first : first + SHARD_SIZE] for first in range(0, len(samples), SHARD_SIZE)]
     shards, kept = [], 0
     with ThreadPoolExecutor(threads) as pool:
@@ -102,27 +104,33 @@ def _open(folder: Path, root: Path, image_size: int) -> PixelCache:
     config = DataConfig(root=root, image_size=image_size, cache=folder)
     try:
         index = json.loads((folder / "index.json").read_bytes())
-        known = index["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        if index["format"] != FORMAT:
+            raise _refusal(config, "was written by another version")
+        if index["image_size"] != image_size:
+            raise _refusal(config, f"was made at data.image_size {index['image_size']}, not {image_size}")
+        rows: dict[Path, NDArray[np.uint8]] = {}
+        for shard in index["shards"]:
+            rows |= _map_shard(shard, config)
+        return PixelCache(rows, [Problem(*row) for row in index["left_out"]])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise _refusal(config, "is no finished cache") from None
-    if not known:
-        raise _refusal(config, "was written by another version")
-    if index["image_size"] != image_size:
-        raise _refusal(config, f"was made at data.image_size {index['image_size']}, not {image_size}")
-    rows: dict[Path, NDArray[np.uint8]] = {}
-    for shard in index["shards"]:
-        for kind, digest in shard["sha256"].items():
-            array = folder / f"{Path(shard['name']).stem}_{kind}s.npy"
-            if not array.is_file() or _sha256(array) != digest:
-                raise _refusal(config, f"is damaged: {array.name}")
-            pixels = np.load(array, mmap_mode="r", allow_pickle=False)
-            for row, stamps in enumerate(shard["sources"]):
-                if kind in stamps:
-                    path, *stamp = stamps[kind]
-                    if _stamp(root / path) != stamp:
-                        raise _refusal(config, f"is not of this data: {root / path} is missing or has changed")
-                    rows[root / path] = pixels[row]
-    return PixelCache(rows, [Problem(*row) for row in index["left_out"]])
+
+
+def _map_shard(shard: dict[str, Any], config: DataConfig) -> dict[Path, NDArray[np.uint8]]:
+    rows = {}
+    for kind, digest in shard["sha256"].items():
+        array = config.cache / f"{Path(shard['name']).stem}_{kind}s.npy"
+        if not array.is_file() or _sha256(array) != digest:
+            raise _refusal(config, f"is damaged: {array.name}")
+        pixels = np.load(array, mmap_mode="r", allow_pickle=False)
+        for row, stamps in enumerate(shard["sources"]):
+            if kind in stamps:
+                name, *stamp = stamps[kind]
+                source = config.root / name
+                if _stamp(source) != stamp:
+                    raise _refusal(config, f"is not of this data: {source} is missing or has changed")
+                rows[source] = pixels[row]
+    return rows
 
 
 def _write_shard(
