@@ -122,7 +122,7 @@ def _map_shard(shard: dict[str, Any], config: DataConfig) -> dict[Path, NDArray[
         array = config.cache / f"{Path(shard['name']).stem}_{kind}s.npy"
         if not array.is_file() or _sha256(array) != digest:
             raise _refusal(config, f"is damaged: {array.name}")
-        pixels = np.load(array, mmap_mode="r", allow_pickle=False)
+        pixels = np.asarray(np.load(array, mmap_mode="r", allow_pickle=False))  # a memmap's rows are slow to take
         for row, stamps in enumerate(shard["sources"]):
             if kind in stamps:
                 name, *stamp = stamps[kind]
