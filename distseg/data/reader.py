@@ -4,6 +4,7 @@ Resizing comes before anything random, so its result can be kept: from the secon
 now, kept in memory or read from a cache on disk, the bits are the same, so that order and resume stay as they are.
 """
 
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -80,3 +81,46 @@ def read_ahead(
                 yield batch, [future.result() for future in futures]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
+    """`items`, a generator, taken one ahead by a thread of its own, so that nobody waits while an item is put together.
+
+    What it raises comes out at its place. Closing this generator closes the other and stops the thread.
+    """
+    ready: queue.Queue[tuple[str, Work | BaseException | None]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Work | BaseException | None = None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                break
+            except queue.Full:
+                continue
+
+    def take() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end")
+        except BaseException as error:
+            put("error", error)
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=take, name="distseg-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

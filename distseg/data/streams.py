@@ -17,7 +17,7 @@ from distseg.config import DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform, draw_transform, identity_transform
 from distseg.data.cache import open_cache
 from distseg.data.manifest import Sample
-from distseg.data.reader import PixelReader
+from distseg.data.reader import PixelReader, taken_by_a_thread
 from distseg.data.seeding import generator
 from distseg.data.sharding import ShardSpec
 from distseg.errors import UserError
@@ -106,13 +106,15 @@ class Stream:
         index = step * self._accumulation + micro
         if self._batches is None or index != self._next_index:
             self.close()
-            self._batches = self._load_batches(
+            batches = self._load_batches(
                 map(self._requests, itertools.count(index)),
                 self._reader,
                 self._batch_size,
                 self._device,
                 self._config.threads,
             )
+            # On a GPU the loader queues its work on the caller's CUDA stream, which another thread does not have.
+            self._batches = taken_by_a_thread(batches) if self._device.type == "cpu" else batches
         batch = next(self._batches)
         self._next_index = index + 1
         self.waited += time.perf_counter() - started

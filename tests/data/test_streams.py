@@ -16,7 +16,7 @@ from distseg.data.manifest import read_samples, split_clean
 from distseg.data.reader import PixelReader
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, Stream, evaluation_batches
-from distseg.errors import UserError
+from distseg.errors import BadFileError, UserError
 
 CPU = torch.device("cpu")
 AUGMENT = AugmentConfig(
@@ -186,6 +186,35 @@ def test_two_streams_are_prefetched_side_by_side(open_stream, config, pipeline, 
     while min(read.values()) <= 4:
         assert time.monotonic() < deadline, "nothing is read ahead"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_closing_stops_every_thread(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    before = threading.active_count()
+    stream = open_stream(config=config.model_copy(update={"pipeline": pipeline}))
+    expected = stream.batch(0, 0)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
+    assert_same(stream.batch(0, 0), expected)
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_a_file_that_breaks_later_ends_the_stream_by_name(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    stream = open_stream(config=config.model_copy(update={"pipeline": pipeline, "memory": 0}), batch_size=1)
+    first = stream.batch(0, 0)
+    samples = {sample.id: sample for sample in read_samples(config, 0)}
+    for id in samples.keys() - {first.ids[0]}:
+        content = samples[id].image.read_bytes()
+        samples[id].image.write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadFileError, match=r"images/S\d+\.png: cannot be decoded") as raised:
+        for step in range(1, 12):
+            stream.batch(step, 0)
+    assert "\n" not in str(raised.value)
 
 
 def test_streams_say_how_long_they_were_waited_for(open_stream, monkeypatch):
