@@ -42,6 +42,14 @@ class AugmentConfig(Section):
     saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     hue: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest turn of the hue to either side, degrees; the three above are largest relative changes."""
+    elastic: Annotated[float, Field(ge=0, le=0.2)] = 0.0
+    """Largest displacement of a smooth random deformation, as a fraction of the frame."""
+    hairs: Annotated[int, Field(ge=0, le=100)] = 0
+    """Most dark hairs to draw across an image; their number is uniform from 0."""
+    blur: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Largest deviation of a Gaussian blur, pixels of the network's input."""
+    grain: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest deviation of white noise added to the image, of the range of its values."""
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> Self:
@@ -62,6 +70,15 @@ class DataConfig(Section):
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it imports, the torch loader elsewhere."""
     threads: Count = 1
+    """Per stream: as many read and decode, and as many transform."""
+    memory: Annotated[float, Field(ge=0)] = 1.0
+    """GiB per stream and rank in which images and masks are kept at network resolution once they are decoded."""
+    cache: Path | None = None
+    """Folder that `launch/prepare.py --cache` has filled from this data at this image_size."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do about files that cannot be used: end, or leave their samples out and say so."""
+    follow_links: bool = False
+    """Allow symbolic links that lead out of the root."""
     augment: AugmentConfig = AugmentConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2

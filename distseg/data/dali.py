@@ -1,13 +1,16 @@
-"""The loader on NVIDIA DALI: JPEG decoding and all pixel work on the GPU where there is one, else on the CPU.
+"""The loader on NVIDIA DALI: on a GPU JPEG decoding and all pixel work, on the CPU all that is random.
 
-Nothing in the pipeline is random: each sample comes with its matrix and its colour map (augment.py).
+DALI's CPU decoder has no reduced-size decoding, which costs a third of a full one where originals are large; hence on
+the CPU the images come decoded and resized from the reader, as the masks do everywhere. Nothing in the pipeline is
+random: each sample comes with its matrix, its colour map and its fields (augment.py).
 """
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,100 +18,175 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from distseg.data.decode import check_image, check_mask
+from distseg.data.augment import Transform, warp_elastically
+from distseg.data.decode import read_image
+from distseg.data.reader import PixelReader, read_ahead
 from distseg.data.streams import Batch, Request
 
-# Per sample: image file, true mask file, label file, whether these two differ, geometry, colour.
-_INPUT_TYPES = [types.UINT8, types.UINT8, types.UINT8, types.BOOL, types.FLOAT, types.FLOAT]
-_INPUT_DIMENSIONS = [1, 1, 1, 0, 2, 2]
+
+class Input(NamedTuple):
+    dtype: types.DALIDataType
+    dimensions: int
+    layout: str | None = None
+
+
+_INPUTS = {
+    "file": Input(types.UINT8, 1),
+    "pixels": Input(types.UINT8, 3, "HWC"),
+    "masks": Input(types.UINT8, 3, "HWC"),  # the label's, then the true one
+    "matrix": Input(types.FLOAT, 2),
+    "colour": Input(types.FLOAT, 2),
+    "elastic_x": Input(types.FLOAT, 2, "HW"),
+    "elastic_y": Input(types.FLOAT, 2, "HW"),
+    "hairs": Input(types.FLOAT, 3, "HWC"),
+    "blur": Input(types.FLOAT, 0),
+    "grain": Input(types.FLOAT, 3, "CHW"),
+}
 
 
 def load_batches(
-    requests: Iterator[Sequence[Request]], image_size: int, max_batch_size: int, device: torch.device, threads: int
+    requests: Iterator[Sequence[Request]],
+    reader: PixelReader,
+    max_batch_size: int,
+    device: torch.device,
+    threads: int,
 ) -> Iterator[Batch]:
-    """One Batch per item of `requests`, in order, decoded ahead; at most `max_batch_size` samples each.
+    """One Batch per item of `requests`, in order, made ahead; at most `max_batch_size` samples each.
 
-    Raises UserError that names the file where one cannot be decoded. Closing the generator frees the pipeline.
+    `threads` threads read and as many run DALI's operators. Raises BadFileError that names the file where one cannot be
+    decoded. Closing the generator frees the pipeline and stops the threads.
     """
     on_gpu = device.type == "cuda"
+    decoding = on_gpu and reader.cache is None
+    ahead = read_ahead(requests, lambda request: _inputs(request, reader, decoding), max_batch_size, threads)
     pending: deque[Sequence[Request]] = deque()  # what DALI has been given and has not returned, oldest first
+    first = next(ahead, None)
+    if first is None:
+        return
 
     def feed() -> Iterator[tuple[list[NDArray], ...]]:
-        for batch in requests:
+        batch, samples = first
+        while True:
             pending.append(batch)
-            yield tuple(map(list, zip(*map(_inputs, batch), strict=True)))
+            yield tuple([sample[name] for sample in samples] for name in samples[0])
+            following = next(ahead, None)
+            if following is None:
+                return
+            batch, samples = following
 
-    pipeline = _pipeline(
-        feed,
-        image_size,
-        on_gpu,
-        batch_size=max_batch_size,
-        num_threads=threads,
-        device_id=torch.empty(0, device=device).device.index if on_gpu else None,
-        prefetch_queue_depth=2,
-    )
-    while True:
-        # On a stream the outputs are ordered after DALI's work, with no wait on the host.
-        stream = torch.cuda.current_stream(device) if on_gpu else None
-        try:
-            images, true_masks, labels = pipeline.run(stream)
-        except StopIteration:
-            return
-        except RuntimeError:
-            _raise_for_bad_file(pending)
-            raise
-        batch = pending.popleft()
-        corrupted = any(request.label_file != request.sample.mask for request in batch)
-        true = _to_torch(true_masks, device, stream)[..., 0]
-        yield Batch(
-            images=_to_torch(images, device, stream),
-            masks=_to_torch(labels, device, stream)[..., 0] if corrupted else true,
-            true_masks=true,
-            ids=tuple(request.sample.id for request in batch),
+    try:
+        pipeline = _pipeline(
+            feed,
+            tuple(first[1][0]),
+            reader.size,
+            on_gpu,
+            batch_size=max_batch_size,
+            num_threads=threads,
+            device_id=torch.empty(0, device=device).device.index if on_gpu else None,
+            prefetch_queue_depth=2,
         )
+        while True:
+            # On a stream the outputs are ordered after DALI's work, with no wait on the host.
+            stream = torch.cuda.current_stream(device) if on_gpu else None
+            try:
+                images, masks = pipeline.run(stream)
+            except StopIteration:
+                return
+            except RuntimeError:
+                if decoding:
+                    _raise_for_bad_file(pending)
+                raise
+            batch = pending.popleft()
+            labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
+            corrupted = any(request.label_file != request.sample.mask for request in batch)
+            yield Batch(
+                images=_to_torch(images, device, stream),
+                masks=labels if corrupted else true,
+                true_masks=true,
+                ids=tuple(request.sample.id for request in batch),
+            )
+    finally:
+        ahead.close()
 
 
-@pipeline_def(enable_conditionals=True)
-def _pipeline(feed, size: int, on_gpu: bool):
-    image_file, true_file, label_file, corrupted, matrix, colour = fn.external_source(
-        feed, num_outputs=6, batch=True, cycle=None, dtype=_INPUT_TYPES, ndim=_INPUT_DIMENSIONS
+@pipeline_def
+def _pipeline(feed, names: tuple[str, ...], size: int, on_gpu: bool):
+    inputs = [_INPUTS[name] for name in names]
+    fed = fn.external_source(
+        feed,
+        num_outputs=len(names),
+        batch=True,
+        cycle=None,
+        dtype=[each.dtype for each in inputs],
+        ndim=[each.dimensions for each in inputs],
+        layout=[each.layout or "" for each in inputs],
     )
+    given = dict(zip(names, fed, strict=True))
 
-    def warp(pixels, interpolation):
-        return fn.warp_affine(pixels, matrix=matrix, interp_type=interpolation, fill_value=0)
+    def moved(name: str):
+        return given[name].gpu() if on_gpu else given[name]
 
-    def mask_of(file):
-        # Only the CPU decodes PNG and BMP, and the small mask is the one to move.
-        mask = fn.decoders.image(fn.io.file.read(file), device="cpu", output_type=types.GRAY, adjust_orientation=False)
-        mask = fn.resize(mask, size=(size, size), interp_type=types.INTERP_NN)
-        mask = fn.cast(mask > 0, dtype=types.UINT8)
-        return warp(mask.gpu() if on_gpu else mask, types.INTERP_NN)
+    def warped(pixels, interpolation):
+        return fn.warp_affine(pixels, matrix=given["matrix"], interp_type=interpolation, fill_value=0)
 
-    image = fn.decoders.image(
-        fn.io.file.read(image_file),
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-    )
-    image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
-    image = fn.transpose(fn.coord_transform(warp(image, types.INTERP_LINEAR), MT=colour), perm=[2, 0, 1])
+    if "file" in given:
+        image = fn.decoders.image(
+            fn.io.file.read(given["file"]),
+            device="mixed",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # as the CPU decodes
+        )
+        image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+        if "elastic_x" in given:
+            image = fn.experimental.remap(image, moved("elastic_x"), moved("elastic_y"), pixel_origin="center")
+    else:
+        image = moved("pixels")
+    image = warped(image, types.INTERP_LINEAR)
+    if "hairs" in given:
+        image = image * moved("hairs")
+    if "blur" in given:
+        image = fn.gaussian_blur(image, sigma=given["blur"], dtype=types.FLOAT)
+    image = fn.transpose(fn.coord_transform(image, MT=given["colour"]), perm=[2, 0, 1])
+    if "grain" in given:
+        image = image + moved("grain")
+    return image, warped(moved("masks"), types.INTERP_NN)
 
-    true = mask_of(true_file)
-    label = true
-    if corrupted:  # per sample: DALI runs the branch only where it is needed
-        label = mask_of(label_file)
-    return image, true, label
 
-
-def _inputs(request: Request) -> tuple[NDArray, ...]:
+def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, NDArray]:
+    """The arrays of one sample under their names in `_INPUTS`; with `decoding`, DALI does the image's file."""
     sample, transform = request.sample, request.transform
-    files = (sample.image, sample.mask, request.label_file)
-    corrupted = np.array(request.label_file != sample.mask)
-    return (*map(_encode, files), corrupted, transform.matrix, transform.colour)
+    true = reader.mask(sample.mask)
+    label = true if request.label_file == sample.mask else reader.mask(request.label_file)
+    masks = np.stack([label, true], axis=-1)
+    if transform.elastic is not None:
+        masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
+    if decoding:
+        image = {"file": np.frombuffer(os.fsencode(sample.image), np.uint8)}
+        if transform.elastic is not None:
+            image |= _source_maps(transform.elastic)
+    else:
+        pixels = reader.image(sample.image)
+        if transform.elastic is not None:
+            pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
+        image = {"pixels": pixels}
+    return image | {"masks": masks, "matrix": transform.matrix, "colour": transform.colour} | _fields(transform)
 
 
-def _encode(path: Path) -> NDArray[np.uint8]:
-    return np.frombuffer(os.fsencode(path), np.uint8)
+def _fields(transform: Transform) -> dict[str, NDArray]:
+    fields = {}
+    if transform.hairs is not None:
+        fields["hairs"] = transform.hairs[..., None]
+    if transform.blur is not None:
+        fields["blur"] = np.maximum(transform.blur, np.float32(1e-3))  # DALI refuses 0; at this it hands pixels through
+    if transform.grain is not None:
+        fields["grain"] = transform.grain
+    return fields
+
+
+def _source_maps(field: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    row, column = np.mgrid[: len(field), : len(field)].astype(np.float32)
+    return {"elastic_x": column + field[..., 0], "elastic_y": row + field[..., 1]}
 
 
 def _to_torch(output, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
@@ -118,9 +196,7 @@ def _to_torch(output, device: torch.device, stream: torch.cuda.Stream | None) ->
     return feed_ndarray(dense, torch.empty(dense.shape(), dtype=dtype, device=device), cuda_stream=stream)
 
 
-def _raise_for_bad_file(pending: Iterable[Sequence[Request]]) -> None:
+def _raise_for_bad_file(pending: Sequence[Sequence[Request]]) -> None:
     """DALI's error does not say which file it met; read those in flight one by one."""
-    for request in (request for batch in pending for request in batch):
-        check_image(request.sample.image)
-        check_mask(request.sample.mask)
-        check_mask(request.label_file)
+    for path in {request.sample.image: None for batch in pending for request in batch}:
+        read_image(path)

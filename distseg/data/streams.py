@@ -1,6 +1,7 @@
 """From samples to batches: which samples, in which order, under which augmentation; decoding is a loader's work."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from distseg.config import DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform, draw_transform, identity_transform
+from distseg.data.cache import open_cache
 from distseg.data.manifest import Sample
+from distseg.data.reader import PixelReader, taken_by_a_thread
 from distseg.data.seeding import generator
 from distseg.data.sharding import ShardSpec
 from distseg.errors import UserError
@@ -61,6 +64,8 @@ class Request:
 class Stream:
     """An endless stream of training batches in a global order that every rank can compute.
 
+    `waited` counts the seconds that callers of `batch` have waited for one.
+
     Epoch e is a permutation of the samples that depends on (seed, name, e) alone; batches straddle epochs, so each
     sample comes exactly once per epoch whatever the batch size. Nothing has to be saved to resume.
     """
@@ -90,23 +95,29 @@ class Stream:
         self._accumulation = accumulation
         self._device = device
         self._load_batches = _find_loader(config.pipeline)
+        self._reader = PixelReader(config.image_size, int(config.memory * 2**30), open_cache(config))
         self._batches: Iterator[Batch] | None = None
+        self.waited = 0.0
         self._next_index = 0
 
     def batch(self, step: int, micro: int) -> Batch:
         """This rank's `micro`-th batch of `step`: prefetched when asked for in turn, the same bits in any order."""
+        started = time.perf_counter()
         index = step * self._accumulation + micro
         if self._batches is None or index != self._next_index:
             self.close()
-            self._batches = self._load_batches(
+            batches = self._load_batches(
                 map(self._requests, itertools.count(index)),
-                self._config.image_size,
+                self._reader,
                 self._batch_size,
                 self._device,
                 self._config.threads,
             )
+            # On a GPU the loader queues its work on the caller's CUDA stream, which another thread does not have.
+            self._batches = taken_by_a_thread(batches) if self._device.type == "cpu" else batches
         batch = next(self._batches)
         self._next_index = index + 1
+        self.waited += time.perf_counter() - started
         return batch
 
     def close(self) -> None:
@@ -137,7 +148,8 @@ def evaluation_batches(
         [Request(samples[index], "true", transform) for index in indices]
         for indices in shard.evaluation_batches(len(samples), batch_size)
     )
-    return _find_loader(config.pipeline)(requests, config.image_size, batch_size, device, config.threads)
+    reader = PixelReader(config.image_size, cache=open_cache(config))
+    return _find_loader(config.pipeline)(requests, reader, batch_size, device, config.threads)
 
 
 @lru_cache(maxsize=8)

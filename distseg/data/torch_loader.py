@@ -1,68 +1,65 @@
 """The loader for machines without DALI: cv2 in a few threads, by the same contract and the same arithmetic."""
 
-from collections import deque
+import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from distseg.data.decode import read_image, read_mask
+from distseg.data.augment import warp_elastically
+from distseg.data.reader import PixelReader, read_ahead
 from distseg.data.streams import Batch, Request
-
-_PREFETCHED_BATCHES = 2
 
 
 def load_batches(
-    requests: Iterator[Sequence[Request]], image_size: int, max_batch_size: int, device: torch.device, threads: int
+    requests: Iterator[Sequence[Request]],
+    reader: PixelReader,
+    max_batch_size: int,
+    device: torch.device,
+    threads: int,
 ) -> Iterator[Batch]:
-    """One Batch per item of `requests`, in order, decoded ahead by `threads` threads; at most `max_batch_size` each.
+    """One Batch per item of `requests`, in order, made ahead by `threads` threads; at most `max_batch_size` each.
 
-    Raises UserError that names the file where one cannot be decoded. Closing the generator stops the threads.
+    Raises BadFileError that names the file where one cannot be decoded. Closing the generator stops the threads.
     """
-    pending: deque[list[Future]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="distseg-decode") as pool:
-        try:
-            while True:
-                while len(pending) <= _PREFETCHED_BATCHES and (batch := next(requests, None)) is not None:
-                    if len(batch) > max_batch_size:
-                        raise ValueError(f"a batch of {len(batch)} where at most {max_batch_size} were announced")
-                    pending.append([pool.submit(_load, request, image_size) for request in batch])
-                if not pending:
-                    return
-                yield _collate([future.result() for future in pending.popleft()], device)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    batches = read_ahead(requests, lambda request: _load(request, reader), max_batch_size, threads)
+    try:
+        for batch, loaded in batches:
+            yield _collate(batch, loaded, device)
+    finally:
+        batches.close()
 
 
-def _load(request: Request, size: int) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    """(3, H, W) float32 image, (H, W) uint8 label and, where it is another file, true mask; and the id."""
-    sample, transform = request.sample, request.transform
-    image = _warp(_resize_image(read_image(sample.image), size), transform.matrix, cv2.INTER_LINEAR)
+def _load(request: Request, reader: PixelReader) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(3, H, W) float32 image, (H, W) uint8 label and, where it is another file, true mask."""
+    files = request.label_file, request.sample.mask
+    label = _warped_mask(request, reader.mask(files[0]))
+    true = None if files[0] == files[1] else _warped_mask(request, reader.mask(files[1]))
+    return _warped_image(request, reader.image(request.sample.image)), label, true
+
+
+def _warped_image(request: Request, pixels: NDArray[np.uint8]) -> Tensor:
+    transform, size = request.transform, len(pixels)
+    if transform.elastic is not None:
+        pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
+    pixels = _warp(pixels, transform.matrix, cv2.INTER_LINEAR).astype(np.float32)
+    if transform.hairs is not None:
+        pixels *= transform.hairs[..., None]
+    if transform.blur is not None:
+        side = 2 * math.ceil(3 * transform.blur) + 1
+        pixels = cv2.GaussianBlur(pixels, (side, side), max(float(transform.blur), 1e-3))
     colour = torch.from_numpy(transform.colour)
-    pixels = torch.from_numpy(image).reshape(-1, 3).T.float()
-    normalised = torch.addmm(colour[:, 3:], colour[:, :3], pixels).reshape(3, size, size)
-    label = _load_mask(request.label_file, size, transform.matrix)
-    true = None if request.label_file == sample.mask else _load_mask(sample.mask, size, transform.matrix)
-    return normalised, label, true, sample.id
+    image = torch.addmm(colour[:, 3:], colour[:, :3], torch.from_numpy(pixels).reshape(-1, 3).T).reshape(3, size, size)
+    return image if transform.grain is None else image + torch.from_numpy(transform.grain)
 
 
-def _load_mask(path: Path, size: int, matrix: NDArray[np.float32]) -> Tensor:
-    # INTER_NEAREST_EXACT takes the source pixel under the centre, as DALI does; INTER_NEAREST is half a pixel off.
-    mask = cv2.resize(read_mask(path), (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
-    return torch.from_numpy(_warp(mask, matrix, cv2.INTER_NEAREST))
-
-
-def _resize_image(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    # Triangle filter widened to the scale, as in DALI; cv2 has no antialiased linear filter.
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
-    resized = interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+def _warped_mask(request: Request, mask: NDArray[np.uint8]) -> Tensor:
+    if request.transform.elastic is not None:
+        mask = warp_elastically(mask, request.transform.elastic, cv2.INTER_NEAREST)
+    return torch.from_numpy(_warp(mask, request.transform.matrix, cv2.INTER_NEAREST))
 
 
 def _warp(pixels: NDArray[np.uint8], matrix: NDArray[np.float32], interpolation: int) -> NDArray[np.uint8]:
@@ -72,8 +69,10 @@ def _warp(pixels: NDArray[np.uint8], matrix: NDArray[np.float32], interpolation:
     return cv2.warpAffine(pixels, centred, size, flags=interpolation | cv2.WARP_INVERSE_MAP, borderValue=0)
 
 
-def _collate(loaded: list[tuple[Tensor, Tensor, Tensor | None, str]], device: torch.device) -> Batch:
-    images, labels, trues, ids = zip(*loaded, strict=True)
+def _collate(
+    batch: Sequence[Request], loaded: list[tuple[Tensor, Tensor, Tensor | None]], device: torch.device
+) -> Batch:
+    images, labels, trues = zip(*loaded, strict=True)
     masks = _to_device(labels, device)
     corrupted = any(true is not None for true in trues)
     true_masks = (
@@ -81,7 +80,7 @@ def _collate(loaded: list[tuple[Tensor, Tensor, Tensor | None, str]], device: to
         if corrupted
         else masks
     )
-    return Batch(_to_device(images, device), masks, true_masks, ids)
+    return Batch(_to_device(images, device), masks, true_masks, tuple(request.sample.id for request in batch))
 
 
 def _to_device(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

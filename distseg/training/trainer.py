@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distseg.config import Config, changed_keys, dump_config, load_config
-from distseg.data.manifest import Sample, check_samples, read_samples, split_clean
+from distseg.data.checks import usable_samples
+from distseg.data.manifest import Sample, split_clean
 from distseg.data.noise import write_noisy_masks
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
@@ -306,9 +307,7 @@ def earlier_result(config: Config, folder: Path, resume: bool) -> dict[str, Any]
 
 def prepare_data(config: Config, folder: Path, check: bool) -> Splits:
     """Read, check and split the data, and write the noisy masks into `folder`; UserError for what is wrong with it."""
-    samples = read_samples(config.data, config.seed)
-    if check:
-        check_samples(samples, config.data.threads)
+    samples = usable_samples(config.data, config.seed, folder, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.data.clean_count, config.seed)
     noisy, noise_rate = write_noisy_masks(noisy, config.data.noise, folder / "noisy_masks")

@@ -117,6 +117,36 @@ def test_colour_operations():
         np.testing.assert_allclose(radius, np.linalg.norm(rgb - rgb.mean(axis=1, keepdims=True), axis=1), atol=1e-5)
 
 
+def test_effects_are_off_by_default_and_each_has_draws_of_its_own():
+    plain = draw_transform(STRONG, 64, 0, "s", 3)
+    assert (plain.elastic, plain.hairs, plain.blur, plain.grain) == (None,) * 4
+    effects = {"elastic": 0.1, "hairs": 20, "blur": 2.0, "grain": 0.1}
+    together = draw_transform(STRONG.model_copy(update=effects), 64, 0, "s", 3)
+    np.testing.assert_array_equal(together.matrix, plain.matrix)
+    np.testing.assert_array_equal(together.colour, plain.colour)
+    for key, value in effects.items():
+        alone = draw_transform(only(**{key: value}), 64, 0, "s", 3)
+        np.testing.assert_array_equal(getattr(alone, key), getattr(together, key))
+        assert all(getattr(alone, other) is None for other in effects if other != key)
+        others = [draw_transform(only(**{key: value}), 64, *place) for place in [(1, "s", 3), (0, "t", 3), (0, "s", 4)]]
+        assert all(np.any(getattr(other, key) != getattr(alone, key)) for other in others)
+
+
+def test_effects_stay_within_their_bounds_and_use_them():
+    config = only(elastic=0.1, hairs=5, blur=2.0, grain=0.1)
+    drawn = [draw_transform(config, 64, 0, "s", position) for position in range(100)]
+    reach = [np.abs(each.elastic).max() for each in drawn]
+    assert max(reach) <= 6.4001 and min(reach) > 2
+    steps = [np.abs(np.diff(each.elastic, axis=axis)).max() for each in drawn for axis in (0, 1)]
+    assert max(steps) < 1.3  # pixels: smooth
+    assert all(each.hairs.shape == (64, 64) and 0 < each.hairs.min() <= each.hairs.max() == 1 for each in drawn)
+    covered = [np.mean(each.hairs < 1) for each in drawn]
+    assert min(covered) == 0 and 0.05 < max(covered) < 0.5
+    assert 0 <= min(each.blur for each in drawn) < 0.1 and 1.9 < max(each.blur for each in drawn) <= 2
+    strengths = [(each.grain * CHANNEL_DEVIATIONS[:, None, None]).std() for each in drawn]
+    assert min(strengths) < 0.01 and 0.09 < max(strengths) < 0.103
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_has_an_effect_and_leaves_the_other_draws_alone(key):
     value = getattr(STRONG, key)

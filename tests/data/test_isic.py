@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from distseg.config import AugmentConfig, DataConfig, NoiseConfig
-from distseg.data.manifest import check_samples, read_samples, split_clean
+from distseg.data.checks import find_bad_files
+from distseg.data.manifest import read_samples, split_clean
 from distseg.data.noise import write_noisy_masks
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
@@ -26,7 +27,7 @@ def data_config(folder: str, **keys) -> DataConfig:
 def test_isic2017_is_sound_and_triangles_get_a_ninth_of_its_pixels_wrong(tmp_path):
     samples = read_samples(data_config("isic2017_128"), seed=0)
     assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [1800, 121, 529]
-    check_samples(samples, threads=2)
+    assert find_bad_files(samples, threads=2) == []
     clean, noisy = split_clean(samples, 50, seed=0)
     noisy, rate = write_noisy_masks(noisy, NoiseConfig(kind="polygon", vertices=3), tmp_path)
     assert (len(clean), len(noisy)) == (50, 1750)
@@ -46,6 +47,7 @@ def test_original_resolution_gets_a_split_and_streams():
     config = data_config("isic_original", augment=AugmentConfig(rotate=180, scale=(0.8, 1.2)))
     samples = read_samples(config, seed=0)
     assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [33, 5, 9]
+    assert find_bad_files(samples, threads=2) == []
     _, noisy = split_clean(samples, 3, seed=0)
     stream = Stream(noisy, "noisy", "noisy", config, 0, ShardSpec(), 4, 1, CPU)
     batch = stream.batch(0, 0)

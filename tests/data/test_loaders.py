@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import max_pool2d
 
 from distseg.config import AugmentConfig
 from distseg.data.augment import Transform, draw_transform, identity_transform
-from distseg.data.decode import read_image
+from distseg.data.decode import read_image, read_resized_image
 from distseg.data.manifest import Sample
+from distseg.data.reader import PixelReader
 from distseg.data.streams import Request
 from distseg.errors import UserError
 
 CPU = torch.device("cpu")
 STRONG = AugmentConfig(flip=True, right_angles=True, rotate=180, scale=(0.5, 2), shear=20, translate=0.3)
 COLOURED = STRONG.model_copy(update={"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 40.0})
+EVERYTHING = COLOURED.model_copy(update={"elastic": 0.05, "hairs": 12, "blur": 1.5, "grain": 0.05})
 SIZE = 32
 AS_STORED = np.eye(3, 4, dtype=np.float32)  # a colour map that hands the bytes through
 
@@ -53,12 +57,12 @@ def noise_image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def load_one(load_batches, sample: Sample, transform: Transform, size: int = SIZE, labels: str = "true"):
-    (batch,) = load_batches(iter([[Request(sample, labels, transform)]]), size, 1, CPU, 1)
+    (batch,) = load_batches(iter([[Request(sample, labels, transform)]]), PixelReader(size), 1, CPU, 1)
     return batch
 
 
 def with_bytes(transform: Transform) -> Transform:
-    return Transform(transform.matrix, AS_STORED)
+    return replace(transform, colour=AS_STORED)
 
 
 # --- contract ---------------------------------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
     samples = [write_sample(tmp_path, f"s{n}", noise_image(40 + n, 50, n), blob(40 + n, 50, n) * 255) for n in range(7)]
     cuts = [samples[:3], samples[3:4], samples[4:6], samples[6:]]
     requests = ([Request(s, "true", identity_transform(SIZE)) for s in cut] for cut in cuts)
-    batches = list(load_batches(requests, SIZE, 3, CPU, 2))
+    batches = list(load_batches(requests, PixelReader(SIZE), 3, CPU, 2))
     assert [batch.ids for batch in batches] == [("s0", "s1", "s2"), ("s3",), ("s4", "s5"), ("s6",)]
     for batch in batches:
         count = len(batch.ids)
@@ -76,7 +80,7 @@ def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
         assert (batch.masks.shape, batch.masks.dtype) == ((count, SIZE, SIZE), torch.uint8)
         assert batch.images.is_contiguous() and batch.masks.is_contiguous()
         assert batch.true_masks is batch.masks
-    assert list(load_batches(iter([]), SIZE, 3, CPU, 1)) == []
+    assert list(load_batches(iter([]), PixelReader(SIZE), 3, CPU, 1)) == []
 
 
 def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_path):
@@ -103,7 +107,7 @@ def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_pat
         for first in range(0, 120, 5)
     )
     seen = []
-    kept = list(load_batches(requests, SIZE, 5, CPU, 2))  # kept, so that a reused buffer would show too
+    kept = list(load_batches(requests, PixelReader(SIZE), 5, CPU, 2))  # kept, so that a reused buffer would show too
     for batch in kept:
         for image, mask, true, id in zip(batch.images, batch.masks, batch.true_masks, batch.ids, strict=True):
             number = int(id)
@@ -132,7 +136,7 @@ def test_closing_early_stops_the_loader(load_batches, tmp_path):
             yield [Request(sample, "true", identity_transform(SIZE))]
 
     before = threading.active_count()
-    batches = load_batches(endless(), SIZE, 1, CPU, 1)
+    batches = load_batches(endless(), PixelReader(SIZE), 1, CPU, 1)
     next(batches)
     batches.close()
     assert len(taken) < 10
@@ -157,7 +161,7 @@ def test_every_binary_encoding_becomes_zero_and_one(load_batches, tmp_path):
         image.save(tmp_path / f"{name}.png")
         samples.append(Sample(name, "train", samples[0].image, tmp_path / f"{name}.png"))
     request = [Request(sample, "true", identity_transform(SIZE)) for sample in samples]
-    (batch,) = load_batches(iter([request]), SIZE, len(samples), CPU, 1)
+    (batch,) = load_batches(iter([request]), PixelReader(SIZE), len(samples), CPU, 1)
     for actual in batch.masks:
         np.testing.assert_array_equal(actual.numpy(), mask)
 
@@ -173,7 +177,7 @@ def test_masks_stay_zero_and_one_and_move_with_the_image(load_batches, tmp_path)
         [Request(samples[n % 5], "true", with_bytes(draw_transform(STRONG, 64, 0, "s", n)))] for n in range(300)
     ]
     disagreeing, edge, lit = 0, 0, 0
-    for batch in load_batches(iter(requests), 64, 1, CPU, 2):
+    for batch in load_batches(iter(requests), PixelReader(64), 1, CPU, 2):
         mask = batch.masks[0].numpy()
         assert set(np.unique(mask)) <= {0, 1}
         painted = (batch.images[0, 0].numpy() > 127).astype(np.uint8)
@@ -183,6 +187,58 @@ def test_masks_stay_zero_and_one_and_move_with_the_image(load_batches, tmp_path)
         disagreeing, edge, lit = disagreeing + np.sum(painted != mask), edge + outline.sum(), lit + mask.sum()
     assert lit > 100_000
     assert disagreeing < 0.25 * edge
+
+
+def board(number: int) -> np.ndarray:
+    """4×4 cells of 16 pixels, lit or not at random: no flip or turn of one looks like another."""
+    return np.kron(np.random.default_rng(number).integers(0, 2, (4, 4), np.uint8), np.ones((16, 16), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("elastic", "count", "margin", "differing"),
+    [(0.0, 10_000, 0, 0.002), (0.05, 2_000, 2, 0.05)],
+    ids=["affine", "elastic"],
+)
+def test_ten_thousand_pairs_stay_aligned_binary_and_finite(load_batches, tmp_path, elastic, count, margin, differing):
+    """A board is painted into image and mask; the image, cut at half, must be the mask again.
+
+    They may differ in a share `differing` of the band of two pixels along the mask's edges and nowhere else: nearest
+    neighbour and linear interpolation round differently, and with an elastic deformation twice in a row; the edge may
+    then also lie outside the picture, hence the margin.
+    """
+    config = STRONG.model_copy(update={"scale": (0.7, 1.5), "elastic": elastic})
+    samples = []
+    for number in range(20):
+        mask = board(number)
+        samples.append(write_sample(tmp_path, f"s{number}", np.repeat(mask[..., None] * 255, 3, axis=2), mask * 255))
+    requests = (
+        [Request(samples[n % 20], "true", with_bytes(draw_transform(config, 64, 1, "s", n))) for n in range(m, m + 100)]
+        for m in range(0, count, 100)
+    )
+    pairs, wrong_pixels, edge = 0, 0, 0
+    inner = slice(margin, 64 - margin)
+    for batch in load_batches(requests, PixelReader(64, 2**24), 100, CPU, 2):
+        assert torch.isfinite(batch.images).all()
+        assert batch.masks.max() == 1
+        masks = batch.masks.float()[:, None]
+        in_band = max_pool2d(masks, 5, 1, 2) != -max_pool2d(-masks, 5, 1, 2)
+        wrong = (batch.images[:, :1] > 127) != (masks > 0)
+        assert not (wrong & ~in_band)[..., inner, inner].any()
+        pairs, wrong_pixels, edge = pairs + len(masks), wrong_pixels + wrong.sum(), edge + in_band.sum()
+    assert pairs == count
+    assert wrong_pixels < differing * edge
+
+
+def test_colours_hairs_blur_and_grain_leave_the_masks_alone(load_batches, tmp_path):
+    samples = [write_sample(tmp_path, f"s{n}", noise_image(SIZE, SIZE, n), blob(SIZE, SIZE, n)) for n in range(8)]
+    batches = []
+    for config in (STRONG, EVERYTHING.model_copy(update={"elastic": 0.0})):
+        requests = [Request(samples[n % 8], "true", draw_transform(config, SIZE, 0, "s", n)) for n in range(400)]
+        batches += load_batches(iter([requests]), PixelReader(SIZE), 400, CPU, 2)
+    plain, changed = batches
+    assert torch.isfinite(changed.images).all()
+    assert torch.equal(plain.masks, changed.masks)
+    assert (plain.images != changed.images).float().mean() > 0.99
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -195,7 +251,7 @@ def test_right_angles_and_flips_permute_the_pixels_exactly(load_batches, tmp_pat
     config = AugmentConfig(flip=True, right_angles=True)
     transforms = [with_bytes(draw_transform(config, size, 0, "s", position)) for position in range(40)]
     requests = [Request(sample, "true", transform) for transform in transforms]
-    (batch,) = load_batches(iter([requests]), size, len(requests), CPU, 1)
+    (batch,) = load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1)
     row, column = np.mgrid[:size, :size] + 0.5
     for image, label, transform in zip(batch.images, batch.masks, transforms, strict=True):
         x, y = np.floor(np.tensordot(transform.matrix, np.stack([column, row, np.ones_like(row)]), 1)).astype(int)
@@ -282,7 +338,7 @@ def test_a_file_that_breaks_during_training_is_named(load_batches, tmp_path, kin
         path.write_bytes(content)
     requests = [[Request(s, "noisy", identity_transform(SIZE)) for s in samples[i : i + 2]] for i in (0, 2, 4)]
     with pytest.raises(UserError) as raised:
-        list(load_batches(iter(requests), SIZE, 2, CPU, 1))
+        list(load_batches(iter(requests), PixelReader(SIZE), 2, CPU, 1))
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
 
@@ -298,7 +354,7 @@ def both(samples: list[Sample], size: int, config: AugmentConfig, colour: bool):
         Request(samples[n % len(samples)], "noisy", t if colour else with_bytes(t)) for n, t in enumerate(transforms)
     ]
     return [
-        next(load_batches(iter([requests]), size, len(requests), CPU, 1))
+        next(load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1))
         for load_batches in (dali.load_batches, torch_loader.load_batches)
     ]
 
@@ -334,3 +390,59 @@ def test_parity_with_resizing(tmp_path, size):
     assert difference.max() <= 3
     assert difference.mean() < 0.34
     assert (dali.masks != torch_.masks).float().mean() < 1e-3
+
+
+@needs_dali
+@pytest.mark.parametrize("key", ["elastic", "hairs", "blur", "grain"])
+def test_parity_of_each_effect(tmp_path, key):
+    """Of 255 grey levels: one, from rounding, after an elastic deformation; a thousandth where all is in float."""
+    samples = [write_sample(tmp_path, f"s{n}", noise_image(SIZE, SIZE, n), blob(SIZE, SIZE, n)) for n in range(4)]
+    config = AugmentConfig(**{key: getattr(EVERYTHING, key)})
+    dali, torch_ = both(samples, SIZE, config, colour=False)
+    plain, _ = both(samples, SIZE, AugmentConfig(), colour=False)
+    assert (dali.images - plain.images).abs().mean() > (0.01 if key == "grain" else 1)
+    assert (dali.images - torch_.images).abs().max() < (1.001 if key == "elastic" else 1e-3)
+    assert torch.equal(dali.masks, torch_.masks)
+
+
+@needs_dali
+def test_parity_of_everything_together(tmp_path):
+    """In deviations of the input: a grey level is 0.025."""
+    samples = []
+    for number in range(4):
+        pixels = cv2.GaussianBlur(noise_image(90, 70, number), (0, 0), 3)
+        samples.append(write_sample(tmp_path, f"s{number}", pixels, blob(90, 70, number)))
+    dali, torch_ = both(samples, SIZE, EVERYTHING, colour=True)
+    assert (dali.images - torch_.images).abs().max() < 0.1
+    assert (dali.images - torch_.images).abs().mean() < 0.01
+    assert (dali.masks != torch_.masks).float().mean() < 1e-3
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_reduced_decoding_of_a_jpeg_is_within_grey_levels_of_full_decoding(tmp_path):
+    pixels = cv2.GaussianBlur(noise_image(700, 900, 0), (0, 0), 9)
+    pixels = cv2.normalize(pixels, None, 0, 255, cv2.NORM_MINMAX)
+    Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
+    Image.fromarray(read_image(tmp_path / "large.jpg")).save(tmp_path / "large.png")  # decoded at full size
+    reduced, full = (read_resized_image(tmp_path / f"large.{suffix}", 64).astype(int) for suffix in ("jpg", "png"))
+    assert np.abs(reduced - full).max() <= 3
+    assert np.abs(reduced - full).mean() < 0.5
+
+
+def test_what_is_kept_in_memory_stays_within_its_budget_and_changes_no_bit(load_batches, tmp_path):
+    samples = [write_sample(tmp_path, f"s{n}", noise_image(50, 60, n), blob(50, 60, n)) for n in range(6)]
+    requests = [[Request(s, "true", draw_transform(COLOURED, SIZE, 0, "s", n)) for n, s in enumerate(samples)]] * 3
+    one = SIZE * SIZE * (3 + 1)
+    readers = {budget: PixelReader(SIZE, budget * one) for budget in (0, 2, 100)}
+    batches = {b: list(load_batches(iter(requests), reader, 6, CPU, 2)) for b, reader in readers.items()}
+    for budget, reader in readers.items():
+        assert reader.kept_bytes <= budget * one
+        for actual, expected in zip(batches[budget], batches[0], strict=True):
+            assert torch.equal(actual.images, expected.images) and torch.equal(actual.masks, expected.masks)
+    assert readers[100].kept_bytes == 6 * one
+    for sample in samples:
+        sample.image.unlink()
+    for actual in load_batches(iter(requests), readers[100], 6, CPU, 2):
+        assert torch.equal(actual.images, batches[0][0].images)

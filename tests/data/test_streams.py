@@ -2,7 +2,10 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,15 @@ import torch
 
 from distseg.config import AugmentConfig, DataConfig
 from distseg.data.manifest import read_samples, split_clean
+from distseg.data.reader import PixelReader
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, Stream, evaluation_batches
-from distseg.errors import UserError
+from distseg.errors import BadFileError, UserError
 
 CPU = torch.device("cpu")
-AUGMENT = AugmentConfig(flip=True, rotate=40, scale=(0.8, 1.2), brightness=0.2)
+AUGMENT = AugmentConfig(
+    flip=True, rotate=40, scale=(0.8, 1.2), brightness=0.2, elastic=0.05, hairs=4, blur=1.0, grain=0.05
+)
 
 
 @pytest.fixture
@@ -76,6 +82,18 @@ def test_a_batch_may_be_larger_than_the_set(open_stream, config):
     assert len(rows(batch)) == 8  # each occurrence under a transform of its own
 
 
+@pytest.mark.parametrize("count", [10, 7, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_sample_once_per_epoch_over_all_ranks(open_stream, config, world_size, count):
+    samples = split_clean(read_samples(config, 0), 3, 0)[1][:count]
+    ranks = [open_stream(samples, ShardSpec(rank, world_size), batch_size=3) for rank in range(world_size)]
+    steps = -(-2 * count // (3 * world_size)) + 1
+    ids = [id for step in range(steps) for rank in ranks for id in rank.batch(step, 0).ids]
+    epochs = [ids[first : first + count] for first in range(0, len(ids) - count + 1, count)]
+    assert len(epochs) >= 2
+    assert all(sorted(epoch) == [sample.id for sample in samples] for epoch in epochs)
+
+
 def test_order_depends_on_seed_and_name(open_stream):
     expected = open_stream().batch(0, 0)
     assert open_stream(seed=1).batch(0, 0).ids != expected.ids
@@ -113,6 +131,98 @@ def test_random_access_is_sequential_access_bit_for_bit(open_stream, config, pip
     jumping.close()
     assert_same(jumping.batch(3, 0), batches[3, 0])
     assert len({fingerprint(batch) for batch in batches.values()}) == 10
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_resuming_at_any_step_gives_the_remaining_batches(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = config.model_copy(update={"pipeline": pipeline})
+    whole = open_stream(config=config, batch_size=3)  # 10 samples: an epoch ends in the fourth batch
+    expected = [fingerprint(whole.batch(step, 0)) for step in range(6)]
+    for first in range(1, 5):
+        resumed = open_stream(config=config, batch_size=3)
+        assert [fingerprint(resumed.batch(step, 0)) for step in range(first, 6)] == expected[first:]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
+def test_resuming_on_other_ranks_gives_the_remaining_samples(open_stream, before, after):
+    def remaining(world_size: int, first: int) -> list[set[tuple]]:
+        ranks = [open_stream(shard=ShardSpec(r, world_size), batch_size=6 // world_size) for r in range(world_size)]
+        return [set().union(*(rows(rank.batch(step, 0)) for rank in ranks)) for step in range(first, 4)]
+
+    expected = remaining(before, 0)
+    for first in range(4):
+        assert remaining(after, first) == expected[first:]
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_two_streams_are_prefetched_side_by_side(open_stream, config, pipeline, monkeypatch):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = config.model_copy(update={"pipeline": pipeline})
+    clean, noisy = split_clean(read_samples(config, 0), 3, 0)
+    named = {"noisy": noisy, "clean": clean}
+    streams = [open_stream(samples, name=name, config=config, batch_size=2) for name, samples in named.items()]
+    read, both_are_reading = {"noisy": 0, "clean": 0}, threading.Barrier(2)
+    of_clean = {sample.image for sample in clean}
+
+    def read_image(reader: PixelReader, path: Path):
+        # Each stream's third and fourth image wait here for the other stream's: one after the other, they would wait
+        # in vain.
+        name = "clean" if path in of_clean else "noisy"
+        read[name] += 1
+        if read[name] in (3, 4):
+            both_are_reading.wait(timeout=20)
+        return own(reader, path)
+
+    own = PixelReader.image
+    monkeypatch.setattr(PixelReader, "image", read_image)
+    with ThreadPoolExecutor(2) as pool:  # neither may hold up the other's start
+        batches = list(pool.map(lambda stream: stream.batch(0, 0), streams))
+    for stream, first in zip(streams, batches, strict=True):
+        assert first.ids != stream.batch(1, 0).ids
+    deadline = time.monotonic() + 20
+    while min(read.values()) <= 4:
+        assert time.monotonic() < deadline, "nothing is read ahead"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_closing_stops_every_thread(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    before = threading.active_count()
+    stream = open_stream(config=config.model_copy(update={"pipeline": pipeline}))
+    expected = stream.batch(0, 0)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
+    assert_same(stream.batch(0, 0), expected)
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_a_file_that_breaks_later_ends_the_stream_by_name(open_stream, config, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    stream = open_stream(config=config.model_copy(update={"pipeline": pipeline, "memory": 0}), batch_size=1)
+    first = stream.batch(0, 0)
+    samples = {sample.id: sample for sample in read_samples(config, 0)}
+    for id in samples.keys() - {first.ids[0]}:
+        content = samples[id].image.read_bytes()
+        samples[id].image.write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadFileError, match=r"images/S\d+\.png: cannot be decoded") as raised:
+        for step in range(1, 12):
+            stream.batch(step, 0)
+    assert "\n" not in str(raised.value)
+
+
+def test_streams_say_how_long_they_were_waited_for(open_stream, monkeypatch):
+    stream = open_stream(batch_size=1)
+    own = PixelReader.image
+    monkeypatch.setattr(PixelReader, "image", lambda *arguments: time.sleep(0.1) or own(*arguments))
+    stream.batch(0, 0)
+    assert 0.1 <= stream.waited < 5
 
 
 def test_sequential_access_opens_the_loader_once(open_stream, monkeypatch):

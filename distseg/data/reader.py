@@ -1,0 +1,126 @@
+"""Pixels at network resolution, read ahead of the loaders and kept in memory where they fit.
+
+Resizing comes before anything random, so its result can be kept: from the second epoch on nothing is decoded. Decoded
+now, kept in memory or read from a cache on disk, the bits are the same, so that order and resume stay as they are.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distseg.data.cache import PixelCache
+from distseg.data.decode import read_resized_image, read_resized_mask
+
+Request = TypeVar("Request")
+Work = TypeVar("Work")
+
+_PREFETCHED_BATCHES = 2
+
+
+class PixelReader:
+    """Reads images and masks, squashed to `size`×`size`; several threads may ask at once."""
+
+    def __init__(self, size: int, memory_bytes: int = 0, cache: PixelCache | None = None) -> None:
+        """`memory_bytes` bounds the pixels kept; what no longer fits is decoded anew each time."""
+        self.size = size
+        self.cache = cache
+        self.kept_bytes = 0
+        self._memory_bytes = memory_bytes
+        self._kept: dict[tuple[str, Path], NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()
+
+    def image(self, path: Path) -> NDArray[np.uint8]:
+        """(size, size, 3) uint8 RGB, not to be written to. Raises BadFileError."""
+        return self._read("image", path, read_resized_image)
+
+    def mask(self, path: Path) -> NDArray[np.uint8]:
+        """(size, size) uint8 in {0, 1}, not to be written to. Raises BadFileError."""
+        return self._read("mask", path, read_resized_mask)
+
+    def _read(self, kind: str, path: Path, decode: Callable[[Path, int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        cached = self.cache.find(path) if self.cache else None
+        if cached is not None:
+            return cached
+        kept = self._kept.get((kind, path))
+        if kept is not None:
+            return kept
+        pixels = decode(path, self.size)
+        pixels.setflags(write=False)
+        with self._lock:
+            if (kind, path) not in self._kept and self.kept_bytes + pixels.nbytes <= self._memory_bytes:
+                self._kept[kind, path] = pixels
+                self.kept_bytes += pixels.nbytes
+        return pixels
+
+
+def read_ahead(
+    requests: Iterator[Sequence[Request]], work: Callable[[Request], Work], max_batch_size: int, threads: int
+) -> Iterator[tuple[Sequence[Request], list[Work]]]:
+    """Each batch of `requests` with `work` done on its items by `threads` threads, in order, two batches ahead.
+
+    What `work` raises comes out at its batch. Closing the generator stops the threads.
+    """
+    pending: deque[tuple[Sequence[Request], list[Future[Work]]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="distseg-read") as pool:
+        try:
+            while True:
+                while len(pending) <= _PREFETCHED_BATCHES and (batch := next(requests, None)) is not None:
+                    if len(batch) > max_batch_size:
+                        raise ValueError(f"a batch of {len(batch)} where at most {max_batch_size} were announced")
+                    pending.append((batch, [pool.submit(work, request) for request in batch]))
+                if not pending:
+                    return
+                batch, futures = pending.popleft()
+                yield batch, [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
+    """`items`, a generator, taken one ahead by a thread of its own, so that nobody waits while an item is put together.
+
+    What it raises comes out at its place. Closing this generator closes the other and stops the thread.
+    """
+    ready: queue.Queue[tuple[str, Work | BaseException | None]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Work | BaseException | None = None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                break
+            except queue.Full:
+                continue
+
+    def take() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end")
+        except BaseException as error:
+            put("error", error)
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=take, name="distseg-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,73 @@
+"""`launch/prepare.py`, then training on what it has prepared, on two ranks and with a file that is bad."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+name: prepared
+data: {image_size: 32, clean_count: 4, noise: {kind: polygon}, augment: {flip: true, hairs: 3, elastic: 0.03}}
+model: {width: 4, depth: 2, norm: batch}
+optim: {name: adam, lr: 1e-3}
+train: {steps: 4, batch_size: 2, clean_batch_size: 2, log_every: 1}
+tracking: {mlflow: false}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "prepared.yaml").write_text(CONFIG)
+    return tmp_path / "prepared.yaml"
+
+
+def prepare(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/prepare.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_training_from_the_cache_without_the_bad_file(config: Path, drawn_data: Path, tmp_path: Path, train) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(drawn_data, data)
+    victim = sorted((data / "images").iterdir())[3]
+    victim.write_bytes(victim.read_bytes()[:100])
+    arguments = ["--config", str(config), f"data.root={data}", "data.on_bad=skip"]
+
+    done = prepare(*arguments, "--cache", str(cache))
+    assert done.returncode == 0, done.stderr
+    assert f"{victim}: cannot be decoded" in done.stdout
+    assert f"{cache}: 31 samples at 32², 1 shards written, 0 kept" in done.stdout
+
+    losses = {}
+    for name, key in (("originals", []), ("cached", [f"data.cache={cache}"])):
+        run = train(2, *arguments, *key, "--runs-dir", str(tmp_path / name))
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("left out 1 samples") == 1
+        folder = tmp_path / name / "prepared"
+        with (folder / "left_out.csv").open(newline="") as file:
+            assert [row["id"] for row in csv.DictReader(file)] == [victim.stem]
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [record["train/loss"] for record in records if "train/loss" in record]
+    assert len(losses["cached"]) == 4
+    assert losses["cached"] == losses["originals"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data.cuont=3"], "data.cuont: unknown key"),
+        (["data.root=/no/such/folder"], "/no/such/folder: no such folder"),
+        (["data.on_bad=ignore"], "data.on_bad"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(config: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = prepare("--config", str(config), "data.root=.", *arguments, "--cache", str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert not (tmp_path / "cache").exists()
