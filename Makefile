@@ -4,13 +4,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench ui clean
+.PHONY: demo test test-faults lint bench ui clean
 
 demo: $(INSTALLED)
 	$(RUN) launch/demo.py
 
 test: $(INSTALLED)
 	$(RUN) -m pytest
+
+test-faults: $(INSTALLED)
+	$(RUN) -m pytest -m faults --timeout 3000
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check --no-cache .
