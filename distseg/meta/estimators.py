@@ -6,8 +6,15 @@ U_p says how much a small step against pixel p's gradient would lower the clean 
 through a virtual SGD step of size α taken with weights W = 0; that derivative is α·U_p, and α cancels when the weights
 are normalised, so U is without it here.
 
+The virtual step may start elsewhere, at the same weight w₀ on every valid pixel. θ̂ is linear in W, so that U_p is still
+⟨g, ∇_θ ℓ_p(θ)⟩, with g = ∇L_c taken at the fast weights θ̂(w₀); there α matters.
+
 Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has
 no side effects; `Parameters` are the trainable tensors by name. Images (B, 3, H, W), masks and U (B, H, W).
+
+Where parameters are sharded (distseg/meta/placement.py), `Parameters` are this rank's shards, and so are gradients and
+fast weights: the network gathers, and its derivative by a shard has come back summed over the ranks. Nothing else
+changes but the reductions: `sum_over_shards` adds up what shards contribute, and does nothing to whole tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,21 +35,27 @@ def one_process(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def clean_gradient(
-    network: Network, parameters: Parameters, clean: Sequence[LabelledImages], sum_over_ranks: SumOverRanks
+def mean_gradient(
+    network: Network,
+    parameters: Parameters,
+    batches: Sequence[LabelledImages],
+    sum_over_ranks: SumOverRanks,
+    sharded: bool = False,
 ) -> Parameters:
-    """g: the gradient of the loss averaged over the valid pixels of every clean micro-batch of every rank.
+    """The gradient of the loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
 
-    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels. g = 0 where there
-    is no valid pixel at all.
+    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels, or the count alone
+    where the network's derivatives have been summed already. 0 where there is no valid pixel at all.
     """
     leaves = _leaves(parameters)
     total: Sequence[Tensor] | None = None
-    for images, masks in clean:
+    for images, masks in batches:
         part = _summed_gradient(network, leaves, images, masks)
         total = part if total is None else torch._foreach_add(total, part)
-    assert total is not None, "a clean batch is needed"
-    if sum_over_ranks is not one_process:
+    assert total is not None, "a batch is needed"
+    if sharded:
+        total = [*total[:-1], sum_over_ranks(total[-1])]
+    elif sum_over_ranks is not one_process:
         bucket = torch.cat([tensor.flatten() for tensor in total])
         total = sum_over_ranks(bucket).split([tensor.numel() for tensor in total])
     *gradients, count = total
@@ -50,6 +63,18 @@ def clean_gradient(
     return {
         name: (gradient / count.clamp(min=1)).view_as(parameters[name])
         for name, gradient in zip(parameters, gradients, strict=True)
+    }
+
+
+def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr: float, weight: float) -> Parameters:
+    """θ̂ = θ − α ∇ Σ W·ℓ for W = weight/N at each of the N valid pixels of the global noisy batch; constants.
+
+    noisy_gradient: `mean_gradient` of the noisy micro-batches.
+    """
+    steps = (noisy_gradient[name] for name in parameters)
+    return {
+        name: torch.sub(theta, step, alpha=virtual_lr * weight)
+        for (name, theta), step in zip(parameters.items(), steps, strict=True)
     }
 
 
@@ -68,9 +93,10 @@ def logits_along(
 def reverse(
     network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor, virtual_lr: float
 ) -> Tensor:
-    """U as the paper writes it: a double backward through the virtual step θ̂(W) = θ − α ∇_θ Σ W·ℓ at W = 0. Exact.
+    """U as the paper writes it: a double backward through the virtual step θ̂(W) = θ − α ∇_θ Σ W·ℓ. Exact.
 
-    θ̂(0) = θ, so `gradient` is ∇L_c(θ̂) and the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ needs no second clean pass.
+    `gradient` is ∇L_c at θ̂, so the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ needs no second clean pass. θ̂ is linear in W:
+    its derivative, taken here at W = 0, is the same wherever the virtual step starts.
     """
     leaves = _leaves(parameters)
     with torch.enable_grad():
@@ -90,6 +116,7 @@ def finite(
     images: Tensor,
     masks: Tensor,
     relative_step: float | None = None,
+    sum_over_shards: SumOverRanks = one_process,
 ) -> Tensor:
     """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖: the network is only evaluated.
 
@@ -97,7 +124,7 @@ def finite(
     """
     if relative_step is None:
         relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** (1 / 3)
-    scale, slope = norm(parameters), norm(gradient)
+    scale, slope = norm(parameters, sum_over_shards), norm(gradient, sum_over_shards)
     h = relative_step * torch.where(slope > 0, scale.clamp(min=1e-3) / slope, 1.0)
 
     def loss_at(sign: int) -> Tensor:
@@ -107,9 +134,10 @@ def finite(
     return (loss_at(+1) - loss_at(-1)) / (2 * h)
 
 
-def norm(tensors: Parameters) -> Tensor:
+def norm(tensors: Parameters, sum_over_shards: SumOverRanks = one_process) -> Tensor:
     """Euclidean norm of all tensors together, a scalar on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
+    own = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
+    return own if sum_over_shards is one_process else sum_over_shards(own.square()).sqrt()
 
 
 def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from distseg.data.manifest import Sample, check_samples, read_samples, split_cle
 from distseg.data.noise import write_noisy_masks
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
-from distseg.distributed.engine import build_engine, shadow_of
+from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.evaluation.evaluator import evaluate
@@ -82,6 +82,7 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer, self.optimizer_kind = build_optimizer(parameters, config.optim)
         self.engine = build_engine(self.model, optimizer, config)
+        placement = sharded_parameters(shadow) if config.deepspeed.zero_stage == 3 else None
 
         def reweighter(granularity: str) -> PixelReweighter:
             return PixelReweighter(
@@ -90,7 +91,10 @@ class Trainer:
                 granularity=granularity,
                 normalise=config.method.normalise,
                 on_zero=config.method.on_zero,
+                virtual_lr=config.method.virtual_lr,
+                initial_weight=config.method.initial_weight,
                 sum_over_ranks=sum_over_ranks,
+                placement=placement,
             )
 
         self.streams: list[Stream] = []
