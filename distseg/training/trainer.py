@@ -17,6 +17,7 @@ from distseg.config import Config, changed_keys, dump_config, load_config
 from distseg.data.manifest import Sample, check_samples, read_samples, split_clean
 from distseg.data.noise import write_noisy_masks
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
 from distseg.distributed.runtime import Runtime
@@ -75,6 +76,8 @@ class Trainer:
         self.config, self.folder, self.runtime = config, folder, runtime
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(runtime.device)
+        if runtime.shard.world_size > 1:
+            self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(lambda: prepare_data(config, folder, runtime.is_main), runtime.device)
         self.steps = _number_of_steps(config, len(self.splits.noisy), runtime.shard.world_size)
 
