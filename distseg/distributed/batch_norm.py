@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all ranks, differentiable as often as the meta pass needs and in forward mode.
+"""Batch normalisation over the batches of all ranks, with the double backward and the forward mode of the meta pass.
 
 torch's SyncBatchNorm has neither a double backward nor a forward mode, nor a CPU.
 """
@@ -15,11 +15,11 @@ class SynchronisedBatchNorm(_BatchNorm):
     """(B, C, …) → the same shape, normalised in training by the mean and variance of all ranks' batches together.
 
     N ranks compute what torch's BatchNorm computes on the concatenated batch: outputs, derivatives and running
-    statistics, which are the same on every rank, bit for bit. Ranks may hold unequal numbers of values. In evaluation it
-    is torch's own. A micro-batch is normalised by itself, so that accumulation is not one large batch here.
+    statistics, which are the same on every rank, bit for bit. Ranks may hold unequal numbers of values. In evaluation
+    it is torch's own. A micro-batch is normalised by itself, so that accumulation is not one large batch here.
 
-    One collective: every rank's mean, sum of squared deviations and count, combined as Chan, Golub and LeVeque (1983) do,
-    which loses no digits where the mean is large beside the deviation.
+    One collective: every rank's mean, sum of squared deviations and count, combined as Chan, Golub and LeVeque (1983)
+    do, which loses no digits where the mean is large beside the deviation.
     """
 
     def forward(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Collectives as linear functions of every rank's tensor: differentiable in reverse and in forward mode, any number of times.
+"""Collectives as linear functions of every rank's tensor, differentiable any number of times and in either mode.
 
 The function that is differentiated is the sum over ranks of what each rank computes, and every rank takes part in each
 pass. Gather and ReduceScatter are each other's transpose, so the cotangents of a gathered tensor come back summed over

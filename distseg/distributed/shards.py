@@ -1,8 +1,8 @@
 """A network whose parameters lie in shards over the ranks, each gathered for the operators that meet it and no longer.
 
-A module is run with a *stand-in* for each parameter, which has its shape and dtype and none of its elements. An operator
-that is handed one gets the gathered tensor in its place, so where a parameter is used does not matter: by its own
-module, by another one, by several, or not at all. In forward mode the tangent's shards are gathered with it.
+A module is run with a *stand-in* for each parameter, which has its shape and dtype and none of its elements. An
+operator that is handed one gets the gathered tensor in its place, so where a parameter is used does not matter: by its
+own module, by another one, by several, or not at all. In forward mode the tangent's shards are gathered with it.
 
 In reverse mode autograd saves what an operator will need again. `saving_shards` makes it save the shard of a gathered
 tensor and gather anew when the time comes, also for the graph of a backward pass that is itself differentiated.
@@ -94,8 +94,8 @@ class _StandIn(Tensor):
 
 
 _METADATA = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.__len__, Tensor.get_device]
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.get_device]
 )
 
 

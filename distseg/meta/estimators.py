@@ -48,22 +48,21 @@ def mean_gradient(
     where the network's derivatives have been summed already. 0 where there is no valid pixel at all.
     """
     leaves = _leaves(parameters)
-    total: Sequence[Tensor] | None = None
+    total: list[Tensor] = []
     for images, masks in batches:
         part = _summed_gradient(network, leaves, images, masks)
-        total = part if total is None else torch._foreach_add(total, part)
-    assert total is not None, "a batch is needed"
+        total = _each(total, part, torch.add) if total else part
+    assert total, "a batch is needed"
     if sharded:
-        total = [*total[:-1], sum_over_ranks(total[-1])]
+        sum_over_ranks(total[-1])
     elif sum_over_ranks is not one_process:
         bucket = torch.cat([tensor.flatten() for tensor in total])
-        total = sum_over_ranks(bucket).split([tensor.numel() for tensor in total])
-    *gradients, count = total
+        total = list(sum_over_ranks(bucket).split([tensor.numel() for tensor in total]))
+        del bucket
+    count = total.pop().clamp(min=1)
     # Quotients own their memory; forward mode would copy a tangent that views a larger storage, and hold both.
-    return {
-        name: (gradient / count.clamp(min=1)).view_as(parameters[name])
-        for name, gradient in zip(parameters, gradients, strict=True)
-    }
+    means = _each(total, [count] * len(total), torch.div)
+    return {name: mean.view_as(parameters[name]) for name, mean in zip(parameters, means, strict=True)}
 
 
 def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr: float, weight: float) -> Parameters:
@@ -71,10 +70,8 @@ def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr:
 
     noisy_gradient: `mean_gradient` of the noisy micro-batches.
     """
-    steps = (noisy_gradient[name] for name in parameters)
     return {
-        name: torch.sub(theta, step, alpha=virtual_lr * weight)
-        for (name, theta), step in zip(parameters.items(), steps, strict=True)
+        name: torch.sub(theta, noisy_gradient[name], alpha=virtual_lr * weight) for name, theta in parameters.items()
     }
 
 
@@ -90,13 +87,11 @@ def logits_along(
     return torch.func.jvp(lambda theta: network(theta, images), (parameters,), (gradient,))
 
 
-def reverse(
-    network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor, virtual_lr: float
-) -> Tensor:
+def reverse(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
     """U as the paper writes it: a double backward through the virtual step θ̂(W) = θ − α ∇_θ Σ W·ℓ. Exact.
 
-    `gradient` is ∇L_c at θ̂, so the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ needs no second clean pass. θ̂ is linear in W:
-    its derivative, taken here at W = 0, is the same wherever the virtual step starts.
+    `gradient` is ∇L_c at θ̂, so the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ = α⟨g, ∂(∇_θ Σ W·ℓ)/∂W⟩ needs no second clean
+    pass. The inner gradient is linear in W: its derivative, taken here at W = 0, is the same wherever the step starts.
     """
     leaves = _leaves(parameters)
     with torch.enable_grad():
@@ -104,9 +99,10 @@ def reverse(
         weights = torch.zeros(masks.shape, dtype=logits.dtype, device=logits.device, requires_grad=True)
         loss = weighted_loss(logits, masks, weights)
         inner = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-        fast = [theta - virtual_lr * step for theta, step in zip(leaves.values(), inner, strict=True)]
-    (alpha_u,) = torch.autograd.grad(fast, weights, grad_outputs=[-gradient[name] for name in leaves])
-    return alpha_u / virtual_lr
+    used = [(step, gradient[name]) for name, step in zip(leaves, inner, strict=True) if step.requires_grad]
+    steps, directions = zip(*used, strict=True)
+    (u,) = torch.autograd.grad(steps, weights, grad_outputs=directions)
+    return u
 
 
 def finite(
@@ -148,6 +144,11 @@ def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks
     # A parameter that the network does not use has gradient 0.
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return [*gradients, valid_pixels(masks).sum().to(gradients[0].dtype)]
+
+
+def _each(left: list[Tensor], right: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """`combine` of each pair; both lists are used up, so that no third set of tensors is ever whole in memory."""
+    return [combine(left.pop(0), right.pop(0)) for _ in range(len(left))]
 
 
 def _leaves(parameters: Parameters) -> Parameters:

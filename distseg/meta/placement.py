@@ -1,4 +1,4 @@
-"""Where the parameters of a network are while the method looks at it: whole on every rank, or in shards over the ranks."""
+"""Where the parameters of a network are: whole on every rank, or in shards over the ranks."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

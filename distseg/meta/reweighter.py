@@ -80,7 +80,7 @@ class PixelReweighter:
         sum_over_shards = sum_over_ranks if self.placement.sharded else one_process
         choices = {
             "forward": estimators.forward,
-            "reverse": partial(estimators.reverse, virtual_lr=virtual_lr),
+            "reverse": estimators.reverse,
             "finite": partial(estimators.finite, relative_step=finite_step, sum_over_shards=sum_over_shards),
         }
         if estimator not in choices:
@@ -136,7 +136,8 @@ class PixelReweighter:
                 ]
             else:
                 alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
-                cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in zip(alignments, masks, strict=True)]
+                pairs = zip(alignments, masks, strict=True)
+                cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in pairs]
 
         weights, self.diagnostics = weight_maps(
             cells,
@@ -164,8 +165,9 @@ class PixelReweighter:
             return estimators.mean_gradient(network, at, batches, self.sum_over_ranks, self.placement.sharded)
 
         if self.initial_weight:
-            noisy_gradient = mean_gradient(parameters, noisy)
-            parameters = estimators.fast_weights(parameters, noisy_gradient, self.virtual_lr, self.initial_weight)
+            parameters = estimators.fast_weights(
+                parameters, mean_gradient(parameters, noisy), self.virtual_lr, self.initial_weight
+            )
         return mean_gradient(parameters, clean)
 
 

@@ -43,7 +43,7 @@ TOLERANCES = {
     (torch.float64, True): 1e-8,
     (torch.float32, True): 1e-3,
 }
-"""By dtype and whether `finite` had a part: it is right to the square of its step, and divides rounding errors by it."""
+"""By dtype and whether `finite` had a part: right to the square of its step, and rounding errors are divided by it."""
 
 
 def make_model(dtype: torch.dtype, norm: str) -> nn.Module:
