@@ -115,6 +115,10 @@ class MethodConfig(Section):
     include_clean: bool = False
     """Also learn from the clean batch; the loss is then the mean of the weighted noisy and the mean clean loss."""
     on_zero: Literal["skip", "uniform"] = "skip"
+    virtual_lr: Annotated[float, Field(gt=0)] = 1.0
+    initial_weight: Annotated[float, Field(ge=0)] = 0.0
+    """The virtual step that the weights are derived through: its size, and the sum of the weights that it starts with,
+    the same on every valid pixel of the global batch. At 0, as in the paper, its size does not matter."""
     clean_phase: Fraction = 0.3
     """finetune: the last part of the steps, spent on the clean images alone."""
 
@@ -163,7 +167,8 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """3: parameters lie in shards, and the meta pass gathers each for as long as an operator needs it."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 0.0
     config_file: Path | None = None
     """JSON with further DeepSpeed keys, for instance bucket sizes (configs/deepspeed/)."""

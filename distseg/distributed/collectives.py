@@ -18,7 +18,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0 (running statistics differ where each rank normalises its own batch)."""
+    """Give every rank the buffers of rank 0: a network may keep statistics of what each rank sees."""
     if dist.get_world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distseg.config.schema import Config
+from distseg.distributed.differentiable import shard_range
+from distseg.distributed.shards import Shard, ShardedParameters
 from distseg.errors import UserError
 
 OWNED_KEYS = frozenset(
@@ -21,6 +24,8 @@ OWNED_KEYS = frozenset(
     | {"optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "zero_allow_untested_optimizer"}
 )
 """DeepSpeed keys that follow from the experiment's config and may not be set beside it."""
+UNSUPPORTED_ZERO_KEYS = frozenset({"offload_param", "zero_hpz_partition_size", "mics_shard_size"})
+"""Ways of ZeRO-3 to keep a parameter that are not one shard on each rank's device: the meta pass needs those."""
 
 
 def shadow_of(model: nn.Module) -> nn.Module:
@@ -30,6 +35,21 @@ def shadow_of(model: nn.Module) -> nn.Module:
     """
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
+
+
+def sharded_parameters(shadow: nn.Module) -> ShardedParameters:
+    """The shadow's parameters as ZeRO-3 holds them, once `build_engine` has cut those of its model."""
+
+    def read() -> dict[str, Shard]:
+        return {name: _own_shard(parameter) for name, parameter in shadow.named_parameters()}
+
+    return ShardedParameters(read)
+
+
+def _own_shard(parameter: nn.Parameter) -> Shard:
+    own = shard_range(parameter.ds_numel, dist.get_rank(), dist.get_world_size())
+    # What DeepSpeed holds beyond the parameter's elements, to make shards equal, is never initialised.
+    return Shard(parameter.ds_tensor[: len(own)], parameter.ds_shape, parameter.requires_grad)
 
 
 def build_engine(model: nn.Module, optimizer: Optimizer, config: Config) -> Any:
@@ -61,6 +81,9 @@ def build_engine(model: nn.Module, optimizer: Optimizer, config: Config) -> Any:
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed JSON that the experiment's config amounts to."""
     zero: dict[str, Any] = {"stage": config.deepspeed.zero_stage}
+    if config.deepspeed.zero_stage == 3:
+        # DeepSpeed would put a linear layer without forward mode in the place of torch's, for the whole process.
+        zero["memory_efficient_linear"] = False
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.batch_size,
         "gradient_accumulation_steps": config.train.accumulation,
@@ -208,8 +231,11 @@ def _read_extra(config: Config) -> dict[str, Any]:
     if not isinstance(extra, dict):
         raise UserError(f"deepspeed.config_file {path}: must hold a JSON object")
     owned = sorted(OWNED_KEYS & extra.keys())
-    if "stage" in extra.get("zero_optimization", {}):
-        owned.append("zero_optimization.stage")
+    zero = extra.get("zero_optimization", {})
+    owned += [f"zero_optimization.{key}" for key in ("stage", "memory_efficient_linear") if key in zero]
     if owned:
         raise UserError(f"deepspeed.config_file {path}: {owned[0]} follows from the experiment's config; remove it")
+    if unsupported := sorted(UNSUPPORTED_ZERO_KEYS & zero.keys()):
+        key = f"zero_optimization.{unsupported[0]}"
+        raise UserError(f"deepspeed.config_file {path}: {key} is not supported by the meta pass; remove it")
     return extra

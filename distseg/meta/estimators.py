@@ -6,8 +6,15 @@ U_p says how much a small step against pixel p's gradient would lower the clean 
 through a virtual SGD step of size α taken with weights W = 0; that derivative is α·U_p, and α cancels when the weights
 are normalised, so U is without it here.
 
+The virtual step may start elsewhere, at the same weight w₀ on every valid pixel. θ̂ is linear in W, so that U_p is still
+⟨g, ∇_θ ℓ_p(θ)⟩, with g = ∇L_c taken at the fast weights θ̂(w₀); there α matters.
+
 Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has
 no side effects; `Parameters` are the trainable tensors by name. Images (B, 3, H, W), masks and U (B, H, W).
+
+Where parameters are sharded (distseg/meta/placement.py), `Parameters` are this rank's shards, and so are gradients and
+fast weights: the network gathers, and its derivative by a shard has come back summed over the ranks. Nothing else
+changes but the reductions: `sum_over_shards` adds up what shards contribute, and does nothing to whole tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,28 +35,43 @@ def one_process(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def clean_gradient(
-    network: Network, parameters: Parameters, clean: Sequence[LabelledImages], sum_over_ranks: SumOverRanks
+def mean_gradient(
+    network: Network,
+    parameters: Parameters,
+    batches: Sequence[LabelledImages],
+    sum_over_ranks: SumOverRanks,
+    sharded: bool = False,
 ) -> Parameters:
-    """g: the gradient of the loss averaged over the valid pixels of every clean micro-batch of every rank.
+    """The gradient of the loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
 
-    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels. g = 0 where there
-    is no valid pixel at all.
+    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels, or the count alone
+    where the network's derivatives have been summed already. 0 where there is no valid pixel at all.
     """
     leaves = _leaves(parameters)
-    total: Sequence[Tensor] | None = None
-    for images, masks in clean:
+    total: list[Tensor] = []
+    for images, masks in batches:
         part = _summed_gradient(network, leaves, images, masks)
-        total = part if total is None else torch._foreach_add(total, part)
-    assert total is not None, "a clean batch is needed"
-    if sum_over_ranks is not one_process:
+        total = _each(total, part, torch.add) if total else part
+    assert total, "a batch is needed"
+    if sharded:
+        sum_over_ranks(total[-1])
+    elif sum_over_ranks is not one_process:
         bucket = torch.cat([tensor.flatten() for tensor in total])
-        total = sum_over_ranks(bucket).split([tensor.numel() for tensor in total])
-    *gradients, count = total
+        total = list(sum_over_ranks(bucket).split([tensor.numel() for tensor in total]))
+        del bucket
+    count = total.pop().clamp(min=1)
     # Quotients own their memory; forward mode would copy a tangent that views a larger storage, and hold both.
+    means = _each(total, [count] * len(total), torch.div)
+    return {name: mean.view_as(parameters[name]) for name, mean in zip(parameters, means, strict=True)}
+
+
+def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr: float, weight: float) -> Parameters:
+    """θ̂ = θ − α ∇ Σ W·ℓ for W = weight/N at each of the N valid pixels of the global noisy batch; constants.
+
+    noisy_gradient: `mean_gradient` of the noisy micro-batches.
+    """
     return {
-        name: (gradient / count.clamp(min=1)).view_as(parameters[name])
-        for name, gradient in zip(parameters, gradients, strict=True)
+        name: torch.sub(theta, noisy_gradient[name], alpha=virtual_lr * weight) for name, theta in parameters.items()
     }
 
 
@@ -65,12 +87,11 @@ def logits_along(
     return torch.func.jvp(lambda theta: network(theta, images), (parameters,), (gradient,))
 
 
-def reverse(
-    network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor, virtual_lr: float
-) -> Tensor:
-    """U as the paper writes it: a double backward through the virtual step θ̂(W) = θ − α ∇_θ Σ W·ℓ at W = 0. Exact.
+def reverse(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
+    """U as the paper writes it: a double backward through the virtual step θ̂(W) = θ − α ∇_θ Σ W·ℓ. Exact.
 
-    θ̂(0) = θ, so `gradient` is ∇L_c(θ̂) and the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ needs no second clean pass.
+    `gradient` is ∇L_c at θ̂, so the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ = α⟨g, ∂(∇_θ Σ W·ℓ)/∂W⟩ needs no second clean
+    pass. The inner gradient is linear in W: its derivative, taken here at W = 0, is the same wherever the step starts.
     """
     leaves = _leaves(parameters)
     with torch.enable_grad():
@@ -78,9 +99,10 @@ def reverse(
         weights = torch.zeros(masks.shape, dtype=logits.dtype, device=logits.device, requires_grad=True)
         loss = weighted_loss(logits, masks, weights)
         inner = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-        fast = [theta - virtual_lr * step for theta, step in zip(leaves.values(), inner, strict=True)]
-    (alpha_u,) = torch.autograd.grad(fast, weights, grad_outputs=[-gradient[name] for name in leaves])
-    return alpha_u / virtual_lr
+    used = [(step, gradient[name]) for name, step in zip(leaves, inner, strict=True) if step.requires_grad]
+    steps, directions = zip(*used, strict=True)
+    (u,) = torch.autograd.grad(steps, weights, grad_outputs=directions)
+    return u
 
 
 def finite(
@@ -90,6 +112,7 @@ def finite(
     images: Tensor,
     masks: Tensor,
     relative_step: float | None = None,
+    sum_over_shards: SumOverRanks = one_process,
 ) -> Tensor:
     """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖: the network is only evaluated.
 
@@ -97,7 +120,7 @@ def finite(
     """
     if relative_step is None:
         relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** (1 / 3)
-    scale, slope = norm(parameters), norm(gradient)
+    scale, slope = norm(parameters, sum_over_shards), norm(gradient, sum_over_shards)
     h = relative_step * torch.where(slope > 0, scale.clamp(min=1e-3) / slope, 1.0)
 
     def loss_at(sign: int) -> Tensor:
@@ -107,9 +130,10 @@ def finite(
     return (loss_at(+1) - loss_at(-1)) / (2 * h)
 
 
-def norm(tensors: Parameters) -> Tensor:
+def norm(tensors: Parameters, sum_over_shards: SumOverRanks = one_process) -> Tensor:
     """Euclidean norm of all tensors together, a scalar on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
+    own = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
+    return own if sum_over_shards is one_process else sum_over_shards(own.square()).sqrt()
 
 
 def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> list[Tensor]:
@@ -120,6 +144,11 @@ def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks
     # A parameter that the network does not use has gradient 0.
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return [*gradients, valid_pixels(masks).sum().to(gradients[0].dtype)]
+
+
+def _each(left: list[Tensor], right: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """`combine` of each pair; both lists are used up, so that no third set of tensors is ever whole in memory."""
+    return [combine(left.pop(0), right.pop(0)) for _ in range(len(left))]
 
 
 def _leaves(parameters: Parameters) -> Parameters:

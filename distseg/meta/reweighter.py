@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from distseg.meta import estimators
 from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, one_process
+from distseg.meta.placement import Placement, Whole
 from distseg.meta.weights import (
     Cells,
     Diagnostics,
@@ -20,7 +21,7 @@ from distseg.meta.weights import (
 )
 
 
-def stateless(module: nn.Module) -> Network:
+def stateless(module: nn.Module, placement: Placement) -> Network:
     """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient changes.
 
     Buffers are cloned at each call; random numbers come from a fork of the streams, so that each pass of a step, and
@@ -31,7 +32,7 @@ def stateless(module: nn.Module) -> Network:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         cuda = [images.device] if images.is_cuda else []
         with torch.random.fork_rng(devices=cuda), torch.autocast(images.device.type, enabled=False):
-            return functional_call(module, (parameters, buffers), (images.contiguous(),))
+            return functional_call(module, (placement.operands(parameters), buffers), (images.contiguous(),))
 
     return network
 
@@ -48,9 +49,12 @@ class PixelReweighter:
     estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
         difference, for networks with operators that have no forward-mode formula).
     granularity, normalise, on_zero: see WeightRule.
-    virtual_lr: α of the virtual step, used by `reverse` alone; the weights do not depend on it.
+    virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
+        the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
+        clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
     finite_step: relative step of `finite`.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
+    placement: where the model's parameters are; by default whole, in the model itself.
 
     After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan,
     Hamarneh, "Learning to Segment Skin Lesions from Noisy Annotations", 2019.
@@ -65,20 +69,27 @@ class PixelReweighter:
         normalise: str = "batch",
         on_zero: str = "skip",
         virtual_lr: float = 1.0,
+        initial_weight: float = 0.0,
         finite_step: float | None = None,
         sum_over_ranks: SumOverRanks = one_process,
+        placement: Placement | None = None,
     ) -> None:
+        if not (virtual_lr > 0 and initial_weight >= 0):
+            raise ValueError(f"virtual_lr {virtual_lr} must be above 0, initial_weight {initial_weight} not below")
+        self.placement = placement or Whole(model)
+        sum_over_shards = sum_over_ranks if self.placement.sharded else one_process
         choices = {
             "forward": estimators.forward,
-            "reverse": partial(estimators.reverse, virtual_lr=virtual_lr),
-            "finite": partial(estimators.finite, relative_step=finite_step),
+            "reverse": estimators.reverse,
+            "finite": partial(estimators.finite, relative_step=finite_step, sum_over_shards=sum_over_shards),
         }
         if estimator not in choices:
             raise ValueError(f"estimator {estimator!r}: {', '.join(choices)}")
         self.model = model
         self.estimate = choices[estimator]
+        self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
         self.rule = WeightRule(granularity, normalise, on_zero)
-        self.sum_over_ranks = sum_over_ranks
+        self.sum_over_ranks, self.sum_over_shards = sum_over_ranks, sum_over_shards
         self.diagnostics: Diagnostics = {}
 
     def __call__(
@@ -108,32 +119,56 @@ class PixelReweighter:
         """Weight maps of a step's noisy micro-batches, with g from all its clean ones: the same as one large batch."""
         for images, masks in (*noisy, *clean):
             _check(images, masks)
-        network = stateless(self.model)
-        # Contiguous, because group normalisation has no forward mode for channels-last features (torch 2.13).
-        parameters = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        gradient = estimators.clean_gradient(network, parameters, clean, self.sum_over_ranks)
+        network = stateless(self.model, self.placement)
+        parameters = self.placement.trainable()
         masks = [labels for _, labels in noisy]
+        with self.placement.saving_shards():
+            gradient = self._clean_gradient(network, parameters, noisy, clean)
 
-        # U itself is needed for patches and for AUROC; else forward mode goes from logits to W⁺ in one pass.
-        in_one_pass = self.estimate is estimators.forward and true_masks is None
-        if in_one_pass and not self.rule.granularity.startswith("patch"):
-            cells = [
-                Cells.of_tangents(
-                    *estimators.logits_along(network, parameters, gradient, images), y, self.rule.granularity
-                )
-                for images, y in noisy
-            ]
-        else:
-            alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
-            cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in zip(alignments, masks, strict=True)]
+            # U itself is needed for patches and for AUROC; else forward mode goes from logits to W⁺ in one pass.
+            in_one_pass = self.estimate is estimators.forward and true_masks is None
+            if in_one_pass and not self.rule.granularity.startswith("patch"):
+                cells = [
+                    Cells.of_tangents(
+                        *estimators.logits_along(network, parameters, gradient, images), y, self.rule.granularity
+                    )
+                    for images, y in noisy
+                ]
+            else:
+                alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
+                pairs = zip(alignments, masks, strict=True)
+                cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in pairs]
 
         weights, self.diagnostics = weight_maps(
-            cells, masks, estimators.norm(gradient), self.rule, self.sum_over_ranks, true_masks
+            cells,
+            masks,
+            estimators.norm(gradient, self.sum_over_shards),
+            self.rule,
+            self.sum_over_ranks,
+            true_masks,
         )
         if true_masks is not None:
             histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
         return weights
+
+    def _clean_gradient(
+        self,
+        network: Network,
+        parameters: Parameters,
+        noisy: Sequence[LabelledImages],
+        clean: Sequence[LabelledImages],
+    ) -> Parameters:
+        """g, at the parameters that the virtual step starts with: the present ones if it has moved nothing yet."""
+
+        def mean_gradient(at: Parameters, batches: Sequence[LabelledImages]) -> Parameters:
+            return estimators.mean_gradient(network, at, batches, self.sum_over_ranks, self.placement.sharded)
+
+        if self.initial_weight:
+            parameters = estimators.fast_weights(
+                parameters, mean_gradient(parameters, noisy), self.virtual_lr, self.initial_weight
+            )
+        return mean_gradient(parameters, clean)
 
 
 def _check(images: Tensor, masks: Tensor) -> None:

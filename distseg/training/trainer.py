@@ -20,11 +20,13 @@ from distseg.data.checks import usable_samples
 from distseg.data.manifest import Sample, split_clean
 from distseg.data.noise import write_noisy_masks
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import (
     build_engine,
     reduced_gradients,
     shadow_of,
+    sharded_parameters,
     skip_update_if,
     skipped_by_engine,
 )
@@ -96,13 +98,17 @@ class Trainer:
         self.config, self.folder, self.runtime = config, folder, runtime
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(runtime.device)
+        if runtime.shard.world_size > 1:
+            self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(lambda: prepare_data(config, folder, runtime.is_main), runtime.device)
         self.steps = _number_of_steps(config, len(self.splits.noisy), runtime.shard.world_size)
 
         shadow = shadow_of(self.model).train()
+        self.parameter_count = sum(p.numel() for p in self.model.parameters())  # before ZeRO-3 takes them apart
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer, self.optimizer_kind = build_optimizer(parameters, config.optim)
         self.engine = build_engine(self.model, optimizer, config)
+        placement = sharded_parameters(shadow) if config.deepspeed.zero_stage == 3 else None
 
         def reweighter(granularity: str) -> PixelReweighter:
             return PixelReweighter(
@@ -111,7 +117,10 @@ class Trainer:
                 granularity=granularity,
                 normalise=config.method.normalise,
                 on_zero=config.method.on_zero,
+                virtual_lr=config.method.virtual_lr,
+                initial_weight=config.method.initial_weight,
                 sum_over_ranks=sum_over_ranks,
+                placement=placement,
             )
 
         self.streams: list[Stream] = []
@@ -184,9 +193,10 @@ class Trainer:
                         metrics["meta/zero_maps"] = zero_maps.item()
                     report(done, metrics)
                     bar.set_postfix_str(f"loss {loss:.4f}, val Dice {val_dice:.3f}, {speed:.1f} images/s")
-                if main and done % figure_every == 0:
+                if done % figure_every == 0:
                     figure = self.draw(batches[0], f"{config.name}, step {done}")
-                    save_png(figure, self.folder / "figures" / f"step_{done:08d}.png")
+                    if main:
+                        save_png(figure, self.folder / "figures" / f"step_{done:08d}.png")
                     if tracker:
                         tracker.log_image(figure, "training batch", done)
                 best = False
@@ -229,8 +239,15 @@ class Trainer:
         size, shard = 2 * self.config.train.batch_size, self.runtime.shard
         batches = evaluation_batches(samples, self.config.data, shard, size, self.runtime.device)
         rows = shard.evaluation_batches(len(samples), size)
+        most = math.ceil(math.ceil(len(samples) / shard.world_size) / size)
 
+        @torch.no_grad()
         def total(counts: Tensor) -> Tensor:  # a rank with no sample counts on the CPU
+            if self.config.deepspeed.zero_stage == 3:
+                # Every forward pass gathers parameters, so the ranks with fewer batches take part in the others'.
+                side = self.config.data.image_size
+                for _ in range(most - len(rows)):
+                    self.model(torch.zeros(1, 3, side, side, device=self.runtime.device))
             return sum_over_ranks(counts.to(self.runtime.device))
 
         counts = evaluate(self.model, batches, rows, len(samples), total)
@@ -239,7 +256,7 @@ class Trainer:
 
     @torch.no_grad()
     def draw(self, weighted: WeightedBatch, caption: str) -> np.ndarray:
-        """(h, w, 3) uint8: what the network was shown, told to weigh, and now predicts."""
+        """(h, w, 3) uint8: what the network was shown, told to weigh, and now predicts. Every rank calls it."""
         batch = weighted.batch
         self.model.eval()
         logits = self.model(batch.images).float()
@@ -255,12 +272,11 @@ class Trainer:
         loss = sum_over_ranks(update(self.engine, batches, lr, self.runtime.shard.world_size)[0]).item()
         self.close()
         config, splits, shard = self.config, self.splits, self.runtime.shard
-        parameters = sum(p.numel() for p in self.model.parameters())
         ranks = f"{shard.world_size} ranks ({self.runtime.device.type})"
         counts = f"{len(splits.noisy)} noisy, {len(splits.clean)} clean, {len(splits.val)} val, {len(splits.test)} test"
         lines = [
             f"data       {counts}; wrong pixels in the noisy masks: {splits.noise_rate:.1%}",
-            f"network    {config.model.name}, {parameters:,} parameters, input {config.data.image_size}²",
+            f"network    {config.model.name}, {self.parameter_count:,} parameters, input {config.data.image_size}²",
             f"method     {config.method.name}, estimator {config.method.estimator}",
             f"optimiser  {config.optim.name} ({self.optimizer_kind}), ZeRO stage {config.deepspeed.zero_stage}",
             f"budget     {self.steps} steps of {self.images_per_step} images on {ranks}",

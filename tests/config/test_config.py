@@ -63,7 +63,7 @@ def test_a_config_cannot_be_changed(minimal: Path) -> None:
         ("model.options={a: 1}", "model: options are for imported models"),
         ("data.augment.scale=[2, 1]", "data.augment: scale must be [low, high]"),
         ("steps", "override 'steps': write section.key=value"),
-        ("deepspeed.zero_stage=4", "deepspeed.zero_stage: input should be 0, 1 or 2, got 4"),
+        ("deepspeed.zero_stage=4", "deepspeed.zero_stage: input should be 0, 1, 2 or 3, got 4"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_that_names_the_key(minimal: Path, override: str, said: str) -> None:

@@ -26,15 +26,19 @@ def loss_map(logits_BCHW: Tensor, masks_BHW: Tensor) -> Tensor:
     return torch.where(valid, loss, torch.zeros_like(loss))
 
 
-def double_backward(model: nn.Module, noisy: Batch, clean: Batch, alpha: float = 1.0, seed: int = 0) -> Tensor:
+def double_backward(
+    model: nn.Module, noisy: Batch, clean: Batch, alpha: float = 1.0, seed: int = 0, initial_weight: float = 0.0
+) -> Tensor:
     """U (B, H, W) by the paper's five steps: W = 0, virtual SGD step, clean loss of the fast weights, −∂L_c/∂W.
 
-    Works on a copy of the model, whose parameters are replaced one by one. The RNG is seeded before each of the passes.
+    The weights may start at the same value on every valid pixel, of the sum `initial_weight`. Works on a copy of the
+    model, whose parameters are replaced one by one. The RNG is seeded before each of the passes.
     """
     (images, masks), (clean_images, clean_masks) = noisy, clean
     net = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        weights = torch.zeros(masks.shape, dtype=images.dtype, requires_grad=True)
+        valid = (masks != IGNORE).to(images.dtype)
+        weights = (valid * initial_weight / valid.sum()).requires_grad_()
         trainable = [p for p in net.parameters() if p.requires_grad]
         torch.manual_seed(seed)
         inner = (weights * loss_map(net(images), masks)).sum()

@@ -122,6 +122,26 @@ def test_virtual_lr_does_not_matter(estimator: str, virtual_lr: float) -> None:
 
 
 @pytest.mark.parametrize("estimator", [*EXACT, "finite"])
+@pytest.mark.parametrize(("virtual_lr", "initial_weight"), [(0.05, 1.0), (0.2, 3.0)])
+def test_a_virtual_step_that_starts_elsewhere(estimator: str, virtual_lr: float, initial_weight: float) -> None:
+    torch.manual_seed(0)
+    model = UNet(4, 1, norm="group").double()
+    noisy, clean = noisy_and_clean()
+    expected = normalised(double_backward(model, noisy, clean, virtual_lr, initial_weight=initial_weight))
+    start = {"virtual_lr": virtual_lr, "initial_weight": initial_weight}
+    reweighter = PixelReweighter(model, estimator=estimator, finite_step=1e-7, **start)
+    assert_same_weights(reweighter(*noisy, *clean), expected, rtol=1e-10 if estimator in EXACT else 1e-5)
+    from_zero = PixelReweighter(model, estimator=estimator, virtual_lr=virtual_lr)(*noisy, *clean)
+    assert (from_zero - expected).abs().max() > 0.02 * expected.max()
+
+
+@pytest.mark.parametrize("options", [{"virtual_lr": 0.0}, {"initial_weight": -1.0}])
+def test_a_virtual_step_that_is_none_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        PixelReweighter(smooth_network(), **options)
+
+
+@pytest.mark.parametrize("estimator", [*EXACT, "finite"])
 @pytest.mark.parametrize("classes", [1, 4])
 def test_dropout_draws_the_same_units_in_every_estimator(estimator: str, classes: int) -> None:
     torch.manual_seed(0)

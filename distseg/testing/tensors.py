@@ -1,0 +1,54 @@
+"""What torch does while a block runs: how many bytes of tensors are alive at most, and what travels between ranks."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class AliveTensors(TorchDispatchMode):
+    """Counts the bytes of all storages that operators made within, as long as anything refers to them.
+
+    counts: which tensors to count, by what their maker returned; by default all. `bytes()` is what is alive now, `peak`
+    the most after any operator. What an operator allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self, counts: Callable[[Tensor], bool] = lambda tensor: True) -> None:
+        super().__init__()
+        self.counts = counts
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        made = [tensor.untyped_storage() for tensor in tensors if self.counts(tensor)]
+        fresh = {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in made if s._cdata not in self._alive}
+        if fresh:
+            self._alive |= fresh
+            self.peak = max(self.peak, self.bytes())
+        return result
+
+    def bytes(self) -> int:
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        return sum(size for _, size in self._alive.values())
+
+
+class Messages(TorchDispatchMode):
+    """Records every collective within as (operator, elements that this rank puts in), in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.namespace == "c10d":
+            name = function._schema.name.removeprefix("c10d::").strip("_")
+            # `_allgather_base_(output, input, …)` and its kind have two, `allreduce_(tensors, …)` one.
+            source = args[1] if name.endswith("_base") else args[0]
+            self.sent.append((name, sum(prod(t.shape) for t in tree_leaves(source) if isinstance(t, Tensor))))
+        return function(*args, **(kwargs or {}))
