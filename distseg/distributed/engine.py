@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distseg.config.schema import Config
-from distseg.distributed.differentiable import shard_range
+from distseg.distributed.differentiable import gather, shard_range
 from distseg.distributed.shards import Shard, ShardedParameters
 from distseg.errors import UserError
 
@@ -68,13 +68,12 @@ def build_engine(model: nn.Module, optimizer: Optimizer, config: Config) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
     )
-    inner = _inner_optimizer(engine)
-    for group in inner.param_groups:
-        if group.get("momentum"):
+    state = _inner_optimizer(engine).state
+    for part in _fragments(engine):
+        if part.group.get("momentum"):
             # From zero, which gives the same first step. torch's fused SGD would leave the buffer uninitialised, and
             # use it afterwards, if the very first step were skipped.
-            for parameter in group["params"]:
-                inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            state[part.owner]["momentum_buffer"] = torch.zeros_like(part.owner)
     return engine
 
 
@@ -96,6 +95,34 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return extra | derived | {"zero_optimization": extra.get("zero_optimization", {}) | zero}
 
 
+def module_state(engine: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by name, whole, for rank 0; every rank calls it, because ZeRO-3 gathers them one by one."""
+    state = {}
+    for name, value in engine.module.state_dict(keep_vars=True).items():
+        if _is_sharded(value):
+            shard = _own_shard(value)
+            value = gather(shard.elements, shard.shape).cpu()
+        if dist.get_rank() == 0:
+            state[name] = value.detach()
+    return state
+
+
+def load_module_state(engine: Any, state: dict[str, Tensor]) -> None:
+    """The inverse of `module_state`, from `state` on every rank. Raises RuntimeError for that of another network."""
+    module = engine.module
+    parameters = {name: value for name, value in module.state_dict(keep_vars=True).items() if _is_sharded(value)}
+    for name, parameter in parameters.items():
+        if name not in state or state[name].shape != parameter.ds_shape:
+            raise RuntimeError(f"{name} is missing, or is not {tuple(parameter.ds_shape)}")
+        own = shard_range(parameter.ds_numel, dist.get_rank(), dist.get_world_size())
+        _own_shard(parameter).elements.copy_(state[name].reshape(-1)[own.start : own.stop])
+        if parameter.numel():  # a small one, of which every rank keeps the whole
+            parameter.detach().copy_(state[name])
+    rest = module.load_state_dict({k: v for k, v in state.items() if k not in parameters}, strict=False)
+    if rest.unexpected_keys or set(rest.missing_keys) != parameters.keys():
+        raise RuntimeError(f"missing {rest.missing_keys}, unexpected {rest.unexpected_keys}")
+
+
 class SavedState(Protocol):
     """Optimiser state as it lies on the disk, whatever number of ranks and ZeRO stage wrote it."""
 
@@ -114,8 +141,8 @@ def optimizer_state(engine: Any, rank: int) -> dict[str, Tensor]:
     """
     optimizer, state = _inner_optimizer(engine), {}
     for part in _fragments(engine):
-        if part.owner is part.parameter and rank != 0:
-            continue  # every rank has the whole of it
+        if part.replicated and rank != 0:
+            continue
         for slot, value in optimizer.state.get(part.owner, {}).items():
             if isinstance(value, Tensor) and value.shape == part.owner.shape:
                 run = value.reshape(-1).narrow(0, part.owner_start, part.count)
@@ -139,8 +166,8 @@ def load_optimizer_state(engine: Any, saved: SavedState) -> None:
             if slot not in slots:
                 slots[slot] = torch.zeros_like(part.owner, memory_format=torch.preserve_format)
             _put(slots[slot], part, saved.read(part.name, slot, part.start, part.count))
-        if part.owner is not part.parameter:
-            _put(part.owner.detach(), part, part.parameter.detach().reshape(-1).narrow(0, part.start, part.count))
+        if not part.replicated:
+            _put(part.owner.detach(), part, part.elements)
 
 
 def reduced_gradients(engine: Any) -> list[Tensor]:
@@ -173,28 +200,44 @@ class _Fragment:
     """
 
     name: str
-    parameter: nn.Parameter
     start: int
-    count: int
+    elements: Tensor
+    """(count,) as the module has them."""
     owner: Tensor
     owner_start: int
     group: dict[str, Any]
+    replicated: bool = False
+    """Whether every rank has the whole of it, the parameter itself."""
+
+    @property
+    def count(self) -> int:
+        return self.elements.numel()
 
 
 def _fragments(engine: Any) -> Iterator[_Fragment]:
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    if not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+    zero = engine.optimizer
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        for parameter in (p for p in names if p.requires_grad):
+            sub_group, owner_start, _ = zero.grad_position[zero.get_param_id(parameter)]
+            group = zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]
+            own = shard_range(parameter.ds_numel, dist.get_rank(), dist.get_world_size())
+            if own:
+                elements, owner = _own_shard(parameter).elements, zero.fp32_partitioned_groups_flat[sub_group]
+                yield _Fragment(names[parameter], own.start, elements, owner, owner_start, group)
+    elif hasattr(zero, "single_partition_of_fp32_groups"):  # stages 1 and 2
+        groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True)
+        for parameters, partition, group in groups:
+            for parameter in parameters:
+                if (mapping := parameter._hp_mapping) is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    elements = parameter.detach().reshape(-1).narrow(0, here.start, here.numel)
+                    yield _Fragment(names[parameter], here.start, elements, partition, there.start, group)
+    else:
         for group in _inner_optimizer(engine).param_groups:
             for parameter in group["params"]:
-                yield _Fragment(names[parameter], parameter, 0, parameter.numel(), parameter, 0, group)
-        return
-    zero = engine.optimizer
-    groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True)
-    for parameters, partition, group in groups:
-        for parameter in parameters:
-            if (mapping := parameter._hp_mapping) is not None:
-                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield _Fragment(names[parameter], parameter, here.start, here.numel, partition, there.start, group)
+                elements = parameter.detach().reshape(-1)
+                yield _Fragment(names[parameter], 0, elements, parameter, 0, group, replicated=True)
 
 
 def _put(target: Tensor, part: _Fragment, run: Tensor) -> None:
@@ -211,6 +254,10 @@ def _set_count(part: _Fragment, slots: dict[str, Any], count: Tensor) -> None:
     # As torch keeps it: beside the parameter where the step runs on the device, on the CPU elsewhere.
     on_device = part.group["fused"] or part.group.get("capturable")
     slots["step"] = count.float().reshape(()).to(part.owner.device if on_device else "cpu")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_tensor")
 
 
 def _inner_optimizer(engine: Any) -> Optimizer:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from distseg.config import Config, load_config
 from distseg.data.sharding import ShardSpec
 from distseg.distributed.collectives import decided_by_main, gather_bytes
-from distseg.distributed.engine import load_optimizer_state, optimizer_state
+from distseg.distributed.engine import load_module_state, load_optimizer_state, module_state, optimizer_state
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.files import write_atomically
@@ -77,8 +77,9 @@ def save_checkpoint(
     def write() -> None:
         name = f"rank_{shard.rank:05d}.safetensors"
         files[name] = _write(aside / name, optimizer_state(engine, shard.rank) | _rng_streams())
+        state = module_state(engine)
         if shard.rank == 0:
-            files["model.safetensors"] = _write(aside / "model.safetensors", engine.module.state_dict())
+            files["model.safetensors"] = _write(aside / "model.safetensors", state)
 
     def commit() -> None:
         if shard.rank == 0:
@@ -135,7 +136,7 @@ def load_checkpoint(folder: Path, engine: Any, config: Config, runtime: Runtime)
     checkpoint = folder / f"step_{step:08d}"
     state = json.loads((checkpoint / "state.json").read_text())
     try:
-        engine.module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        load_module_state(engine, load_file(checkpoint / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(f"checkpoint {checkpoint}: is of another network: {' '.join(str(error).split())}") from None
     with ExitStack() as stack:

@@ -23,7 +23,7 @@ from distseg.training.methods import WeightedBatch
 from distseg.training.trainer import update
 
 GLOBAL, SIZE = 8, 8
-CASES = [("sgd", 0), ("adam", 1), ("sgd", 2), ("adam", 2)]
+CASES = [("sgd", 0), ("adam", 1), ("sgd", 2), ("adam", 2), ("adam", 3), ("sgd", 3)]
 """Of the run that writes: optimiser and ZeRO stage."""
 
 
@@ -73,8 +73,11 @@ def train(engine, config: Config, runtime, steps: range) -> None:
 
 def whole_state(engine, runtime) -> dict[str, torch.Tensor]:
     """Parameters and every optimiser slot, flat and whole, whoever owns the parts."""
-    state = {f"model/{name}": value.detach().clone() for name, value in engine.module.state_dict().items()}
-    sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        state = {f"model/{name}": value.detach().clone() for name, value in engine.module.state_dict().items()}
+        sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
     slots = sorted({"momentum_buffer", "exp_avg", "exp_avg_sq", "step"})
     for name, size in sizes.items():
         for slot in slots:
@@ -117,7 +120,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.parametrize(
-    ("world_size", "stages"), [(1, [2, 0, 1, 0]), (2, [s for _, s in CASES]), (4, [2, 2, 1, 0])],
+    ("world_size", "stages"), [(1, [2, 0, 1, 0, 3, 0]), (2, [s for _, s in CASES]), (4, [2, 3, 3, 0, 1, 3])],
     ids=["on 1 rank", "on as many", "on 4 ranks"],
 )  # fmt: skip
 def test_any_ranks_and_stage_continue_what_two_ranks_wrote(two_ranks, world_size: int, stages: list[int]) -> None:
