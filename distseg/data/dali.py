@@ -1,7 +1,7 @@
 """The loader on NVIDIA DALI: on a GPU JPEG decoding and all pixel work, on the CPU all that is random.
 
-DALI's CPU decoder has no reduced-size decoding, which costs a third of a full one where originals are large; hence on
-the CPU the images come decoded and resized from the reader, as the masks do everywhere. Nothing in the pipeline is
+DALI's CPU decoder cannot decode at a reduced size, which takes less than half as long where originals are large; hence
+on the CPU the images come decoded and resized from the reader, as the masks do everywhere. Nothing in the pipeline is
 random: each sample comes with its matrix, its colour map and its fields (augment.py).
 """
 

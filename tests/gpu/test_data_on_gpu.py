@@ -1,0 +1,139 @@
+"""DALI's mixed path: JPEG decoding and all pixel work on the GPU, held to what the CPU's loader gives."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import max_pool2d
+
+from distseg.config import AugmentConfig, DataConfig
+from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.manifest import Sample
+from distseg.data.reader import PixelReader
+from distseg.data.sharding import ShardSpec
+from distseg.data.streams import Batch, Request, Stream
+from distseg.errors import BadFileError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+GEOMETRY = AugmentConfig(flip=True, right_angles=True, rotate=180, scale=(0.7, 1.5), shear=20, translate=0.3)
+EVERYTHING = GEOMETRY.model_copy(
+    update={
+        "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 40.0,
+        "elastic": 0.05, "hairs": 12, "blur": 1.5, "grain": 0.05,
+    }
+)  # fmt: skip
+AS_STORED = np.eye(3, 4, dtype=np.float32)
+
+
+def load(requests: list[list[Request]], size: int, device: torch.device) -> Iterator[Batch]:
+    dali = pytest.importorskip("distseg.data.dali")
+    return dali.load_batches(iter(requests), PixelReader(size), max(map(len, requests)), device, 2)
+
+
+def write_sample(folder: Path, id: str, image: np.ndarray, mask: np.ndarray) -> Sample:
+    paths = folder / f"{id}.jpg", folder / f"{id}_mask.png"
+    assert cv2.imwrite(str(paths[0]), image, [cv2.IMWRITE_JPEG_QUALITY, 98])
+    assert cv2.imwrite(str(paths[1]), mask * 255)
+    noisy = folder / f"{id}_noisy.png"
+    assert cv2.imwrite(str(noisy), (1 - mask) * 255)
+    return Sample(id, "train", *paths, noisy)
+
+
+@pytest.fixture
+def boards(tmp_path: Path) -> list[Sample]:
+    """Random cells of 16 pixels, the same in image and mask."""
+    samples = []
+    for number in range(10):
+        cells = np.random.default_rng(number).integers(0, 2, (4, 4), np.uint8)
+        mask = np.kron(cells, np.ones((16, 16), np.uint8))
+        samples.append(write_sample(tmp_path, f"b{number}", np.repeat(mask[..., None] * 255, 3, axis=2), mask))
+    return samples
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Sample]:
+    """Large and smooth, so that two resampling filters agree."""
+    samples = []
+    for number in range(8):
+        noise = np.random.default_rng(number).integers(0, 256, (400, 500, 3), np.uint8)
+        picture = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 15), None, 0, 255, cv2.NORM_MINMAX)
+        mask = cv2.ellipse(np.zeros((400, 500), np.uint8), (240, 180), (150, 60 + 10 * number), 30, 0, 360, 1, -1)
+        samples.append(write_sample(tmp_path, f"p{number}", picture, mask))
+    return samples
+
+
+def test_batches_are_on_the_gpu_in_order_and_of_the_contract(pictures: list[Sample]) -> None:
+    cuts = [pictures[:3], pictures[3:4], pictures[4:]]
+    batches = list(load([[Request(s, "noisy", identity_transform(32)) for s in cut] for cut in cuts], 32, GPU))
+    assert [batch.ids for batch in batches] == [tuple(sample.id for sample in cut) for cut in cuts]
+    for batch in batches:
+        assert all(tensor.device.type == GPU.type for tensor in (batch.images, batch.masks, batch.true_masks))
+        assert (batch.images.dtype, batch.masks.dtype) == (torch.float32, torch.uint8)
+        assert batch.images.is_contiguous() and batch.masks.is_contiguous()
+        assert torch.equal(batch.masks, 1 - batch.true_masks)
+
+
+def test_pairs_stay_aligned_binary_and_finite(boards: list[Sample]) -> None:
+    def transform(position: int) -> Transform:
+        return Transform(draw_transform(GEOMETRY, 64, 0, "s", position).matrix, AS_STORED)
+
+    requests = [
+        [Request(boards[n % 10], "true", transform(n)) for n in range(first, first + 100)]
+        for first in range(0, 10_000, 100)
+    ]
+    pairs, wrong_pixels, edge = 0, 0, 0
+    for batch in load(requests, 64, GPU):
+        assert torch.isfinite(batch.images).all()
+        assert batch.masks.max() == 1
+        masks = batch.masks.float()[:, None]
+        in_band = max_pool2d(masks, 5, 1, 2) != -max_pool2d(-masks, 5, 1, 2)
+        wrong = (batch.images[:, :1] > 127) != (masks > 0)
+        assert not (wrong & ~in_band).any()
+        pairs, wrong_pixels, edge = pairs + len(masks), wrong_pixels + wrong.sum(), edge + in_band.sum()
+    assert pairs == 10_000
+    assert wrong_pixels < 0.01 * edge
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(), GEOMETRY, EVERYTHING], ids=["plain", "geometry", "everything"])
+def test_the_gpu_gives_what_the_cpu_gives(pictures: list[Sample], config: AugmentConfig) -> None:
+    """Decoders and resampling filters differ by a few of 255 grey levels, of which one is 0.025 in the input."""
+    requests = [[Request(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(64)]]
+    [actual], [expected] = load(requests, 64, GPU), load(requests, 64, CPU)
+    difference = (actual.images.cpu() - expected.images).abs()
+    assert difference.mean() < 0.05
+    assert difference.quantile(0.999) < 0.3
+    for name in ("masks", "true_masks"):
+        assert (getattr(actual, name).cpu() != getattr(expected, name)).float().mean() < 2e-3
+
+
+def test_the_same_bits_whenever_it_is_asked_for(pictures: list[Sample], tmp_path: Path) -> None:
+    config = DataConfig(root=tmp_path, image_size=32, pipeline="dali", augment=EVERYTHING)
+
+    def batches(steps: list[int]) -> list[torch.Tensor]:
+        stream = Stream(pictures, "noisy", "noisy", config, 0, ShardSpec(), 3, 1, GPU)
+        images = [stream.batch(step, 0).images for step in steps]
+        stream.close()
+        return images
+
+    whole = batches([0, 1, 2, 3])
+    for first in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(batches(list(range(first, 4))), whole[first:], strict=True))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"<html>404</html>"], ids=["missing", "empty", "no image"])
+def test_a_file_that_breaks_is_named(pictures: list[Sample], content: bytes | None) -> None:
+    broken = pictures[5].image
+    broken.unlink()
+    if content is not None:
+        broken.write_bytes(content)
+    requests = [[Request(s, "true", identity_transform(32)) for s in pictures[i : i + 2]] for i in (0, 2, 4, 6)]
+    with pytest.raises(BadFileError) as raised:
+        list(load(requests, 32, GPU))
+    assert str(raised.value).startswith(str(broken))
