@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distseg.data.manifest import read_samples
+from distseg.data.checks import usable_samples
 from distseg.data.noise import corrupt
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, evaluation_batches
@@ -59,16 +59,17 @@ def draw(runs: list[Path]) -> np.ndarray:
     for run in runs:
         config, network = load_network(run)
         if not predictions:
-            batch, masks = load_examples(config)
+            batch, masks = load_examples(config, run)
         logits = network.eval()(batch.images)
         predictions[run.name] = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1) > 0
     records = {run.name: jsonl.read(run / "metrics.jsonl") for run in runs}
     return comparison_figure(records, batch.pictures, masks, batch.true_masks, predictions)
 
 
-def load_examples(config) -> tuple[Batch, torch.Tensor]:
+def load_examples(config, run: Path) -> tuple[Batch, torch.Tensor]:
     """Some test images with their true masks, and (B, H, W) what an annotator of the training set would have drawn."""
-    test = [sample for sample in read_samples(config.data, config.seed) if sample.split == "test"]
+    usable = usable_samples(config.data, config.seed, run, check=False)
+    test = [sample for sample in usable if sample.split == "test"]
     chosen = [test[i] for i in np.linspace(0, len(test) - 1, min(SHOWN, len(test))).astype(int)]
     [batch] = evaluation_batches(chosen, config.data, ShardSpec(), len(chosen), torch.device("cpu"))
     masks = [corrupt(m.numpy(), config.data.noise, s.id) for m, s in zip(batch.true_masks, chosen, strict=True)]

@@ -13,6 +13,7 @@ from distseg.config.schema import Config
 from distseg.errors import UserError
 
 CHANGEABLE = (
+    "data.memory",
     "data.threads",
     "deepspeed.config_file",
     "deepspeed.zero_stage",

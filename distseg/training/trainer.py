@@ -31,7 +31,7 @@ from distseg.distributed.engine import (
     skipped_by_engine,
 )
 from distseg.distributed.runtime import Runtime
-from distseg.errors import UserError
+from distseg.errors import BadFileError, UserError
 from distseg.evaluation.evaluator import evaluate
 from distseg.evaluation.metrics import summarise
 from distseg.evaluation.report import panel, save_png
@@ -188,6 +188,7 @@ class Trainer:
                     speed = (done - resumed_at) * self.images_per_step / (time.monotonic() - resumed)
                     metrics = {"train/loss": loss, "train/lr": lr, "train/images_per_second": speed}
                     metrics["train/skipped_steps"] = guard.skipped
+                    metrics["train/seconds_waiting_for_data"] = sum(stream.waited for stream in self.streams)
                     metrics |= {f"meta/{name}": value.item() for name, value in diagnostics.items()}
                     if diagnostics:
                         metrics["meta/zero_maps"] = zero_maps.item()
@@ -223,6 +224,9 @@ class Trainer:
                 write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
                 report(self.steps, {k: v for k, v in result.items() if isinstance(v, float) and math.isfinite(v)})
             status = "FINISHED"
+        except BadFileError as error:
+            kept = f"the checkpoint of step {saved_step}" if saved_step else "the start"
+            raise BadFileError(f"{error}; --resume goes on from {kept}") from None
         finally:
             bar.close()
             self.close()
