@@ -96,7 +96,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def module_state(engine: Any) -> dict[str, Tensor]:
-    """Parameters and buffers by name, whole, for rank 0; every rank calls it, because ZeRO-3 gathers them one by one."""
+    """Parameters and buffers by name, whole, on rank 0. Every rank calls it: ZeRO-3 gathers them one by one."""
     state = {}
     for name, value in engine.module.state_dict(keep_vars=True).items():
         if _is_sharded(value):
