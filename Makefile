@@ -4,13 +4,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench ui clean
+.PHONY: demo test test-slurm test-hostfile cluster-packages lint bench ui clean
 
 demo: $(INSTALLED)
 	$(RUN) launch/demo.py
 
 test: $(INSTALLED)
 	$(RUN) -m pytest
+
+# Real Slurm, and two hosts in namespaces; both take root and the packages below, and say so where they skip.
+test-slurm: $(INSTALLED)
+	$(RUN) -m pytest -m slurm tests/cluster
+
+test-hostfile: $(INSTALLED)
+	$(RUN) -m pytest -m hostfile tests/cluster
+
+cluster-packages:
+	tests/cluster/install.sh
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check --no-cache .
