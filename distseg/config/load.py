@@ -12,6 +12,21 @@ from yaml import YAMLError
 from distseg.config.schema import Config
 from distseg.errors import UserError
 
+CHANGEABLE = (
+    "data.threads",
+    "deepspeed.config_file",
+    "deepspeed.zero_stage",
+    "train.accumulation",
+    "train.batch_size",
+    "train.checkpoint_every",
+    "train.clean_batch_size",
+    "train.figure_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.max_bad_steps",
+)
+"""Keys that change no result, if a step sees as many images as before; a run may be resumed with other values."""
+
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read `path`, apply `section.key=value` overrides in order, and check the whole.
@@ -56,12 +71,12 @@ def flatten_config(config: Config) -> dict[str, Any]:
 
 
 def changed_keys(before: Config, after: Config) -> list[str]:
-    """`section.key was …, is …` for every leaf that differs, except in `tracking`: it changes no result."""
+    """`section.key was …, is …` for every leaf that differs and may change the result."""
     old, new = flatten_config(before), flatten_config(after)
     return [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith("tracking.")
+        if old.get(key) != new.get(key) and key not in CHANGEABLE and not key.startswith("tracking.")
     ]
 
 

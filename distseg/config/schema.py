@@ -121,7 +121,8 @@ class TrainConfig(Section):
     """Passes over the noisy stream; every method gets the same number of steps."""
     batch_size: Count = 6
     clean_batch_size: Count = 6
-    """Both per rank and micro-batch."""
+    """Both per rank and micro-batch. A run may be resumed with others if their products with accumulation and the
+    number of ranks, the images of a step, stay what they were."""
     accumulation: Count = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
@@ -130,6 +131,10 @@ class TrainConfig(Section):
     """Steps between validations; default: ten times a run."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints; default: at each validation."""
+    keep_checkpoints: Count = 2
+    """The newest ones that stay, beside the one of the best validation."""
+    max_bad_steps: Count = 5
+    """A run stops after so many steps in a row whose loss or gradient is not finite; each of them is skipped."""
     figure_every: Count | None = None
     """Steps between weight-map figures; default: at each validation."""
 

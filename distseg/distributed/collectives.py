@@ -48,3 +48,31 @@ def main_rank_first(task: Callable[[], Result], device: torch.device) -> Result:
     if failed:
         raise FailedElsewhere
     return result if main else task()
+
+
+def decided_by_main(decide: Callable[[], int], device: torch.device) -> int:
+    """The number that rank 0 decides on, on every rank. Exceptions go up as those of `main_rank_first` do."""
+    answer = torch.zeros((), dtype=torch.int64, device=device)
+
+    def on_main() -> None:
+        if dist.get_rank() == 0:
+            answer.fill_(decide())
+
+    main_rank_first(on_main, device)
+    if dist.get_world_size() > 1:
+        dist.broadcast(answer, src=0)
+    return int(answer)
+
+
+def gather_bytes(content: bytes, device: torch.device) -> list[bytes]:
+    """What each rank brings, in rank order, on every rank."""
+    if dist.get_world_size() == 1:
+        return [content]
+    length = torch.tensor([len(content)], device=device)
+    lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8, device=device)
+    padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    rows = [torch.zeros_like(padded) for _ in lengths]
+    dist.all_gather(rows, padded)
+    return [bytes(row[: int(n)].tolist()) for row, n in zip(rows, lengths, strict=True)]

@@ -1,10 +1,10 @@
 """Optimisers by name: apex's fused ones where they construct, torch's elsewhere. The only module that imports apex."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distseg.config.schema import OptimConfig
@@ -36,5 +36,22 @@ def _apex(parameters: list[nn.Parameter], name: str, arguments: dict[str, Any]) 
     except ImportError as error:
         raise ImportError(f"apex is not installed ({error})") from None
     if name == "sgd":
-        return optimizers.FusedSGD(parameters, **arguments)
-    return optimizers.FusedAdam(parameters, adam_w_mode=name == "adamw", **arguments)
+        return skippable(optimizers.FusedSGD)(parameters, **arguments)
+    return skippable(optimizers.FusedAdam)(parameters, adam_w_mode=name == "adamw", **arguments)
+
+
+def skippable(cls: type[Optimizer]) -> type[Optimizer]:
+    """`cls`, its step left out where its attribute `found_inf`, a scalar tensor, is true, as torch's fused ones do.
+
+    They read the flag on the device; this costs one synchronisation with the host a step.
+    """
+
+    class Skippable(cls):
+        found_inf: Tensor | None = None
+
+        def step(self, closure: Callable | None = None) -> Any:
+            if self.found_inf is not None and self.found_inf.item():
+                return None
+            return super().step(closure)
+
+    return Skippable

@@ -4,12 +4,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,7 +20,13 @@ from distseg.data.manifest import Sample, check_samples, read_samples, split_cle
 from distseg.data.noise import write_noisy_masks
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
-from distseg.distributed.engine import build_engine, shadow_of
+from distseg.distributed.engine import (
+    build_engine,
+    reduced_gradients,
+    shadow_of,
+    skip_update_if,
+    skipped_by_engine,
+)
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.evaluation.evaluator import evaluate
@@ -32,6 +40,7 @@ from distseg.optim import build_optimizer, learning_rate
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker
 from distseg.training.checkpoint import load_checkpoint, save_checkpoint
+from distseg.training.guard import Guard, not_finite
 from distseg.training.methods import WeightedBatch, build_method
 
 
@@ -57,6 +66,17 @@ class Progress:
     best_step: int = 0
     zero_maps: float = 0.0
     """How often the policy for an all-zero weight map has acted."""
+    skipped_steps: int = 0
+    """Updates left out because a loss or a gradient was not finite, and how many of them were the last ones."""
+    skipped_in_a_row: int = 0
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has: `--resume` continues it."""
+
+
+class NotSaved(Exception):
+    """The run is done, and its last checkpoint could not be written."""
 
 
 class Trainer:
@@ -98,8 +118,12 @@ class Trainer:
             config, self.splits.noisy, self.splits.clean, self.steps, self._open_stream, reweighter, sum_over_ranks
         )
 
-    def run(self, resume: bool) -> dict[str, Any]:
-        """Train to the last step and score the test split; returns what result.json holds."""
+    def run(self, resume: bool, stop_agreed: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Train to the last step and score the test split; returns what result.json holds.
+
+        `stop_agreed`, asked once a step, says the same on every rank. Raises Preempted where it said yes, Diverged
+        after `train.max_bad_steps` steps in a row that were not finite, NotSaved where the last checkpoint found no room.
+        """
         config, train, main = self.config, self.config.train, self.runtime.is_main
         validate_every = train.validate_every or max(1, math.ceil(self.steps / 10))
         checkpoint_every = train.checkpoint_every or validate_every
@@ -108,8 +132,10 @@ class Trainer:
         if main:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", dump_config(config))
-        saved = load_checkpoint(self.checkpoints, self.engine, self.runtime.shard) if resume else None
-        progress = Progress(**saved) if saved else Progress()
+        restored = load_checkpoint(self.checkpoints, self.engine, config, self.runtime) if resume else None
+        progress = Progress(**restored) if restored else Progress()
+        saved_step = progress.step
+        guard = Guard(train.max_bad_steps, self.runtime, progress.skipped_steps, progress.skipped_in_a_row)
         log = JsonlLog(self.folder / "metrics.jsonl", from_step=progress.step + 1) if main else None
         tracker = MlflowTracker(config, self.folder) if main and config.tracking.mlflow else None
         bar = tqdm(
@@ -126,23 +152,32 @@ class Trainer:
                 if tracker:
                     tracker.log_metrics(metrics, step)
 
+        def save(done: int, best: bool) -> None:
+            nonlocal saved_step
+            guard.check()
+            progress.step, progress.zero_maps = done, zero_maps.item()
+            progress.skipped_steps, progress.skipped_in_a_row = guard.skipped, guard.in_a_row
+            progress.seconds = time.monotonic() - started
+            if save_checkpoint(self.checkpoints, self.engine, asdict(progress), config, self.runtime, best):
+                saved_step = done
+
         try:
             for step in range(progress.step, self.steps):
                 logging = (step + 1) % train.log_every == 0 or step + 1 == self.steps
                 lr = learning_rate(config.optim, step, self.steps)
                 batches, diagnostics = self.method.draw(step, diagnose=logging)
-                loss = update(self.engine, batches, lr, self.runtime.shard.world_size)
+                loss, bad = update(self.engine, batches, lr, self.runtime.shard.world_size)
+                guard.record(step + 1, bad, tuple(i for b in batches for i in b.batch.ids))
                 zero_maps += diagnostics.get("zero_maps", 0)
                 bar.update()
 
                 done = step + 1
                 if logging:
                     loss = sum_over_ranks(loss).item()
-                    if not math.isfinite(loss):
-                        ids = ", ".join(i for b in batches for i in b.batch.ids)
-                        raise FloatingPointError(f"step {step}: the loss is {loss}; this rank's images: {ids}")
+                    guard.check()
                     speed = (done - resumed_at) * self.images_per_step / (time.monotonic() - resumed)
                     metrics = {"train/loss": loss, "train/lr": lr, "train/images_per_second": speed}
+                    metrics["train/skipped_steps"] = guard.skipped
                     metrics |= {f"meta/{name}": value.item() for name, value in diagnostics.items()}
                     if diagnostics:
                         metrics["meta/zero_maps"] = zero_maps.item()
@@ -162,10 +197,15 @@ class Trainer:
                     if best:
                         progress.best_dice, progress.best_step = val_dice, done
                 if best or done % checkpoint_every == 0 or done == self.steps:
-                    progress.step, progress.zero_maps = done, zero_maps.item()
-                    progress.seconds = time.monotonic() - started
-                    save_checkpoint(self.checkpoints, self.engine, asdict(progress), self.runtime.shard, best)
+                    save(done, best)
+                if done < self.steps and stop_agreed():
+                    if saved_step < done:
+                        save(done, best=False)
+                    status = "KILLED"
+                    raise Preempted(f"stopped after step {done} of {self.steps}, as asked; --resume continues")
 
+            if saved_step < self.steps:
+                raise NotSaved(f"{self.checkpoints}: no room for the last checkpoint; make room, then --resume")
             progress.seconds = time.monotonic() - started
             result = self._result(progress)
             if main:
@@ -211,7 +251,7 @@ class Trainer:
         """One real step and nothing kept: what a run with this config would do."""
         batches, diagnostics = self.method.draw(0, diagnose=True)
         lr = learning_rate(self.config.optim, 0, self.steps)
-        loss = sum_over_ranks(update(self.engine, batches, lr, self.runtime.shard.world_size)).item()
+        loss = sum_over_ranks(update(self.engine, batches, lr, self.runtime.shard.world_size)[0]).item()
         self.close()
         config, splits, shard = self.config, self.splits, self.runtime.shard
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -272,10 +312,16 @@ class Trainer:
         }
 
 
-def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int) -> Tensor:
-    """One optimiser step on Σ W·ℓ over the micro-batches of all ranks; returns this rank's part of it, a scalar."""
+def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int) -> tuple[Tensor, Tensor]:
+    """One optimiser step on Σ W·ℓ over the micro-batches of all ranks, or none where that is not finite on one of them.
+
+    Returns this rank's part of the loss, a scalar, and `not_finite`'s flags; a step left out changes neither parameters
+    nor buffers nor the optimiser's state, on any rank. Nothing here waits for a GPU.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    buffers = list(engine.module.buffers())
+    before = [buffer.clone() for buffer in buffers]
     total = torch.zeros((), device=engine.device)
     for weighted in batches:
         logits = engine(weighted.batch.images)
@@ -283,18 +329,30 @@ def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int
         # factor goes into the weights, which spares the gradient of the loss a pass.
         loss = weighted_loss(logits.float(), weighted.batch.masks, *weighted.weights.times(world_size))
         engine.backward(loss, scale_wrt_gas=False)
-        engine.step()
         total += loss.detach()
-    return total / world_size
+        if weighted is not batches[-1]:
+            engine.step()
+    bad = not_finite(total, reduced_gradients(engine), dist.get_rank(), world_size)
+    skip = bad.any()
+    skip_update_if(engine, skip)
+    engine.step()
+    if skipped_by_engine(engine):
+        bad[-1] = 1
+    for buffer, old in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(skip, old, buffer))
+    return total / world_size, bad
 
 
-def earlier_result(config: Config, folder: Path, resume: bool) -> dict[str, Any] | None:
+def earlier_result(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> dict[str, Any] | None:
     """What result.json holds if this run has finished; reads only.
 
-    Raises UserError for a folder that holds a run without `resume`, or another run's config with it.
+    Raises UserError for a folder that holds a run without `resume`, another run's config with it, and where `always`
+    finds nothing to resume.
     """
     recorded = folder / "config.yaml"
     if not recorded.exists():
+        if resume == "always":
+            raise UserError(f"{folder}: no run to resume; leave out --resume, or write --resume auto to start one")
         return None
     if not resume:
         raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name=")

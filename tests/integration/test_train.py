@@ -70,15 +70,9 @@ def test_two_ranks_train_track_and_report(small: Path, tmp_path: Path, train) ->
     again = train(0, "--config", str(small), "--runs-dir", str(runs), "train.accumulation=2", "deepspeed.zero_stage=2")
     assert again.returncode == 2
     assert again.stderr.strip().endswith("holds a run already; continue it with --resume, or choose another name=")
-    (run / "result.json").unlink()
-    fewer = train(
-        0, "--config", str(small), "--runs-dir", str(runs), "--resume", "train.accumulation=2", "deepspeed.zero_stage=2"
-    )
-    assert fewer.returncode == 2
-    assert "step_00000012: written by 2 ranks, not 1; resume with 2" in fewer.stderr
     other = train(0, "--config", str(small), "--runs-dir", str(runs), "--resume", "optim.lr=0.5")
     assert other.returncode == 2
-    assert "--resume with another config: deepspeed.zero_stage was 2, is 0" in other.stderr
+    assert "--resume with another config: optim.lr was 0.001, is 0.5" in other.stderr
 
 
 @pytest.mark.parametrize("ranks", [0, 2], ids=["python", "deepspeed-2-zero-1"])
