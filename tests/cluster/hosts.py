@@ -74,7 +74,7 @@ class Host:
     """Of its first process, as the machine counts."""
 
     def command(self, *command: str) -> list[str]:
-        """`command` as it is to be started on the machine, to run on this host."""
+        """`command` as it is to be started on the machine, to run on this host, in its root folder."""
         return ["nsenter", "--target", str(self.pid), *NAMESPACES, "--", *command]
 
     def run(self, *command: str) -> str:

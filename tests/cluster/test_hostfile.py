@@ -45,13 +45,13 @@ def test_two_hosts_end_as_two_local_ranks_and_one_of_them_is_shut_down(
     variables.write_text("OMP_NUM_THREADS=1\n")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
     script = ["launch/train.py", "--config", str(experiment), "--runs-dir", str(tmp_path), "--resume", "auto"]
-    command = hosts[0].command(*launcher, *script)
+    command = hosts[0].command("env", f"--chdir={ROOT}", *launcher, *script)
     environment = train_environment() | {"PATH": PATH, "DS_ENV_FILE": str(variables)}
     run, output = tmp_path / "small", tmp_path / "output"
 
     def start() -> subprocess.Popen:
         with output.open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def told() -> str:
         return output.read_text()[-4000:]
