@@ -4,13 +4,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slurm test-hostfile cluster-packages lint bench ui clean
+.PHONY: demo test test-faults test-slurm test-hostfile cluster-packages lint bench ui clean
 
 demo: $(INSTALLED)
 	$(RUN) launch/demo.py
 
 test: $(INSTALLED)
 	$(RUN) -m pytest
+
+test-faults: $(INSTALLED)
+	$(RUN) -m pytest -m faults --timeout 3000
 
 # Real Slurm, and two hosts in namespaces; both take root and the packages below, and say so where they skip.
 test-slurm: $(INSTALLED)

@@ -70,8 +70,8 @@ def save_checkpoint(
 
     def start() -> None:
         if shard.rank == 0:
-            for remains in folder.glob("*.part"):
-                shutil.rmtree(remains)
+            for remains in folder.glob("*.part"):  # of a kill: a folder, or a pointer's file
+                shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
             aside.mkdir(parents=True)
 
     def write() -> None:

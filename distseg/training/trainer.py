@@ -122,7 +122,7 @@ class Trainer:
         """Train to the last step and score the test split; returns what result.json holds.
 
         `stop_agreed`, asked once a step, says the same on every rank. Raises Preempted where it said yes, Diverged
-        after `train.max_bad_steps` steps in a row that were not finite, NotSaved where the last checkpoint found no room.
+        after `train.max_bad_steps` bad steps in a row, NotSaved where the last checkpoint could not be written.
         """
         config, train, main = self.config, self.config.train, self.runtime.is_main
         validate_every = train.validate_every or max(1, math.ceil(self.steps / 10))
@@ -205,7 +205,7 @@ class Trainer:
                     raise Preempted(f"stopped after step {done} of {self.steps}, as asked; --resume continues")
 
             if saved_step < self.steps:
-                raise NotSaved(f"{self.checkpoints}: no room for the last checkpoint; make room, then --resume")
+                raise NotSaved(f"{self.checkpoints}: cannot be written to; make room, then --resume")
             progress.seconds = time.monotonic() - started
             result = self._result(progress)
             if main:

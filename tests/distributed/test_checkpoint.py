@@ -1,0 +1,269 @@
+"""A checkpoint of any number of ranks and ZeRO stage continues on any other; what the disk does to it."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distseg.config.schema import Config
+from distseg.data.streams import Batch
+from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.engine import build_engine, optimizer_state
+from distseg.errors import UserError
+from distseg.meta.weights import uniform_weights
+from distseg.optim import build_optimizer
+from distseg.testing.ranks import run_ranks
+from distseg.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from distseg.training.methods import WeightedBatch
+from distseg.training.trainer import update
+
+GLOBAL, SIZE = 8, 8
+CASES = [("sgd", 0), ("adam", 1), ("sgd", 2), ("adam", 2)]
+"""Of the run that writes: optimiser and ZeRO stage."""
+
+
+class Dropped(nn.Module):
+    """A network with a buffer that training moves, and parameters that divide evenly by no number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(7, 1, 1)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.last(torch.tanh(self.first(images)))
+
+
+def configure(optimizer: str, stage: int, world_size: int, **train) -> Config:
+    return Config.model_validate({
+        "name": "test",
+        "data": {"root": "."},
+        "train": {"steps": 9, "batch_size": GLOBAL // world_size, "clean_batch_size": GLOBAL // world_size} | train,
+        "optim": {"name": optimizer, "momentum": 0.9, "lr": 0.05, "implementation": "torch"},
+        "deepspeed": {"zero_stage": stage},
+    })
+
+
+def build(config: Config):
+    torch.manual_seed(1)
+    model = Dropped()
+    optimizer, _ = build_optimizer(model.parameters(), config.optim)
+    return build_engine(model, optimizer, config)
+
+
+def train(engine, config: Config, runtime, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(GLOBAL, 3, SIZE, SIZE, generator=generator)
+        masks = torch.randint(0, 2, (GLOBAL, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        mine = runtime.shard.micro_batch(0, 0, 1, config.train.batch_size)
+        own = slice(mine.start, mine.stop)
+        weights = uniform_weights([masks[own]], sum_over_ranks, torch.float32)
+        update(
+            engine, [WeightedBatch(Batch(images[own], masks[own], masks[own], ()), weights[0])], 0.05,
+            runtime.shard.world_size,
+        )  # fmt: skip
+
+
+def whole_state(engine, runtime) -> dict[str, torch.Tensor]:
+    """Parameters and every optimiser slot, flat and whole, whoever owns the parts."""
+    state = {f"model/{name}": value.detach().clone() for name, value in engine.module.state_dict().items()}
+    sizes = {name: parameter.numel() for name, parameter in engine.module.named_parameters()}
+    slots = sorted({"momentum_buffer", "exp_avg", "exp_avg_sq", "step"})
+    for name, size in sizes.items():
+        for slot in slots:
+            state[f"{slot}/{name}"] = torch.zeros(1 if slot == "step" else size)
+    for key, run in optimizer_state(engine, runtime.shard.rank).items():
+        slot, start, name = key.split("/", 2)
+        state[f"{slot}/{name}"][int(start) : int(start) + len(run)] = run.detach()
+    return {key: value if key.startswith("model/") else sum_over_ranks(value) for key, value in state.items()}
+
+
+def write_and_go_on(runtime, folder: str) -> dict[str, torch.Tensor]:
+    out = {}
+    for optimizer, stage in CASES:
+        config = configure(optimizer, stage, runtime.shard.world_size)
+        engine = build(config)
+        train(engine, config, runtime, range(3))
+        assert save_checkpoint(Path(folder, f"{optimizer}{stage}"), engine, {"step": 3}, config, runtime, False)
+        out |= {f"{optimizer}{stage} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
+        train(engine, config, runtime, range(3, 6))
+        out |= {f"{optimizer}{stage} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
+    return out
+
+
+def read_and_go_on(runtime, folder: str, stages: list[int]) -> dict[str, torch.Tensor]:
+    out = {}
+    for (optimizer, written), stage in zip(CASES, stages, strict=True):
+        config = configure(optimizer, stage, runtime.shard.world_size)
+        engine = build(config)
+        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, config, runtime) == {"step": 3}
+        out |= {f"{optimizer}{written} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
+        train(engine, config, runtime, range(3, 6))
+        out |= {f"{optimizer}{written} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, run_ranks(write_and_go_on, 2, str(folder))[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stages"), [(1, [2, 0, 1, 0]), (2, [s for _, s in CASES]), (4, [2, 2, 1, 0])],
+    ids=["on 1 rank", "on as many", "on 4 ranks"],
+)  # fmt: skip
+def test_any_ranks_and_stage_continue_what_two_ranks_wrote(two_ranks, world_size: int, stages: list[int]) -> None:
+    folder, expected = two_ranks
+    assert all(expected[f"{name}{stage} at 6: model/first.weight"].abs().sum() > 0 for name, stage in CASES)
+    for actual in run_ranks(read_and_go_on, world_size, str(folder), stages):
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            if " at 3" in key or world_size == 2:
+                assert actual[key].equal(value), f"{key} on {world_size} ranks"
+            else:
+                torch.testing.assert_close(
+                    actual[key], value, rtol=1e-5, atol=1e-7, msg=lambda said, key=key: f"{key}: {said}"
+                )
+
+
+def refuse(runtime, folder: str) -> dict[str, torch.Tensor]:
+    for train_keys, said in (
+        ({"batch_size": 3}, "train.batch_size 3 × train.accumulation 1 × 1 ranks makes 3; set train.batch_size=8"),
+        ({"accumulation": 2}, "set train.batch_size=4"),
+        ({"clean_batch_size": 4}, "set train.clean_batch_size=8"),
+        ({"accumulation": 3, "batch_size": 2}, "train.accumulation and the ranks so that their product is 8"),
+    ):
+        config = configure("sgd", 0, 1, **train_keys)
+        with pytest.raises(UserError, match=said):
+            load_checkpoint(Path(folder, "sgd0"), None, config, runtime)
+    config = configure("sgd", 0, 1, accumulation=2, batch_size=4, clean_batch_size=4)
+    assert load_checkpoint(Path(folder, "sgd0"), build(config), config, runtime) == {"step": 3}
+    return {}
+
+
+def test_a_step_of_another_size_is_refused_with_the_value_that_keeps_it(two_ranks) -> None:
+    run_ranks(refuse, 1, str(two_ranks[0]))
+
+
+@pytest.fixture
+def kept(two_ranks, tmp_path: Path) -> Path:
+    """Three whole checkpoints of two ranks, `last` at the newest."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        shutil.copytree(two_ranks[0] / "adam2" / "step_00000003", folder / f"step_{step:08d}")
+        state = folder / f"step_{step:08d}" / "state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"progress": {"step": step}}))
+    (folder / "last").write_text("step_00000003")
+    return folder
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink], ids=["truncated", "bit flipped", "missing"])
+@pytest.mark.parametrize("file", ["model.safetensors", "rank_00001.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kept: Path, capsys, damage, file: str) -> None:
+    if (damage, file) == (flip_a_bit, "state.json"):
+        (kept / "step_00000003" / file).write_text("{" + '"format": 2}')
+    else:
+        damage(kept / "step_00000003" / file)
+    assert find_checkpoint(kept) == kept / "step_00000002"
+    said = capsys.readouterr().err
+    assert f"{kept}/step_00000003 is damaged" in said and said.count("\n") == 1
+
+
+def test_without_a_whole_checkpoint_the_user_is_told(kept: Path, capsys) -> None:
+    for checkpoint in kept.glob("step_*"):
+        truncate(checkpoint / "model.safetensors")
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        find_checkpoint(kept)
+    assert capsys.readouterr().err.count("is damaged") == 3
+
+
+def test_last_can_be_set_back_and_lost(kept: Path, capsys) -> None:
+    (kept / "last").write_text("step_00000001")
+    assert find_checkpoint(kept) == kept / "step_00000001"
+    (kept / "last").unlink()
+    assert find_checkpoint(kept) == kept / "step_00000003"
+    (kept / "last").write_text("step_00000004")
+    assert find_checkpoint(kept) == kept / "step_00000003"
+    assert "step_00000004 is damaged" in capsys.readouterr().err
+    assert find_checkpoint(kept / "nowhere") is None
+
+
+def keep_some(runtime, folder: str) -> dict[str, torch.Tensor]:
+    config = configure("sgd", 0, 1, keep_checkpoints=2)
+    engine = build(config)
+    for step in (1, 2, 3, 4):
+        assert save_checkpoint(Path(folder), engine, {"step": step}, config, runtime, best=step == 1)
+    assert sorted(p.name for p in Path(folder).iterdir()) == [
+        "best", "last", "step_00000001", "step_00000003", "step_00000004",
+    ]  # fmt: skip
+    assert save_checkpoint(Path(folder), engine, {"step": 3}, config, runtime, best=False), "after a return to 2"
+    assert sorted(p.name for p in Path(folder).glob("step*")) == ["step_00000001", "step_00000003"]
+    return {}
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    run_ranks(keep_some, 1, str(tmp_path / "checkpoints"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill_the_disk(runtime, folder: str) -> dict[str, torch.Tensor]:
+    config = configure("adam", 1, 2)
+    engine = build(config)
+    ballast, checkpoints = Path(folder, "ballast"), Path(folder, "checkpoints")
+    train(engine, config, runtime, range(1))
+    outcomes = [save_checkpoint(checkpoints, engine, {"step": 1}, config, runtime, best=False)]
+    torch.distributed.barrier()
+    if runtime.is_main:
+        with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with ballast.open("r+b") as file:
+            file.truncate(ballast.stat().st_size - 8192)  # some files fit, and not all
+    torch.distributed.barrier()
+    outcomes.append(save_checkpoint(checkpoints, engine, {"step": 2}, config, runtime, best=False))
+    assert find_checkpoint(checkpoints) == checkpoints / "step_00000001"
+    assert not list(checkpoints.glob("*.part"))
+    torch.distributed.barrier()
+    if runtime.is_main:
+        ballast.unlink()
+    torch.distributed.barrier()
+    outcomes.append(save_checkpoint(checkpoints, engine, {"step": 3}, config, runtime, best=False))
+    torch.distributed.barrier()
+    assert find_checkpoint(checkpoints) == checkpoints / "step_00000003"
+    assert outcomes == [True, False, True]
+    return {}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(small_disk: Path, capfd) -> None:
+    run_ranks(fill_the_disk, 2, str(small_disk))
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: checkpoint")]
+    assert len(said) == 1, said
+    assert "step_00000002 could not be written ([Errno 28] No space left" in said[0]
+    assert said[0].endswith("step_00000001 stays")

@@ -1,0 +1,21 @@
+"""A real network for `model.name`, whose logits are NaN from a chosen forward pass of the engine's on one rank."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+
+class Failing(nn.Module):
+    def __init__(self, rank: int, at: list[int]) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 3, padding=1)
+        self.norm = nn.BatchNorm2d(1)
+        self.fails, self.at, self.calls = rank == int(os.environ["RANK"]), at, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.fails and self.calls in self.at:
+                images = images * torch.nan
+        return self.norm(self.layer(images))

@@ -1,0 +1,214 @@
+"""Ranks that die, are pre-empted or meet numbers that are not finite: what a run does, and what a resumed one ends with.
+
+`make test` tries one moment of each kind, `make test-faults` twenty.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from distseg.testing.launcher import train_command, train_environment
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
+STEPS = 40
+
+RUN = f"""
+name: run
+data: {{image_size: 32, clean_count: 4, noise: {{kind: polygon, vertices: 3}}, augment: {{flip: true}}, pipeline: torch}}
+model: {{width: 4, depth: 2, norm: group}}
+optim: {{name: adam, lr: 1e-3, schedule: one_cycle}}
+train: {{steps: {STEPS}, batch_size: 2, clean_batch_size: 2, log_every: 1, validate_every: 20, checkpoint_every: 3}}
+tracking: {{mlflow: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Path:
+    values = yaml.safe_load(RUN)
+    values["data"]["root"] = str(drawn_data)
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory, train) -> Path:
+    """The run that nothing happened to, on two ranks under ZeRO 1."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(2, "--config", str(config), "--runs-dir", str(folder), "deepspeed.zero_stage=1", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@dataclass
+class Started:
+    """A run under way, and what its two ranks are."""
+
+    launcher: subprocess.Popen
+    run: Path
+
+    def ranks(self) -> list[psutil.Process]:
+        processes = psutil.Process(self.launcher.pid).children(recursive=True)
+        return sorted(
+            (p for p in processes if "--local_rank" in " ".join(p.cmdline()) and "launcher" not in " ".join(p.cmdline())),
+            key=lambda process: process.environ()["RANK"],
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 200
+        while steps_logged(self.run) < step:
+            assert self.launcher.poll() is None, f"ended before step {step}:\n{self.launcher.communicate()[1]}"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def end(self) -> tuple[int, str]:
+        _, said = self.launcher.communicate(timeout=60)
+        return self.launcher.returncode, said
+
+
+def start(config: Path, folder: Path, *arguments: str) -> Started:
+    command = train_command(2, "--config", str(config), "--runs-dir", str(folder), "--resume", "auto", *arguments)
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    return Started(launcher, folder / "run")
+
+
+def steps_logged(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def assert_same_end(actual: Path, expected: Path) -> None:
+    name = f"step_{STEPS:08d}"
+    for file in sorted((expected / "checkpoints" / name).glob("*.safetensors")):
+        tensors, others = load_file(file), load_file(actual / "checkpoints" / name / file.name)
+        assert tensors.keys() == others.keys()
+        for key, tensor in tensors.items():
+            assert tensor.equal(others[key]), f"{file.name}: {key}"
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in log.read_text().splitlines()]
+        for log in (actual / "metrics.jsonl", expected / "metrics.jsonl")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.faults)])
+def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
+    config: Path, whole: Path, tmp_path: Path, moments: int
+) -> None:
+    """At random moments, wherever they fall: in a step, in a validation, while a checkpoint is being written."""
+    chance = random.Random(moments)
+    faults = [signal.SIGKILL, signal.SIGTERM] * moments
+    reached = [1 + index * (STEPS - 8) // len(faults) for index in range(len(faults))]
+    for fault, step in zip(faults, reached, strict=True):
+        started = start(config, tmp_path, "deepspeed.zero_stage=1")
+        started.wait_for_step(step)
+        time.sleep(chance.uniform(0, 0.2))
+        victim = chance.choice([0, 1])
+        processes = started.ranks()
+        struck = time.monotonic()
+        processes[victim].send_signal(fault)
+        code, said = started.end()
+        lasted = time.monotonic() - struck
+        assert not (started.run / "result.json").exists(), "finished before it could be stopped"
+        assert not any(process.is_running() for process in processes)
+        if fault == signal.SIGTERM:
+            assert code == 75, said
+            assert f"of {STEPS}, as asked; --resume continues" in said
+        else:
+            assert code not in (0, 2, 75), said
+            assert said.count(f"error: rank {victim} has gone") == 1, said
+            assert "Traceback" not in said
+            assert lasted < 45, "the other rank waited for the dead one"
+    done = start(config, tmp_path, "deepspeed.zero_stage=1")
+    code, said = done.end()
+    assert code == 0, said
+    assert_same_end(done.run, whole)
+
+
+def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path) -> None:
+    """`kill` of the process that a shell knows ends DeepSpeed's runner and nothing else; the ranks notice."""
+    started = start(config, tmp_path, "train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000")
+    started.wait_for_step(3)
+    processes = started.ranks()
+    started.launcher.send_signal(signal.SIGUSR1)
+    psutil.wait_procs(processes, timeout=60)
+    assert not any(process.is_running() for process in processes)
+    last = (started.run / "checkpoints" / "last").read_text()
+    assert int(last.removeprefix("step_")) >= 3, "no checkpoint at the end"
+
+
+def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path, tmp_path: Path, train) -> None:
+    """From two ranks under ZeRO 1 to one under ZeRO 2; the last steps again."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "result.json").unlink()
+    (run / "checkpoints" / "last").write_text(f"step_{STEPS - 1:08d}")
+    arguments = ["--config", str(config), "--runs-dir", str(tmp_path), "deepspeed.zero_stage=2", "--resume", "auto"]
+    refused = train(0, *arguments)
+    assert refused.returncode == 2
+    assert "set train.batch_size=4" in refused.stderr and refused.stderr.count("\n") == 1
+    done = train(0, *arguments, "train.batch_size=4", "train.clean_batch_size=2", "train.accumulation=1")
+    assert done.returncode == 2 and "set train.clean_batch_size=4" in done.stderr
+    done = train(0, *arguments, "train.accumulation=2")
+    assert done.returncode == 0, done.stderr
+    expected, actual = (
+        load_file(end / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors") for end in (whole, run)
+    )
+    for key in expected:
+        error = (actual[key] - expected[key]).norm() / expected[key].norm()
+        assert error < 1e-5, f"{key}: {error}"
+    assert not actual["net.weight" if "net.weight" in actual else next(iter(actual))].isnan().any()
+    again = train(0, *arguments, "train.accumulation=2")
+    assert again.returncode == 0 and "test Dice" in again.stdout
+
+
+def failing(*at: int) -> list[str]:
+    return [
+        "model.name=tests.integration.failing:Failing", f"model.options={{rank: 1, at: {list(at)}}}",
+        "method.name=noisy_only", "train.steps=12", "train.validate_every=6",
+    ]  # fmt: skip
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run_in_the_end(config: Path, tmp_path: Path, train) -> None:
+    arguments = ["--config", str(config), "--runs-dir", str(tmp_path)]
+    done = train(2, *arguments, *failing(2, 3, 5, 6, 7), "train.max_bad_steps=3", "train.log_every=4")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, done.stderr
+    assert "step 7: the loss is not finite, the 3th update in a row that is skipped: rank 1 with images " in errors[0]
+    assert "Traceback" not in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/skipped_steps"] for row in rows if "train/skipped_steps" in row] == [2]
+
+
+def test_a_run_with_no_room_for_checkpoints_goes_on_and_fails_at_the_end(config: Path, tmp_path: Path, train) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(checkpoints)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        done = train(0, "--config", str(config), "--runs-dir", str(tmp_path), "train.steps=6")
+    finally:
+        subprocess.run(["umount", "--lazy", str(checkpoints)], check=True)
+    assert done.returncode == 1
+    assert done.stderr.count("could not be written ([Errno 28] No space left on device); there is none yet") >= 2
+    assert "error: " in done.stderr.splitlines()[-1] and "make room, then --resume" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "result.json").exists()
