@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults lint bench ui clean
+.PHONY: demo test test-faults test-slurm test-hostfile cluster-packages lint bench ui clean
 
 demo: $(INSTALLED)
 	$(RUN) launch/demo.py
@@ -14,6 +14,16 @@ test: $(INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(RUN) -m pytest -m faults --timeout 3000
+
+# Real Slurm, and two hosts in namespaces; both take root and the packages below, and say so where they skip.
+test-slurm: $(INSTALLED)
+	$(RUN) -m pytest -m slurm tests/cluster
+
+test-hostfile: $(INSTALLED)
+	$(RUN) -m pytest -m hostfile tests/cluster
+
+cluster-packages:
+	tests/cluster/install.sh
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check --no-cache .

@@ -26,8 +26,9 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         return run(config, arguments)
     except UserError as error:
-        # All ranks meet the same bad config, and one of them tells it.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, BadFileError):
+        # All ranks meet the same bad config, and one of them tells it. Under srun a rank has no RANK before it starts.
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+        if rank == "0" or isinstance(error, BadFileError):
             print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -20,17 +20,25 @@ def entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 @pytest.mark.parametrize(
     ("rank", "error", "told"),
     [("0", UserError, True), ("1", UserError, False), ("0", BadFileError, True), ("1", BadFileError, True)],
 )
 def test_who_tells_what_a_user_can_mend(
-    entry_point: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys, rank: str, error: type[UserError], told: bool
+    entry_point: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+    variable: str,
+    rank: str,
+    error: type[UserError],
+    told: bool,
 ) -> None:
     def fail(*_) -> int:
         raise error("the thing and its mend")
 
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, rank)
     monkeypatch.setattr(entry_point, "run", fail)
     assert entry_point.main() == 2
     assert capsys.readouterr().err == ("error: the thing and its mend\n" if told else "")
