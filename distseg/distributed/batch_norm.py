@@ -46,7 +46,7 @@ class SynchronisedBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         self.num_batches_tracked.add_(1)
-        momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        momentum = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1))
         for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
             running.add_(momentum * (value - running))

@@ -1,0 +1,56 @@
+"""The trainer under ZeRO-3 beside the trainer that shards nothing: updates, figures, and ranks with unequal batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distseg.config.schema import Config
+from distseg.testing.ranks import run_ranks
+from distseg.training.trainer import Trainer, update
+
+SCORED = 9
+"""Of 20: on two ranks 4 and 5, in batches of 4."""
+
+
+def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
+    out = {}
+    for stage, norm in ((0, "group"), (3, "group"), (0, "batch"), (3, "batch")):
+        config = Config.model_validate({
+            "name": "t",
+            "data": {"root": root, "image_size": 16, "clean_count": 4, "pipeline": "torch", "noise": {"kind": "box"}},
+            "model": {"width": 4, "depth": 1, "norm": norm},
+            "method": {"virtual_lr": 0.1, "initial_weight": 1.0},
+            "train": {"steps": 3, "batch_size": 2, "clean_batch_size": 2, "accumulation": 2},
+            "optim": {"lr": 0.05},
+            "deepspeed": {"zero_stage": stage},
+        })
+        trainer = Trainer(config, Path(folder), runtime)
+        for step in range(3):
+            batches, diagnostics = trainer.method.draw(step, diagnose=True)
+            key = f"{norm}.{stage}.{step}"
+            out[f"{key}.loss"] = update(trainer.engine, batches, 0.05, runtime.shard.world_size)
+            out |= {f"{key}.{name}": value for name, value in diagnostics.items()}
+            out[f"{key}.figure"] = torch.from_numpy(trainer.draw(batches[0], "caption"))
+            out[f"{key}.counts"] = torch.from_numpy(trainer.score(trainer.splits.noisy[:SCORED]))
+        assert "parameters" in trainer.rehearse() and trainer.parameter_count > 1000
+    return out
+
+
+def test_sharded_training_is_training(drawn_data: Path, tmp_path: Path) -> None:
+    ranks = run_ranks(train, 2, str(drawn_data), str(tmp_path))
+    for actual in ranks:
+        for key, value in actual.items():
+            norm, stage, rest = key.split(".", 2)
+            if stage == "3":
+                expected = actual[f"{norm}.0.{rest}"]
+                if rest.endswith("figure"):
+                    assert (value != expected).float().mean() < 0.01, key
+                elif rest.endswith("counts"):
+                    assert value.shape == (SCORED, 4) and (value - expected).abs().max() <= 1, key
+                else:
+                    assert value.item() == pytest.approx(expected.item(), rel=1e-4), key
+    for key, value in ranks[0].items():
+        if key.endswith("counts"):
+            assert torch.equal(value, ranks[1][key])
