@@ -15,9 +15,9 @@ Alive is every storage that an operator returned and something still refers to, 
 last two dimensions are the image's. What a convolution needs within itself and what gloo holds in flight is in
 `resident` alone, beside activations, code and fragmentation.
 
-The bound of the meta pass is `held` + the shards that it makes + the layer at work, with s the bytes of P/N elements and
-l those of the largest layer: 1 s for g, under `reverse` 1 s more for the inner gradient; with a virtual step that starts
-at `--initial-weight`, fast weights instead, in either. 3 l: a layer's weight with its gradient, its tangent or both.
+The bound of the meta pass is `held` + the shards that it makes + the layer at work, with s the bytes of P/N elements
+and l those of the largest layer: 1 s for g, under `reverse` 1 s more for the inner gradient; with a virtual step that
+starts at `--initial-weight`, fast weights instead, in either. 3 l: a layer's weight with its gradient, tangent or both.
 """
 
 import argparse

@@ -19,7 +19,7 @@ def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
     for stage, norm in ((0, "batch"), (3, "batch")):
         config = Config.model_validate({
             "name": "t",
-            "data": {"root": root, "image_size": 16, "clean_count": 4, "pipeline": "torch"},
+            "data": {"root": root, "image_size": 16, "clean_count": 4, "pipeline": "torch", "noise": {"kind": "box"}},
             "model": {"width": 4, "depth": 1, "norm": norm},
             "method": {"virtual_lr": 0.1, "initial_weight": 1.0},
             "train": {"steps": 2, "batch_size": 2, "clean_batch_size": 2, "accumulation": 2},
