@@ -65,4 +65,4 @@ class Guard:
         ranks = [rank for rank, bad in enumerate(row[:-1]) if bad]
         what = "the loss is not finite" if ranks else "the loss is finite on every rank, its gradient is not"
         where = "; ".join(f"rank {rank} with images {images[rank]}" for rank in ranks or range(len(images)))
-        return f"step {step}: {what}, the {self.in_a_row}th update in a row that is skipped: {where}"
+        return f"step {step}: {what}, update {self.in_a_row} in a row that is skipped: {where}"

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -75,7 +76,7 @@ class Started:
     def end(self) -> tuple[int, str]:
         try:
             _, said = self.launcher.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
+        except BaseException:  # also what pytest's own limit raises
             os.killpg(self.launcher.pid, signal.SIGKILL)
             raise
         return self.launcher.returncode, said
@@ -189,6 +190,20 @@ def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path,
     assert again.returncode == 0 and "test Dice" in again.stdout
 
 
+def test_a_file_that_breaks_in_training_is_named_with_the_checkpoint(
+    config: Path, drawn_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(drawn_data, data)
+    started = start(config, tmp_path, f"data.root={data}", "data.memory=0", "train.steps=4000")
+    started.wait_for_step(4)
+    for image in (data / "images").iterdir():
+        image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    code, said = started.end()
+    assert code == 2, said
+    assert f"error: {data}/images/" in said and "; --resume goes on from the checkpoint of step " in said
+
+
 def failing(*at: int) -> list[str]:
     return [
         "model.name=tests.integration.failing:Failing", f"model.options={{rank: 1, at: {list(at)}}}",
@@ -202,7 +217,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_in_the_end(config
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1, done.stderr
-    assert "step 7: the loss is not finite, the 3th update in a row that is skipped: rank 1 with images " in errors[0]
+    assert "step 7: the loss is not finite, update 3 in a row that is skipped: rank 1 with images " in errors[0]
     assert "Traceback" not in done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/skipped_steps"] for row in rows if "train/skipped_steps" in row] == [2]
