@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -93,6 +93,14 @@ def _first_line(error: ValidationError) -> str:
 def _suggestion(location: tuple[str | int, ...]) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
+        if isinstance(part, str):  # numbers count the items of a list of sections
+            section = _section_in(section.model_fields[part].annotation)
     close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a field holds, alone or in a list, optional or not."""
+    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = get_args(annotation)[0]
+    return annotation

@@ -67,6 +67,27 @@ def panel(
     return _pixels(figure)
 
 
+def contact_sheet(
+    images: Sequence[np.ndarray], true_masks: Sequence[np.ndarray], noisy_masks: Mapping[str, Sequence[np.ndarray]]
+) -> np.ndarray:
+    """Show what kinds of noise do to the same masks: a row per image, a column per noise level, at most 6 rows.
+
+    Columns: the image with the true contour; then, per level, both contours, and below them the wrong pixels as a share
+    of the frame. Images (H, W, 3) uint8 RGB and masks (H, W) class ids, 255 = ignore; sizes may differ from image to
+    image. Returns (h, w, 3) uint8.
+    """
+    images = images[:_MOST_ROWS]
+    figure, grid = _sheet(len(images), ("image, true mask", *noisy_masks))
+    for row, (image, true) in enumerate(zip(images, true_masks, strict=False)):
+        for axes in grid[row]:
+            axes.imshow(image, interpolation="bilinear", aspect="auto")
+            _contour(axes, true, _TRUE)
+        for axes, masks in zip(grid[row][1:], noisy_masks.values(), strict=True):
+            _contour(axes, masks[row], _NOISY)
+            _note(axes, f"{np.mean(masks[row] != true):.1%} wrong")
+    return _pixels(figure)
+
+
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> np.ndarray:
     """Draw validation Dice against step, one line per run, from the records of each run's metrics.jsonl.
 

@@ -180,10 +180,9 @@ class MlflowTracker:
 
 
 def _tags(config: Config) -> dict[str, str]:
-    noise = config.data.noise
     tags = {
         "method": config.method.name,
-        "noise": f"polygon({noise.vertices})" if noise.kind == "polygon" else noise.kind,
+        "noise": config.data.noise.level,
         "clean_count": str(config.data.clean_count),
         "seed": str(config.seed),
     }

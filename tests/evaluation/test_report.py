@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.evaluation.report import comparison_figure, curves, panel, results_table, save_png
+from distseg.evaluation.report import comparison_figure, contact_sheet, curves, panel, results_table, save_png
 
 SIDE = 32
 BLUE = (0, 0, 255)
@@ -189,3 +189,18 @@ def test_the_module_imports_without_matplotlib():
     code = "import sys, distseg.evaluation.report; sys.exit('matplotlib' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_contact_sheet_has_a_column_a_level_and_draws_each_levels_contour():
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image[..., 2] = 255
+    true, noisy = np.zeros((2, SIDE, SIDE), np.uint8)
+    true[4:16, 4:16] = noisy[16:28, 16:28] = 1
+    picture = contact_sheet([image], [true], {"box": [true], "moved": [noisy]})
+    columns, (top, bottom) = tiles(picture)
+    assert len(columns) == 3
+    yellow = [
+        np.argwhere((picture[top:bottom, left:right] == (240, 228, 66)).all(axis=2)) for left, right in columns
+    ]
+    assert len(yellow[0]) == 0
+    assert 0 < yellow[1].mean() < (bottom - top) / 2 < yellow[2].mean()
