@@ -162,8 +162,18 @@ class ModelConfig(Section):
 
 class MethodConfig(Section):
     name: Literal[
-        "noisy_only", "clean_only", "union", "finetune", "image_reweight", "pixel_reweight", "oracle"
+        "noisy_only",
+        "clean_only",
+        "union",
+        "finetune",
+        "image_reweight",
+        "pixel_reweight",
+        "meta_weight_net",
+        "generalised_cross_entropy",
+        "t_loss",
+        "oracle",
     ] = "pixel_reweight"
+    """What each does: distseg/training/methods/__init__.py."""
     estimator: Literal["forward", "reverse", "finite"] = "forward"
     granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
     """pixel | patch(k) | image. `image_reweight` always uses image."""
@@ -173,6 +183,20 @@ class MethodConfig(Section):
     on_zero: Literal["skip", "uniform"] = "skip"
     clean_phase: Fraction = 0.3
     """finetune: the last part of the steps, spent on the clean images alone."""
+    q: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """generalised_cross_entropy: between cross-entropy (towards 0) and the mean absolute error (1)."""
+    virtual_lr: Annotated[float, Field(gt=0)] = 0.1
+    """meta_weight_net: α, the rate of the virtual SGD step on the mean loss. The other weights do not depend on it."""
+    weight_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """meta_weight_net: the rate of the net that maps losses to weights."""
+
+    @property
+    def needs_clean(self) -> bool:
+        return self.name not in ("noisy_only", "generalised_cross_entropy", "t_loss", "oracle")
+
+    @property
+    def needs_noisy(self) -> bool:
+        return self.name not in ("clean_only", "oracle")
 
 
 class OptimConfig(Section):
@@ -248,7 +272,7 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
             )
-        if self.data.clean_count == 0 and self.method.name not in ("noisy_only", "oracle"):
+        if self.data.clean_count == 0 and self.method.needs_clean:
             raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
         if self.method.name == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")

@@ -1,6 +1,7 @@
 """Checkpoints: folders that are absent or complete; tensors as safetensors, the rest as JSON, nothing pickled.
 
     checkpoints/step_00000120/model.safetensors       parameters (fp32) and buffers
+                              method.safetensors      what the method has learned, for most of them nothing
                               rank_00000.safetensors  optimiser state and RNG streams of each rank
                               state.json              progress, world size
     checkpoints/last, best                            the name of a folder
@@ -23,11 +24,14 @@ from distseg.distributed.engine import load_optimizer_state, optimizer_state
 from distseg.errors import UserError
 from distseg.files import write_atomically
 from distseg.models import build_model
+from distseg.training.methods import Method
 
 FORMAT = 1
 
 
-def save_checkpoint(folder: Path, engine: Any, progress: dict[str, Any], shard: ShardSpec, best: bool) -> None:
+def save_checkpoint(
+    folder: Path, engine: Any, method: Method, progress: dict[str, Any], shard: ShardSpec, best: bool
+) -> None:
     """Write the checkpoint of `progress["step"]`; every rank calls it.
 
     Keeps what `last` and `best` name and removes the others.
@@ -43,6 +47,7 @@ def save_checkpoint(folder: Path, engine: Any, progress: dict[str, Any], shard: 
     _save(aside / f"rank_{shard.rank:05d}.safetensors", optimizer_state(engine) | _rng_streams())
     if shard.rank == 0:
         _save(aside / "model.safetensors", engine.module.state_dict())
+        _save(aside / "method.safetensors", method.state_dict())
     dist.barrier()
     if shard.rank == 0:
         described = {"format": FORMAT, "world_size": shard.world_size, "progress": progress}
@@ -56,7 +61,7 @@ def save_checkpoint(folder: Path, engine: Any, progress: dict[str, Any], shard: 
         _remove_unnamed(folder)
 
 
-def load_checkpoint(folder: Path, engine: Any, shard: ShardSpec) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, engine: Any, method: Method, shard: ShardSpec) -> dict[str, Any] | None:
     """Put the last checkpoint's tensors into `engine` and the RNG streams, and return its progress; None without one.
 
     Raises UserError where the checkpoint is not of this number of ranks, or not complete.
@@ -72,6 +77,7 @@ def load_checkpoint(folder: Path, engine: Any, shard: ShardSpec) -> dict[str, An
                 f" resume with {state['world_size']}"
             )
         engine.module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        method.load_state_dict(load_file(checkpoint / "method.safetensors"))
         tensors = load_file(checkpoint / f"rank_{shard.rank:05d}.safetensors")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"checkpoint {checkpoint}: cannot be read: {error}") from None

@@ -27,12 +27,11 @@ from distseg.evaluation.report import panel, save_png
 from distseg.files import write_atomically
 from distseg.meta import PixelReweighter
 from distseg.models import build_model
-from distseg.ops import weighted_loss
 from distseg.optim import build_optimizer, learning_rate
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker
 from distseg.training.checkpoint import load_checkpoint, save_checkpoint
-from distseg.training.methods import WeightedBatch, build_method
+from distseg.training.methods import Method, Parts, WeightedBatch, build_method
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,9 @@ class Trainer:
             )
 
         self.streams: list[Stream] = []
+        noisy, clean, device = self.splits.noisy, self.splits.clean, runtime.device
         self.method = build_method(
-            config, self.splits.noisy, self.splits.clean, self.steps, self._open_stream, reweighter, sum_over_ranks
+            Parts(config, noisy, clean, self.steps, self._open_stream, reweighter, sum_over_ranks, device)
         )
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Trainer:
         if main:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", dump_config(config))
-        saved = load_checkpoint(self.checkpoints, self.engine, self.runtime.shard) if resume else None
+        saved = load_checkpoint(self.checkpoints, self.engine, self.method, self.runtime.shard) if resume else None
         progress = Progress(**saved) if saved else Progress()
         log = JsonlLog(self.folder / "metrics.jsonl", from_step=progress.step + 1) if main else None
         tracker = MlflowTracker(config, self.folder) if main and config.tracking.mlflow else None
@@ -131,7 +131,7 @@ class Trainer:
                 logging = (step + 1) % train.log_every == 0 or step + 1 == self.steps
                 lr = learning_rate(config.optim, step, self.steps)
                 batches, diagnostics = self.method.draw(step, diagnose=logging)
-                loss = update(self.engine, batches, lr, self.runtime.shard.world_size)
+                loss = update(self.engine, self.method, batches, lr, self.runtime.shard.world_size)
                 zero_maps += diagnostics.get("zero_maps", 0)
                 bar.update()
 
@@ -144,7 +144,7 @@ class Trainer:
                     speed = (done - resumed_at) * self.images_per_step / (time.monotonic() - resumed)
                     metrics = {"train/loss": loss, "train/lr": lr, "train/images_per_second": speed}
                     metrics |= {f"meta/{name}": value.item() for name, value in diagnostics.items()}
-                    if diagnostics:
+                    if "zero_maps" in diagnostics:
                         metrics["meta/zero_maps"] = zero_maps.item()
                     report(done, metrics)
                     bar.set_postfix_str(f"loss {loss:.4f}, val Dice {val_dice:.3f}, {speed:.1f} images/s")
@@ -164,7 +164,9 @@ class Trainer:
                 if best or done % checkpoint_every == 0 or done == self.steps:
                     progress.step, progress.zero_maps = done, zero_maps.item()
                     progress.seconds = time.monotonic() - started
-                    save_checkpoint(self.checkpoints, self.engine, asdict(progress), self.runtime.shard, best)
+                    save_checkpoint(
+                        self.checkpoints, self.engine, self.method, asdict(progress), self.runtime.shard, best
+                    )
 
             progress.seconds = time.monotonic() - started
             result = self._result(progress)
@@ -211,7 +213,7 @@ class Trainer:
         """One real step and nothing kept: what a run with this config would do."""
         batches, diagnostics = self.method.draw(0, diagnose=True)
         lr = learning_rate(self.config.optim, 0, self.steps)
-        loss = sum_over_ranks(update(self.engine, batches, lr, self.runtime.shard.world_size)).item()
+        loss = sum_over_ranks(update(self.engine, self.method, batches, lr, self.runtime.shard.world_size)).item()
         self.close()
         config, splits, shard = self.config, self.splits, self.runtime.shard
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -272,7 +274,7 @@ class Trainer:
         }
 
 
-def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int) -> Tensor:
+def update(engine: Any, method: Method, batches: list[WeightedBatch], lr: float, world_size: int) -> Tensor:
     """One optimiser step on Σ W·ℓ over the micro-batches of all ranks; returns this rank's part of it, a scalar."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -281,10 +283,11 @@ def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int
         logits = engine(weighted.batch.images)
         # The engine averages gradients over ranks; the weights already sum to 1 over ranks and micro-batches. The
         # factor goes into the weights, which spares the gradient of the loss a pass.
-        loss = weighted_loss(logits.float(), weighted.batch.masks, *weighted.weights.times(world_size))
+        loss = method.loss(logits.float(), weighted.batch.masks, weighted.weights.times(world_size))
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         total += loss.detach()
+    method.finish_step(lr)
     return total / world_size
 
 

@@ -13,7 +13,7 @@ from distseg.distributed.engine import build_engine, shadow_of
 from distseg.meta import PixelReweighter
 from distseg.optim import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.methods import WeightedBatch
+from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 STEPS, SIZE, GLOBAL_NOISY, GLOBAL_CLEAN = 3, 16, 8, 4
@@ -125,7 +125,7 @@ def train_under_deepspeed(runtime, cases: list[tuple[int, str, int]]) -> dict[st
             batches = [
                 WeightedBatch(Batch(x, y, y, ()), w) for (x, y), w in zip(noisy, weights, strict=True)
             ]
-            update(engine, batches, LR, runtime.shard.world_size)
+            update(engine, Method(), batches, LR, runtime.shard.world_size)
         key = f"{stage}.{estimator}.{accumulation}"
         out |= {f"{key}:{name}": p.detach().clone() for name, p in model.named_parameters()}
     return out
