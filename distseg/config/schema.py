@@ -250,6 +250,12 @@ class TrackingConfig(Section):
     """default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder."""
     experiment: str = "distseg"
     system_metrics: bool = True
+    log_model: bool = False
+    """Also log the network of the last step, as an exported graph with signature and input example."""
+    parent_run: str | None = None
+    """MLflow id of the run that this one is nested under."""
+    tags: dict[str, str] = {}
+    """Further tags, over those that follow from the config."""
 
 
 class Config(Section):

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from distseg.config import Config, changed_keys, dump_config, load_config
 from distseg.data.manifest import Sample, check_samples, read_samples, split_clean
 from distseg.data.noise import write_noisy_masks
+from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.evaluation.evaluator import evaluate
-from distseg.evaluation.metrics import summarise
+from distseg.evaluation.metrics import counts_csv, summarise
 from distseg.evaluation.report import panel, save_png
 from distseg.files import write_atomically
 from distseg.meta import PixelReweighter
@@ -32,6 +33,9 @@ from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker
 from distseg.training.checkpoint import load_checkpoint, save_checkpoint
 from distseg.training.methods import Method, Parts, WeightedBatch, build_method
+
+TEST_COUNTS = "test_counts.csv"
+"""What result.json sums up: true and false positives and negatives of each test image."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,12 @@ class Trainer:
             result = self._result(progress)
             if main:
                 write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-                report(self.steps, {k: v for k, v in result.items() if isinstance(v, float) and math.isfinite(v)})
+                if tracker:
+                    for name in ("result.json", TEST_COUNTS):
+                        tracker.log_artifact(self.folder / name)
+                    if config.tracking.log_model:
+                        tracker.log_model(*self._portable_network())
+                report(self.steps, {k: v for k, v in result.items() if isinstance(v, int | float) and math.isfinite(v)})
             status = "FINISHED"
         finally:
             bar.close()
@@ -258,9 +267,20 @@ class Trainer:
         self.streams.append(stream)
         return stream
 
+    def _portable_network(self) -> tuple[nn.Module, np.ndarray]:
+        """A copy of the network without the engine's hooks, and two validation images (2, 3, H, W) as its input."""
+        network = build_model(self.config.model).eval()
+        network.load_state_dict(self.model.state_dict())
+        samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
+        [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu)
+        return network, batch.images.numpy()
+
     def _result(self, progress: Progress) -> dict[str, Any]:
-        scores = summarise(self.score(self.splits.test), "test")
-        return scores | {
+        counts = self.score(self.splits.test)
+        if self.runtime.is_main:
+            ids = [sample.id for sample in self.splits.test]
+            write_atomically(self.folder / TEST_COUNTS, counts_csv(ids, counts))
+        return summarise(counts, "test") | {
             "name": self.config.name,
             "method": self.config.method.name,
             "steps": self.steps,
