@@ -33,7 +33,6 @@ from distseg.files import write_atomically
 from distseg.tracking.mlflow import Study, store_of
 
 TRAIN = Path(__file__).with_name("train.py")
-START_OR_CONTINUE = "--resume"
 PREEMPTED = 75
 GRACE = 120
 """Seconds that children have, after a signal, to end by themselves."""
@@ -190,10 +189,11 @@ class Running:
         )
         written = folder / "configs" / f"{child.name}.yaml"
         write_atomically(written, dump_config(child.config.model_copy(update={"tracking": tracking})))
-        print(f"{time.strftime('%H:%M:%S')}  starts    {child.name}", flush=True)
+        begun = (folder / child.name / "config.yaml").exists()
+        print(f"{time.strftime('%H:%M:%S')}  {'goes on ' if begun else 'starts  '}  {child.name}", flush=True)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*launcher(ranks), TRAIN, "--config", written, "--runs-dir", folder, START_OR_CONTINUE],
+                [*launcher(ranks), TRAIN, "--config", written, "--runs-dir", folder, *(["--resume"] if begun else [])],
                 env=child_environment() | place.environment,
                 stdout=log,
                 stderr=log,

@@ -15,6 +15,7 @@ from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
 from distseg.training.methods import METHODS, Method, Parts, WeightedBatch, build_method
+from distseg.training.methods.learned import Learned
 
 STEPS = 10
 
@@ -170,3 +171,12 @@ def test_t_loss_learns_nu_towards_the_likelihood(build) -> None:
         method.finish_step(0.1)
     assert values[-1] < values[0]
     assert method.draw(1, diagnose=True)[1]["nu"].item() != pytest.approx(1.0, abs=0.1)
+
+
+def test_a_gradient_that_is_not_finite_does_not_end_what_is_learned() -> None:
+    parameter = torch.zeros(2, requires_grad=True)
+    learned = Learned([parameter], lr=0.1)
+    learned.step([torch.tensor([1.0, float("nan")])])
+    assert torch.equal(parameter.detach(), torch.zeros(2))
+    learned.step([torch.ones(2)])
+    assert (parameter < 0).all()

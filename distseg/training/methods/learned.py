@@ -14,8 +14,9 @@ class Learned:
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, weight_decay=weight_decay)
 
     def step(self, gradients: Sequence[Tensor], lr: float | None = None) -> None:
+        """One update; a gradient that is not finite counts as 0, since one bad batch must not end what is learned."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient.to(parameter.dtype)
+            parameter.grad = torch.where(gradient.isfinite().all(), gradient, 0.0).to(parameter.dtype)
         if lr is not None:
             self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
