@@ -32,8 +32,12 @@ bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
 	$(RUN) benchmarks/kernels.py --json benchmarks/results/kernels_cpu.json --plot benchmarks/results/kernels_cpu.png
 
+# The MLflow server, on this machine only: http://127.0.0.1:5000 (from elsewhere: ssh -L 5000:127.0.0.1:5000 HOST). To train
+# through it, and not through the file: MLFLOW_TRACKING_URI=http://127.0.0.1:5000.
+STORE ?= sqlite:///mlflow.db
+PORT ?= 5000
 ui: $(INSTALLED)
-	$(VENV)/bin/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
+	$(VENV)/bin/mlflow server --host 127.0.0.1 --port $(PORT) --backend-store-uri $(STORE) --serve-artifacts
 
 # torch first: the build of DeepSpeed looks for it, in this environment and not in an isolated one.
 $(INSTALLED): pyproject.toml setup.py constraints.txt

@@ -202,7 +202,7 @@ def train_and_wait(arguments: argparse.Namespace) -> None:
             if step == 10:
                 started, waited = time.perf_counter(), sum(stream.waited for stream in trainer.streams)
             batches, _ = trainer.method.draw(step, diagnose=False)
-            update(trainer.engine, batches, config.optim.lr, runtime.shard.world_size)
+            update(trainer.engine, trainer.method, batches, config.optim.lr, runtime.shard.world_size)
         seconds = time.perf_counter() - started
         waited = sum(stream.waited for stream in trainer.streams) - waited
         trainer.close()

@@ -47,7 +47,7 @@ from distseg.meta.weights import uniform_weights
 from distseg.models import UNet
 from distseg.optim import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.methods import WeightedBatch
+from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 KINDS, MODES = ("plain", "weighted"), ("weak", "strong")
@@ -135,7 +135,7 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
                 weights = reweighter.weigh([noisy], [clean])
             else:
                 weights = uniform_weights([noisy[1]], sum_over_ranks, noisy[0].dtype)
-            update(engine, [WeightedBatch(Batch(*noisy, noisy[1], ()), *weights)], 1e-4, world)
+            update(engine, Method(), [WeightedBatch(Batch(*noisy, noisy[1], ()), *weights)], 1e-4, world)
 
         return step
 

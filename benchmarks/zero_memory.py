@@ -37,7 +37,7 @@ from distseg.meta import PixelReweighter
 from distseg.optim import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.testing.tensors import AliveTensors
-from distseg.training.methods import WeightedBatch
+from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 SIDE = 8
@@ -96,7 +96,7 @@ def measure(
 
         def learn(weights) -> None:
             batch = Batch(images, masks, masks, ())
-            update(engine, [WeightedBatch(batch, w) for w in weights], 1e-4, runtime.shard.world_size)
+            update(engine, Method(), [WeightedBatch(batch, w) for w in weights], 1e-4, runtime.shard.world_size)
 
         learn(weigh())
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present resident set

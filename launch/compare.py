@@ -72,7 +72,11 @@ def load_examples(config, run: Path) -> tuple[Batch, torch.Tensor]:
     test = [sample for sample in usable if sample.split == "test"]
     chosen = [test[i] for i in np.linspace(0, len(test) - 1, min(SHOWN, len(test))).astype(int)]
     [batch] = evaluation_batches(chosen, config.data, ShardSpec(), len(chosen), torch.device("cpu"))
-    masks = [corrupt(m.numpy(), config.data.noise, s.id) for m, s in zip(batch.true_masks, chosen, strict=True)]
+    pictures = batch.pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    masks = [
+        corrupt(mask.numpy(), config.data.noise, sample.id, picture)
+        for mask, sample, picture in zip(batch.true_masks, chosen, pictures, strict=True)
+    ]
     return batch, torch.from_numpy(np.stack(masks))
 
 

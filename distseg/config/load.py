@@ -1,8 +1,10 @@
 """YAML plus `section.key=value` overrides, into one checked Config."""
 
 import difflib
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -51,7 +53,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"config {path}: {_first_line(error)}") from None
+        raise UserError(f"config {path}: {first_problem(error)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -89,12 +91,19 @@ def _parse_overrides(overrides: list[str]) -> Any:
     return OmegaConf.from_dotlist(overrides)
 
 
-def _first_line(error: ValidationError) -> str:
+def config_hash(config: Config) -> str:
+    """Eight hexadecimal digits of everything that can change a result: all but the name and `tracking`."""
+    values = config.model_dump(mode="json", exclude={"name", "tracking"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str:
+    """The first of a validation's problems in one line that names the key and the mend; the others are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        text = f"{key}: unknown key{_suggestion(first['loc'])}"
+        text = f"{key}: unknown key{_suggestion(first['loc'], root)}"
     elif first["type"] == "missing":
         text = f"{key}: required; add {key}=VALUE"
     else:
@@ -106,9 +115,17 @@ def _first_line(error: ValidationError) -> str:
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _suggestion(location: tuple[str | int, ...]) -> str:
-    section: type[BaseModel] = Config
+def _suggestion(location: tuple[str | int, ...], root: type[BaseModel]) -> str:
+    section = root
     for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
+        if isinstance(part, str):  # numbers count the items of a list of sections
+            section = _section_in(section.model_fields[part].annotation)
     close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a field holds, alone or in a list, optional or not."""
+    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = get_args(annotation)[0]
+    return annotation

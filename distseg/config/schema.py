@@ -14,14 +14,87 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class NoiseConfig(Section):
-    """How the noisy stream's masks are made wrong (distseg/data/noise.py)."""
+_NOISE_PARAMETERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "polygon": {"vertices": 3},
+    "box": {},
+    "boundary": {"alpha": 0.7, "beta": 0.7},
+    "markov": {"steps": 100, "theta1": 0.2, "theta2": 0.05, "theta3": 0.0},
+    "unsupervised": {},
+    "mixed": {"annotators": ()},
+}
 
-    kind: Literal["none", "polygon", "box"] = "none"
+
+class NoiseConfig(Section):
+    """How the noisy stream's masks are made wrong (distseg/data/noise.py).
+
+    A parameter that the kind does not use is an error: `null` takes it back where another kind has set it.
+    """
+
+    kind: Literal["none", "polygon", "box", "boundary", "markov", "unsupervised", "mixed"] = "none"
     """`none` takes the manifest's noisy_mask where there is one, and the true mask elsewhere."""
-    vertices: Annotated[int, Field(ge=3)] = 3
-    """polygon: vertices on the true contour; 3 and 7 are the paper's levels."""
+    vertices: Annotated[int, Field(ge=3)] | None = None
+    """polygon: vertices on the true contour; 3 (default) and 7 are the paper's levels."""
+    alpha: Fraction | None = None
+    """boundary: the fraction of masks that are drawn wrong; 0.7."""
+    beta: Annotated[float, Field(gt=0, le=1)] | None = None
+    """boundary: wrong pixels as a fraction of the lesion's area; 0.7."""
+    steps: Count | None = None
+    """markov: steps of the walk, T; 100."""
+    theta1: Fraction | None = None
+    """markov: how often a step grows the lesion; 0.2, a lesion drawn too small."""
+    theta2: Fraction | None = None
+    """markov: how many of the contour's pixels a step moves; 0.05."""
+    theta3: Fraction | None = None
+    """markov: how many pixels of the frame are flipped at the end; 0."""
+    annotators: tuple["NoiseConfig", ...] | None = None
+    """mixed: whose masks are mixed, in equal shares; each is a mapping like this one, without a seed."""
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return values | {
+            name: default
+            for name, default in _NOISE_PARAMETERS.get(values.get("kind", "none"), {}).items()
+            if values.get(name) is None
+        }
+
+    @model_validator(mode="after")
+    def _parameters_are_of_the_kind(self) -> Self:
+        used = _NOISE_PARAMETERS[self.kind]
+        every = {name for parameters in _NOISE_PARAMETERS.values() for name in parameters}
+        unused = sorted(name for name in every - used.keys() if getattr(self, name) is not None)
+        if unused:
+            raise ValueError(f"{unused[0]} is no parameter of {self.kind} noise; set {unused[0]}=null")
+        if self.kind == "mixed" and len(self.annotators) < 2:
+            raise ValueError("annotators: mixed noise needs two or more, for instance [{kind: polygon}, {kind: box}]")
+        for annotator in self.annotators or ():
+            if annotator.kind in ("none", "mixed") or annotator.seed:
+                raise ValueError("annotators: each is of a kind other than none and mixed, and has no seed of its own")
+        return self
+
+    @property
+    def parameters(self) -> str:
+        """The parameters of the kind in one line, `alpha=0.7 beta=0.5`; those of annotators as their levels."""
+        if self.kind == "mixed":
+            return " ".join(annotator.level for annotator in self.annotators)
+        return " ".join(f"{name}={getattr(self, name)}" for name in _NOISE_PARAMETERS[self.kind])
+
+    @property
+    def level(self) -> str:
+        """The noise level as papers write it, `boundary(0.7, 0.5)`."""
+        if self.kind == "mixed":
+            return f"mixed({', '.join(annotator.level for annotator in self.annotators)})"
+        values = [f"{getattr(self, name):g}" for name in _NOISE_PARAMETERS[self.kind]]
+        return f"{self.kind}({', '.join(values)})" if values else self.kind
+
+    @property
+    def looks_at_image(self) -> bool:
+        """Whether the noisy mask depends on the image, and not on the true mask alone."""
+        return self.kind == "unsupervised" or any(annotator.looks_at_image for annotator in self.annotators or ())
 
 
 class AugmentConfig(Section):
@@ -106,8 +179,18 @@ class ModelConfig(Section):
 
 class MethodConfig(Section):
     name: Literal[
-        "noisy_only", "clean_only", "union", "finetune", "image_reweight", "pixel_reweight", "oracle"
+        "noisy_only",
+        "clean_only",
+        "union",
+        "finetune",
+        "image_reweight",
+        "pixel_reweight",
+        "meta_weight_net",
+        "generalised_cross_entropy",
+        "t_loss",
+        "oracle",
     ] = "pixel_reweight"
+    """What each does: distseg/training/methods/__init__.py."""
     estimator: Literal["forward", "reverse", "finite"] = "forward"
     granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
     """pixel | patch(k) | image. `image_reweight` always uses image."""
@@ -121,6 +204,20 @@ class MethodConfig(Section):
     the same on every valid pixel of the global batch. At 0, as in the paper, its size does not matter."""
     clean_phase: Fraction = 0.3
     """finetune: the last part of the steps, spent on the clean images alone."""
+    q: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """generalised_cross_entropy: between cross-entropy (towards 0) and the mean absolute error (1)."""
+    virtual_lr: Annotated[float, Field(gt=0)] = 0.1
+    """meta_weight_net: α, the rate of the virtual SGD step on the mean loss. The other weights do not depend on it."""
+    weight_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """meta_weight_net: the rate of the net that maps losses to weights."""
+
+    @property
+    def needs_clean(self) -> bool:
+        return self.name not in ("noisy_only", "generalised_cross_entropy", "t_loss", "oracle")
+
+    @property
+    def needs_noisy(self) -> bool:
+        return self.name not in ("clean_only", "oracle")
 
 
 class OptimConfig(Section):
@@ -180,6 +277,12 @@ class TrackingConfig(Section):
     """default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder."""
     experiment: str = "distseg"
     system_metrics: bool = True
+    log_model: bool = False
+    """Also log the network of the last step, as an exported graph with signature and input example."""
+    parent_run: str | None = None
+    """MLflow id of the run that this one is nested under."""
+    tags: dict[str, str] = {}
+    """Further tags, over those that follow from the config."""
 
 
 class Config(Section):
@@ -202,8 +305,10 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
             )
-        if self.data.clean_count == 0 and self.method.name not in ("noisy_only", "oracle"):
+        if self.data.clean_count == 0 and self.method.needs_clean:
             raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
+        if self.method.name == "meta_weight_net" and self.deepspeed.zero_stage == 3:
+            raise ValueError("deepspeed.zero_stage 3: meta_weight_net needs whole parameters; set it to 2 or less")
         if self.method.name == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
         return self

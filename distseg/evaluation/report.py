@@ -15,7 +15,7 @@ from distseg.evaluation.metrics import IGNORE, confusion, image_scores
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, with a purple and a grey: first masks, then runs.
 _TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
-_RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7F7F")
+_RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7F7F", "#8C510A", "#66C2A5", "#000000")
 _MOST_ROWS = 6
 _DPI = 120
 # Inches.
@@ -34,8 +34,8 @@ def panel(
 ) -> np.ndarray:
     """Show what the method sees and does, one row per sample, at most 6.
 
-    Columns: image; image with the noisy mask's contour; image with the true one's; weight map under both contours;
-    foreground probability, black 0 to white 1, under the true contour. Ignored pixels are grey.
+    Columns: image; image with the noisy mask's contour; image with the true one's; the wrong labels, white; weight map
+    under both contours; foreground probability, black 0 to white 1, under the true contour. Ignored pixels are grey.
 
     `images` (B, 3, H, W) RGB in [0, 1]; `masks` and `true_masks` (B, H, W) class ids, 255 = ignore; `weights` (B, H, W)
     ≥ 0 in any unit; `probabilities` (B, H, W) in [0, 1]; on any device. Few pixels carry most of a weight map, so each
@@ -46,14 +46,18 @@ def panel(
     noisy, true, weight, probability = (
         tensor[:_MOST_ROWS].detach().float().cpu().numpy() for tensor in (masks, true_masks, weights, probabilities)
     )
-    titles = ("image", "noisy mask", "true mask", "weights", "prediction")
+    titles = ("image", "noisy mask", "true mask", "wrong labels", "weights", "prediction")
     figure, grid = _sheet(len(pictures), titles, caption)
     for row, picture in enumerate(pictures):
-        image, with_noisy, with_true, weight_map, prediction = grid[row]
+        image, with_noisy, with_true, error, weight_map, prediction = grid[row]
         for axes in (image, with_noisy, with_true):
             axes.imshow(picture, interpolation="bilinear")
         _contour(with_noisy, noisy[row], _NOISY)
         _contour(with_true, true[row], _TRUE)
+
+        wrong = (noisy[row] != true[row]) & (noisy[row] != IGNORE) & (true[row] != IGNORE)
+        error.imshow(wrong, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        _note(error, f"{wrong.mean():.1%}")
 
         positive = weight[row][weight[row] > 0]
         top = np.percentile(positive, 99) if positive.size else 1.0
@@ -64,6 +68,27 @@ def panel(
 
         prediction.imshow(probability[row], cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
         _contour(prediction, true[row], _TRUE)
+    return _pixels(figure)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], true_masks: Sequence[np.ndarray], noisy_masks: Mapping[str, Sequence[np.ndarray]]
+) -> np.ndarray:
+    """Show what kinds of noise do to the same masks: a row per image, a column per noise level, at most 6 rows.
+
+    Columns: the image with the true contour; then, per level, both contours, and below them the wrong pixels as a share
+    of the frame. Images (H, W, 3) uint8 RGB and masks (H, W) class ids, 255 = ignore; sizes may differ from image to
+    image. Returns (h, w, 3) uint8.
+    """
+    images = images[:_MOST_ROWS]
+    figure, grid = _sheet(len(images), ("image, true mask", *noisy_masks))
+    for row, (image, true) in enumerate(zip(images, true_masks, strict=False)):
+        for axes in grid[row]:
+            axes.imshow(image, interpolation="bilinear", aspect="auto")
+            _contour(axes, true, _TRUE)
+        for axes, masks in zip(grid[row][1:], noisy_masks.values(), strict=True):
+            _contour(axes, masks[row], _NOISY)
+            _note(axes, f"{np.mean(masks[row] != true):.1%} wrong")
     return _pixels(figure)
 
 
@@ -115,6 +140,70 @@ def comparison_figure(
             _fill(axes, prediction[row].cpu().numpy(), colour[name])
             _contour(axes, true[row].numpy(), _TRUE)
             _note(axes, f"Dice {scores[name][row]:.3f}")
+    return _pixels(figure)
+
+
+def line_charts(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float | str, float, float]]]], x_label: str, y_label: str
+) -> np.ndarray:
+    """Small charts side by side, one a title: series of (x, mean, deviation) by name, the legend to the right.
+
+    A name has one colour throughout; deviations are drawn as bars where they are above 0. Where x are words they stand
+    in the order in which they come. Returns (h, w, 3) uint8.
+    """
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    colour = _colours(names)
+    width, height, left = 2.9, 2.3, 0.6
+    whole = left + len(panels) * (width + 0.25) + _legend_width(names)
+    figure = _figure(whole, _MARGIN + _TITLE + height + 0.5)
+    shared = None
+    for column, (title, series) in enumerate(panels.items()):
+        axes = _axes(figure, left + column * (width + 0.25), _MARGIN + _TITLE, width, height)
+        words = list(dict.fromkeys(x for points in series.values() for x, *_ in points if isinstance(x, str)))
+        for number, (name, points) in enumerate(series.items()):
+            if not points:
+                continue
+            xs, means, deviations = zip(*points, strict=True)
+            if words:  # beside each other, that their bars can be told apart
+                xs = [words.index(x) + 0.5 * (number / max(1, len(series) - 1) - 0.5) for x in xs]
+            style = {"color": colour[name], "label": name, "markersize": 4, "linewidth": 0 if words else 1.3}
+            axes.errorbar(xs, means, deviations, marker="o", elinewidth=1, capsize=2, **style)
+        if words:
+            axes.set_xticks(range(len(words)), words)
+            axes.set_xlim(-0.5, len(words) - 0.5)
+        elif len(places := sorted({x for points in series.values() for x, *_ in points})) <= 4:
+            axes.set_xticks(places, [f"{x:.3g}" for x in places])
+        axes.set_title(title, pad=4, **_TEXT)
+        axes.set_xlabel(x_label, **_TEXT)
+        _style(axes)
+        if shared is None:
+            axes.set_ylabel(y_label, **_TEXT)
+            shared = axes
+        else:
+            axes.sharey(shared)
+            axes.tick_params(labelleft=False)
+    by_label = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if by_label:
+        figure.axes[-1].legend(
+            by_label.values(), by_label, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5
+        )
+    return _pixels(figure)
+
+
+def bar_chart(values: Mapping[str, float], label: str) -> np.ndarray:
+    """Horizontal bars with their values written beside them. Returns (h, w, 3) uint8."""
+    height = 0.26 * max(1, len(values))
+    figure = _figure(7.0, _MARGIN + height + 0.55)
+    axes = _axes(figure, _legend_width(values), _MARGIN, 7.0 - _legend_width(values) - 0.6, height)
+    bars = axes.barh(list(values), list(values.values()), color=list(_colours(values).values()), height=0.7)
+    axes.bar_label(bars, fmt="%.3g", padding=3, **_TEXT)
+    axes.invert_yaxis()
+    axes.set_xlabel(label, **_TEXT)
+    _style(axes)
     return _pixels(figure)
 
 
@@ -264,14 +353,18 @@ def _draw_curves(figure, runs: Mapping[str, Sequence[Mapping[str, Any]]], colour
         axes.plot(steps, dice, color=colour[name], linewidth=1.6, marker="o", markersize=2.5, label=name)
     axes.set_xlabel("step", **_TEXT)
     axes.set_ylabel("validation Dice", **_TEXT)
+    _style(axes)
+    if drawn:
+        labels = [f"{name}  {points[name][-1][1]:.3f}" for name in drawn]
+        axes.legend(labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5, handlelength=1.4)
+
+
+def _style(axes) -> None:
     axes.tick_params(labelsize=7, colors="#444444", length=2.5)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
-    if drawn:
-        labels = [f"{name}  {points[name][-1][1]:.3f}" for name in drawn]
-        axes.legend(labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5, handlelength=1.4)
 
 
 def _pictures(images: Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Checkpoints: folders that are absent or complete; tensors as safetensors, the rest as JSON, nothing pickled.
 
     checkpoints/step_00000120/model.safetensors       parameters (fp32) and buffers, by name
+                              method.safetensors      what the method has learned, for most of them nothing
                               rank_00000.safetensors  this rank's part of the optimiser state, and its RNG streams
                               state.json              progress, images a step, size and SHA-256 of each file
     checkpoints/last, best                            the name of a folder
@@ -36,6 +37,7 @@ from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.files import write_atomically
 from distseg.models import build_model
+from distseg.training.methods import Method
 
 FORMAT = 2
 
@@ -54,7 +56,13 @@ class StepSize:
 
 
 def save_checkpoint(
-    folder: Path, engine: Any, progress: dict[str, Any], config: Config, runtime: Runtime, best: bool
+    folder: Path,
+    engine: Any,
+    method: Method,
+    progress: dict[str, Any],
+    config: Config,
+    runtime: Runtime,
+    best: bool,
 ) -> bool:
     """Write the checkpoint of `progress["step"]`; every rank calls it. Whether it is there now, the same on every rank.
 
@@ -80,6 +88,7 @@ def save_checkpoint(
         state = module_state(engine)
         if shard.rank == 0:
             files["model.safetensors"] = _write(aside / "model.safetensors", state)
+            files["method.safetensors"] = _write(aside / "method.safetensors", method.state_dict())
 
     def commit() -> None:
         if shard.rank == 0:
@@ -115,7 +124,9 @@ def save_checkpoint(
     return written
 
 
-def load_checkpoint(folder: Path, engine: Any, config: Config, runtime: Runtime) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: Path, engine: Any, method: Method, config: Config, runtime: Runtime
+) -> dict[str, Any] | None:
     """Put the last whole checkpoint into `engine` and the RNG streams, and return its progress; None without any.
 
     A damaged checkpoint is named in a line on stderr and passed over. Raises UserError where every one is damaged, or
@@ -139,6 +150,7 @@ def load_checkpoint(folder: Path, engine: Any, config: Config, runtime: Runtime)
         load_module_state(engine, load_file(checkpoint / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(f"checkpoint {checkpoint}: is of another network: {' '.join(str(error).split())}") from None
+    method.load_state_dict(load_file(checkpoint / "method.safetensors"))
     with ExitStack() as stack:
         parts = [
             stack.enter_context(safe_open(checkpoint / f"rank_{rank:05d}.safetensors", framework="pt"))
@@ -241,7 +253,8 @@ def _damage(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / "state.json").read_text())
         if state["format"] != FORMAT:
             return f"format {state['format']}, not {FORMAT}"
-        names = {"model.safetensors", *(f"rank_{rank:05d}.safetensors" for rank in range(state["world_size"]))}
+        ranks = {f"rank_{rank:05d}.safetensors" for rank in range(state["world_size"])}
+        names = ranks | {"model.safetensors", "method.safetensors"}
         if names != state["files"].keys():
             return "state.json does not list its files"
         for name, expected in state["files"].items():

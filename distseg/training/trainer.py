@@ -19,6 +19,7 @@ from distseg.config import Config, changed_keys, dump_config, load_config
 from distseg.data.checks import usable_samples
 from distseg.data.manifest import Sample, split_clean
 from distseg.data.noise import write_noisy_masks
+from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
@@ -33,18 +34,20 @@ from distseg.distributed.engine import (
 from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.evaluator import evaluate
-from distseg.evaluation.metrics import summarise
+from distseg.evaluation.metrics import counts_csv, summarise
 from distseg.evaluation.report import panel, save_png
 from distseg.files import write_atomically
 from distseg.meta import PixelReweighter
 from distseg.models import build_model
-from distseg.ops import weighted_loss
 from distseg.optim import build_optimizer, learning_rate
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker
-from distseg.training.checkpoint import load_checkpoint, save_checkpoint
+from distseg.training.checkpoint import load_checkpoint, load_network, save_checkpoint
 from distseg.training.guard import Guard, not_finite
-from distseg.training.methods import WeightedBatch, build_method
+from distseg.training.methods import Method, Parts, WeightedBatch, build_method
+
+TEST_COUNTS = "test_counts.csv"
+"""What result.json sums up: true and false positives and negatives of each test image."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,9 @@ class Trainer:
             )
 
         self.streams: list[Stream] = []
+        noisy, clean, device = self.splits.noisy, self.splits.clean, runtime.device
         self.method = build_method(
-            config, self.splits.noisy, self.splits.clean, self.steps, self._open_stream, reweighter, sum_over_ranks
+            Parts(config, noisy, clean, self.steps, self._open_stream, reweighter, sum_over_ranks, device)
         )
 
     def run(self, resume: bool, stop_agreed: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -142,7 +146,9 @@ class Trainer:
         if main:
             (self.folder / "figures").mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", dump_config(config))
-        restored = load_checkpoint(self.checkpoints, self.engine, config, self.runtime) if resume else None
+        restored = None
+        if resume:
+            restored = load_checkpoint(self.checkpoints, self.engine, self.method, config, self.runtime)
         progress = Progress(**restored) if restored else Progress()
         saved_step = progress.step
         guard = Guard(train.max_bad_steps, self.runtime, progress.skipped_steps, progress.skipped_in_a_row)
@@ -168,7 +174,8 @@ class Trainer:
             progress.step, progress.zero_maps = done, zero_maps.item()
             progress.skipped_steps, progress.skipped_in_a_row = guard.skipped, guard.in_a_row
             progress.seconds = time.monotonic() - started
-            if save_checkpoint(self.checkpoints, self.engine, asdict(progress), config, self.runtime, best):
+            kept = asdict(progress)
+            if save_checkpoint(self.checkpoints, self.engine, self.method, kept, config, self.runtime, best):
                 saved_step = done
 
         try:
@@ -176,7 +183,7 @@ class Trainer:
                 logging = (step + 1) % train.log_every == 0 or step + 1 == self.steps
                 lr = learning_rate(config.optim, step, self.steps)
                 batches, diagnostics = self.method.draw(step, diagnose=logging)
-                loss, bad = update(self.engine, batches, lr, self.runtime.shard.world_size)
+                loss, bad = update(self.engine, self.method, batches, lr, self.runtime.shard.world_size)
                 guard.record(step + 1, bad, tuple(i for b in batches for i in b.batch.ids))
                 zero_maps += diagnostics.get("zero_maps", 0)
                 bar.update()
@@ -190,7 +197,7 @@ class Trainer:
                     metrics["train/skipped_steps"] = guard.skipped
                     metrics["train/seconds_waiting_for_data"] = sum(stream.waited for stream in self.streams)
                     metrics |= {f"meta/{name}": value.item() for name, value in diagnostics.items()}
-                    if diagnostics:
+                    if "zero_maps" in diagnostics:
                         metrics["meta/zero_maps"] = zero_maps.item()
                     report(done, metrics)
                     bar.set_postfix_str(f"loss {loss:.4f}, val Dice {val_dice:.3f}, {speed:.1f} images/s")
@@ -222,7 +229,12 @@ class Trainer:
             result = self._result(progress)
             if main:
                 write_atomically(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-                report(self.steps, {k: v for k, v in result.items() if isinstance(v, float) and math.isfinite(v)})
+                if tracker:
+                    for name in ("result.json", TEST_COUNTS):
+                        tracker.log_artifact(self.folder / name)
+                    if config.tracking.log_model:
+                        tracker.log_model(*self._portable_network())
+                report(self.steps, {k: v for k, v in result.items() if isinstance(v, int | float) and math.isfinite(v)})
             status = "FINISHED"
         except BadFileError as error:
             kept = f"the checkpoint of step {saved_step}" if saved_step else "the start"
@@ -273,7 +285,8 @@ class Trainer:
         """One real step and nothing kept: what a run with this config would do."""
         batches, diagnostics = self.method.draw(0, diagnose=True)
         lr = learning_rate(self.config.optim, 0, self.steps)
-        loss = sum_over_ranks(update(self.engine, batches, lr, self.runtime.shard.world_size)[0]).item()
+        loss, _ = update(self.engine, self.method, batches, lr, self.runtime.shard.world_size)
+        loss = sum_over_ranks(loss).item()
         self.close()
         config, splits, shard = self.config, self.splits, self.runtime.shard
         ranks = f"{shard.world_size} ranks ({self.runtime.device.type})"
@@ -317,9 +330,19 @@ class Trainer:
         self.streams.append(stream)
         return stream
 
+    def _portable_network(self) -> tuple[nn.Module, np.ndarray]:
+        """A copy of the network without the engine's hooks, and two validation images (2, 3, H, W) as its input."""
+        _, network = load_network(self.folder)
+        samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
+        [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu)
+        return network.eval(), batch.images.numpy()
+
     def _result(self, progress: Progress) -> dict[str, Any]:
-        scores = summarise(self.score(self.splits.test), "test")
-        return scores | {
+        counts = self.score(self.splits.test)
+        if self.runtime.is_main:
+            ids = [sample.id for sample in self.splits.test]
+            write_atomically(self.folder / TEST_COUNTS, counts_csv(ids, counts))
+        return summarise(counts, "test") | {
             "name": self.config.name,
             "method": self.config.method.name,
             "steps": self.steps,
@@ -333,7 +356,9 @@ class Trainer:
         }
 
 
-def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int) -> tuple[Tensor, Tensor]:
+def update(
+    engine: Any, method: Method, batches: list[WeightedBatch], lr: float, world_size: int
+) -> tuple[Tensor, Tensor]:
     """One optimiser step on Σ W·ℓ over the micro-batches of all ranks, or none where that is not finite on one of them.
 
     Returns this rank's part of the loss, a scalar, and `not_finite`'s flags; a step left out changes neither parameters
@@ -348,7 +373,7 @@ def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int
         logits = engine(weighted.batch.images)
         # The engine averages gradients over ranks; the weights already sum to 1 over ranks and micro-batches. The
         # factor goes into the weights, which spares the gradient of the loss a pass.
-        loss = weighted_loss(logits.float(), weighted.batch.masks, *weighted.weights.times(world_size))
+        loss = method.loss(logits.float(), weighted.batch.masks, weighted.weights.times(world_size))
         engine.backward(loss, scale_wrt_gas=False)
         total += loss.detach()
         if weighted is not batches[-1]:
@@ -361,6 +386,7 @@ def update(engine: Any, batches: list[WeightedBatch], lr: float, world_size: int
         bad[-1] = 1
     for buffer, old in zip(buffers, before, strict=True):
         buffer.copy_(torch.where(skip, old, buffer))
+    method.finish_step(lr)
     return total / world_size, bad
 
 

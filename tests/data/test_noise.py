@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from distseg.config import DataConfig, NoiseConfig
 from distseg.data.decode import read_mask
 from distseg.data.manifest import read_samples, split_clean
-from distseg.data.noise import box, corrupt, polygon, write_noisy_masks
+from distseg.data.noise import boundary, box, corrupt, markov, polygon, unsupervised, write_noisy_masks
 from distseg.data.seeding import generator
 
 
@@ -23,7 +24,7 @@ def draw_ellipse(seed: int) -> np.ndarray:
 MASKS = [draw_ellipse(seed) for seed in range(10)]
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
+def rim(mask: np.ndarray) -> np.ndarray:
     """Pixels of the mask with a 4-neighbour outside it; the frame's outside counts as outside."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -40,7 +41,7 @@ def corners(drawn: np.ndarray) -> np.ndarray:
 def test_polygon_corners_lie_on_the_true_contour(mask):
     hull = corners(polygon(mask, 3, generator(0)))
     x, y = hull.T
-    assert boundary(mask)[y, x].sum() >= 3  # the rest of the hull is the raster of the straight edges
+    assert rim(mask)[y, x].sum() >= 3  # the rest of the hull is the raster of the straight edges
     assert not np.any(polygon(mask, 3, generator(0)) & ~cv2.dilate(mask, np.ones((3, 3))) & 1)
 
 
@@ -152,3 +153,162 @@ def test_kind_none_keeps_the_masks_that_the_data_brings(make_dataset, tmp_path):
 def test_kind_none_without_noisy_masks_is_no_noise(make_dataset, tmp_path):
     samples = read_samples(DataConfig(root=make_dataset()), seed=0)
     assert write_noisy_masks(samples, NoiseConfig(), tmp_path / "noisy") == (samples, 0.0)
+
+
+DEGENERATE = {
+    "empty": np.zeros((12, 16), np.uint8),
+    "full": np.ones((12, 16), np.uint8),
+    "one pixel": np.pad(np.ones((1, 1), np.uint8), ((5, 6), (7, 8))),
+    "touching the border": np.pad(np.ones((6, 5), np.uint8), ((0, 6), (0, 11))),
+    "a row": np.ones((1, 16), np.uint8),
+}
+EVERY_KIND = [
+    NoiseConfig(kind="polygon"),
+    NoiseConfig(kind="box"),
+    NoiseConfig(kind="boundary", alpha=1, beta=0.7),
+    NoiseConfig(kind="markov", theta1=0.5),
+    NoiseConfig(kind="unsupervised"),
+    NoiseConfig(kind="mixed", annotators=[NoiseConfig(kind="boundary"), NoiseConfig(kind="unsupervised")]),
+]
+
+
+@pytest.mark.parametrize("config", EVERY_KIND, ids=lambda config: config.level)
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_every_kind_survives_degenerate_masks(config: NoiseConfig, name: str):
+    mask = DEGENERATE[name]
+    image = np.random.default_rng(0).integers(0, 256, (*mask.shape, 3)).astype(np.uint8)
+    for seed in range(20):
+        before = mask.copy()
+        drawn = corrupt(mask, config.model_copy(update={"seed": seed}), "a", image)
+        np.testing.assert_array_equal(mask, before)
+        assert drawn.shape == mask.shape and drawn.dtype == np.uint8 and drawn.max(initial=0) <= 1
+        if config.kind == "boundary":
+            assert drawn.any() == mask.any()  # a lesion that was seen is drawn, and none is invented
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.7])
+def test_boundary_changes_a_fraction_beta_of_the_lesion(beta: float):
+    ways = {"larger": 0, "smaller": 0, "moved": 0}
+    for number, mask in enumerate([m for m in MASKS for _ in range(9)]):
+        drawn, area = boundary(mask, 1.0, beta, generator(number)), mask.sum()
+        more, less = int((drawn > mask).sum()), int((drawn < mask).sum())
+        ways["moved" if more and less else "larger" if more else "smaller"] += 1
+        if more and less:  # by whole pixels: one more step changes at most the contour, twice
+            assert abs(more + less - beta * area) <= boundary_length(mask)
+        else:
+            assert more + less == round(beta * area)
+    assert all(count > 15 for count in ways.values()), ways
+
+
+def boundary_length(mask: np.ndarray) -> int:
+    return int((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
+
+
+def test_boundary_takes_the_pixels_nearest_to_the_contour():
+    square = np.zeros((40, 40), np.uint8)
+    square[10:30, 10:30] = 1
+    drawn = {boundary(square, 1.0, 76 / 400, generator(seed)).tobytes() for seed in range(40)}
+    ring = np.zeros_like(square)
+    ring[11:29, 11:29] = 1  # the outermost of the square's rings has 76 pixels
+    assert ring.tobytes() in drawn
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
+def test_boundary_alters_a_fraction_alpha_of_the_masks(alpha: float):
+    config = NoiseConfig(kind="boundary", alpha=alpha, beta=0.5, seed=3)
+    altered = sum(np.any(corrupt(MASKS[0], config, f"ISIC_{i:07d}") != MASKS[0]) for i in range(1000))
+    deviation = (1000 * alpha * (1 - alpha)) ** 0.5
+    assert abs(altered - 1000 * alpha) <= 3 * deviation
+
+
+def test_a_growing_walk_adds_what_its_parameters_say():
+    half = np.zeros((60, 200), np.uint8)
+    half[30:] = 1
+    # With theta2 = 1 the walk is no walk: each step moves the whole edge by one pixel.
+    np.testing.assert_array_equal(markov(half, 7, 1.0, 1.0, 0.0, generator(0))[23:], 1)
+    assert markov(half, 7, 1.0, 1.0, 0.0, generator(0))[:23].sum() == 0
+    assert markov(half, 7, 0.0, 1.0, 0.0, generator(0))[:37].sum() == 0
+    assert markov(half, 0, 0.5, 1.0, 0.0, generator(0)).tobytes() == half.tobytes()
+    large, small = (
+        np.mean([markov(half, 40, theta1, 0.05, 0.0, generator(s)).sum() for s in range(5)]) for theta1 in (0.8, 0.2)
+    )
+    assert large > half.sum() > small
+    flips = np.mean(markov(half, 0, 0.5, 0.0, 0.1, generator(0)) != half)
+    assert flips == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_walk_is_by_half_the_size_on_a_photograph_of_twice_the_size():
+    small = np.zeros((256, 256), np.uint8)
+    cv2.circle(small, (128, 128), 60, 1, -1)
+    large = cv2.resize(small, (1024, 1024), interpolation=cv2.INTER_NEAREST)
+    rates = [np.mean(markov(m, 100, 0.2, 0.1, 0.0, generator(1)) != m) for m in (small, large)]
+    assert rates[0] == pytest.approx(rates[1], rel=0.02) and rates[0] > 0.02
+
+
+def test_unsupervised_finds_the_dark_region_and_not_the_dark_corners():
+    image = np.full((128, 128, 3), 200, np.uint8)
+    lesion = cv2.circle(np.zeros((128, 128), np.uint8), (70, 60), 20, 1, -1)
+    image[lesion > 0] = (120, 80, 60)
+    corners = cv2.circle(np.ones((128, 128), np.uint8), (64, 64), 66, 0, -1)
+    image[corners > 0] = 10
+    assert corners.sum() > lesion.sum()
+    drawn = unsupervised(image)
+    assert 2 * (drawn & lesion).sum() / (drawn.sum() + lesion.sum()) > 0.9
+    assert unsupervised(np.full((9, 9, 3), 7, np.uint8)).sum() == 0
+    with pytest.raises(ValueError, match="drawn from the image"):
+        corrupt(lesion, NoiseConfig(kind="unsupervised"), "a")
+
+
+def test_mixed_annotators_share_the_samples_and_keep_their_hands():
+    annotators = [NoiseConfig(kind="box"), NoiseConfig(kind="polygon"), NoiseConfig(kind="boundary", alpha=1)]
+    config = NoiseConfig(kind="mixed", annotators=annotators, seed=2)
+    boxes = sum(corrupt(MASKS[0], config, f"{i}").tobytes() == box(MASKS[0]).tobytes() for i in range(600))
+    assert abs(boxes - 200) < 3 * (600 * 2 / 9) ** 0.5
+    np.testing.assert_array_equal(corrupt(MASKS[0], config, "7"), corrupt(MASKS[0], config, "7"))
+
+
+DIGEST = """
+import hashlib, numpy as np, cv2
+from distseg.config import NoiseConfig
+from distseg.data.noise import corrupt
+mask = cv2.ellipse(np.zeros((90, 130), np.uint8), (60, 40), (35, 22), 20, 0, 360, 1, -1)
+image = np.random.default_rng(1).integers(0, 256, (90, 130, 3)).astype(np.uint8)
+digest = hashlib.sha256()
+for config in CONFIGS:
+    for name in "abcdefgh":
+        digest.update(corrupt(mask, NoiseConfig.model_validate(config), name, image).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_another_process_draws_the_same_bits():
+    program = f"CONFIGS = {[config.model_dump() for config in EVERY_KIND]!r}\n{DIGEST}"
+    command = [sys.executable, "-c", program]
+    environments = [{"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)} for seed in ("1", "2")]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        for environment in environments
+    )
+    assert first == second and len(first.strip()) == hashlib.sha256().digest_size * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"kind": "box", "vertices": 3}, "vertices is no parameter of box noise; set vertices=null"),
+        ({"kind": "polygon", "beta": 0.5}, "beta is no parameter of polygon noise"),
+        ({"kind": "mixed"}, "mixed noise needs two or more"),
+        ({"kind": "mixed", "annotators": [{"kind": "box"}, {"kind": "none"}]}, "a kind other than none and mixed"),
+        ({"kind": "boundary", "beta": 0}, "greater than 0"),
+    ],
+)
+def test_a_parameter_of_another_kind_is_told(values: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        NoiseConfig.model_validate(values)
+
+
+def test_a_level_is_written_as_papers_write_it():
+    assert NoiseConfig(kind="boundary", beta=0.5).level == "boundary(0.7, 0.5)"
+    assert NoiseConfig().level == "none"
+    mixed = NoiseConfig(kind="mixed", annotators=[{"kind": "box"}, {"kind": "polygon"}])
+    assert mixed.level == "mixed(box, polygon(3))"

@@ -19,7 +19,7 @@ from distseg.meta.weights import uniform_weights
 from distseg.optim import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from distseg.training.methods import WeightedBatch
+from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 GLOBAL, SIZE = 8, 8
@@ -66,7 +66,7 @@ def train(engine, config: Config, runtime, steps: range) -> None:
         own = slice(mine.start, mine.stop)
         weights = uniform_weights([masks[own]], sum_over_ranks, torch.float32)
         update(
-            engine, [WeightedBatch(Batch(images[own], masks[own], masks[own], ()), weights[0])], 0.05,
+            engine, Method(), [WeightedBatch(Batch(images[own], masks[own], masks[own], ()), weights[0])], 0.05,
             runtime.shard.world_size,
         )  # fmt: skip
 
@@ -106,7 +106,7 @@ def read_and_go_on(runtime, folder: str, stages: list[int]) -> dict[str, torch.T
     for (optimizer, written), stage in zip(CASES, stages, strict=True):
         config = configure(optimizer, stage, runtime.shard.world_size)
         engine = build(config)
-        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, config, runtime) == {"step": 3}
+        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, Method(), config, runtime) == {"step": 3}
         out |= {f"{optimizer}{written} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
         train(engine, config, runtime, range(3, 6))
         out |= {f"{optimizer}{written} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
@@ -146,9 +146,9 @@ def refuse(runtime, folder: str) -> dict[str, torch.Tensor]:
     ):
         config = configure("sgd", 0, 1, **train_keys)
         with pytest.raises(UserError, match=said):
-            load_checkpoint(Path(folder, "sgd0"), None, config, runtime)
+            load_checkpoint(Path(folder, "sgd0"), None, Method(), config, runtime)
     config = configure("sgd", 0, 1, accumulation=2, batch_size=4, clean_batch_size=4)
-    assert load_checkpoint(Path(folder, "sgd0"), build(config), config, runtime) == {"step": 3}
+    assert load_checkpoint(Path(folder, "sgd0"), build(config), Method(), config, runtime) == {"step": 3}
     return {}
 
 
@@ -213,11 +213,12 @@ def keep_some(runtime, folder: str) -> dict[str, torch.Tensor]:
     config = configure("sgd", 0, 1, keep_checkpoints=2)
     engine = build(config)
     for step in (1, 2, 3, 4):
-        assert save_checkpoint(Path(folder), engine, {"step": step}, config, runtime, best=step == 1)
+        assert save_checkpoint(Path(folder), engine, Method(), {"step": step}, config, runtime, best=step == 1)
     assert sorted(p.name for p in Path(folder).iterdir()) == [
         "best", "last", "step_00000001", "step_00000003", "step_00000004",
     ]  # fmt: skip
-    assert save_checkpoint(Path(folder), engine, {"step": 3}, config, runtime, best=False), "after a return to 2"
+    after_a_return_to_2 = save_checkpoint(Path(folder), engine, Method(), {"step": 3}, config, runtime, best=False)
+    assert after_a_return_to_2
     assert sorted(p.name for p in Path(folder).glob("step*")) == ["step_00000001", "step_00000003"]
     return {}
 
@@ -241,7 +242,7 @@ def fill_the_disk(runtime, folder: str) -> dict[str, torch.Tensor]:
     engine = build(config)
     ballast, checkpoints = Path(folder, "ballast"), Path(folder, "checkpoints")
     train(engine, config, runtime, range(1))
-    outcomes = [save_checkpoint(checkpoints, engine, {"step": 1}, config, runtime, best=False)]
+    outcomes = [save_checkpoint(checkpoints, engine, Method(), {"step": 1}, config, runtime, best=False)]
     torch.distributed.barrier()
     if runtime.is_main:
         with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
@@ -250,14 +251,14 @@ def fill_the_disk(runtime, folder: str) -> dict[str, torch.Tensor]:
         with ballast.open("r+b") as file:
             file.truncate(ballast.stat().st_size - 8192)  # some files fit, and not all
     torch.distributed.barrier()
-    outcomes.append(save_checkpoint(checkpoints, engine, {"step": 2}, config, runtime, best=False))
+    outcomes.append(save_checkpoint(checkpoints, engine, Method(), {"step": 2}, config, runtime, best=False))
     assert find_checkpoint(checkpoints) == checkpoints / "step_00000001"
     assert not list(checkpoints.glob("*.part"))
     torch.distributed.barrier()
     if runtime.is_main:
         ballast.unlink()
     torch.distributed.barrier()
-    outcomes.append(save_checkpoint(checkpoints, engine, {"step": 3}, config, runtime, best=False))
+    outcomes.append(save_checkpoint(checkpoints, engine, Method(), {"step": 3}, config, runtime, best=False))
     torch.distributed.barrier()
     assert find_checkpoint(checkpoints) == checkpoints / "step_00000003"
     assert outcomes == [True, False, True]

@@ -29,7 +29,7 @@ from distseg.meta.reweighter import stateless
 from distseg.ops import weighted_loss
 from distseg.optim import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.methods import WeightedBatch
+from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 SIZE, GLOBAL_NOISY, GLOBAL_CLEAN = 16, 8, 8
@@ -214,7 +214,7 @@ def train_under_deepspeed(runtime) -> Named:
             noisy, maps, weights = weigh(reweighter, runtime, accumulation, step, torch.float32)
             yield f"{case}:{step}.weights", weights
             batches = [WeightedBatch(Batch(x, y, y, ()), w) for (x, y), w in zip(noisy, maps, strict=True)]
-            update(engine, batches, LR, runtime.shard.world_size)
+            update(engine, Method(), batches, LR, runtime.shard.world_size)
             for name, value in whole_again(placement.trainable(), placement, shadow).items():
                 yield f"{case}:{step}.parameter.{name}", value
             for name, buffer in shadow.named_buffers():

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.evaluation.metrics import SCORES, confusion, image_scores, summarise
+from distseg.evaluation.metrics import (
+    SCORES,
+    confusion,
+    counts_csv,
+    image_scores,
+    paired_difference,
+    read_counts_csv,
+    summarise,
+)
 
 
 def test_confusion_counts_each_image_and_leaves_ignored_pixels_out():
@@ -87,3 +95,31 @@ def test_summary_depends_on_the_seed_alone():
 def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="test: no images"):
         summarise(np.zeros((0, 4), dtype=np.int64), "test")
+
+
+def test_counts_survive_the_csv():
+    counts = np.array([[1, 2, 3, 4], [0, 0, 0, 9]])
+    ids, read = read_counts_csv(counts_csv(["ISIC_1", "with, comma"], counts))
+    assert ids == ["ISIC_1", "with, comma"]
+    np.testing.assert_array_equal(read, counts)
+
+
+def test_paired_difference_sees_through_what_the_images_share():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 1, 200)  # how hard an image is swamps the difference between the methods
+    reference, scores = hard, hard + 0.01 + rng.normal(0, 0.02, 200)
+    mean, low, high, p = paired_difference(scores, reference)
+    expected = (scores - reference).mean()
+    error = (scores - reference).std(ddof=1) / np.sqrt(200)
+    assert mean == pytest.approx(expected)
+    assert [low, high] == pytest.approx([expected - 1.96 * error, expected + 1.96 * error], abs=5e-4)
+    assert p < 0.001
+    assert paired_difference(reference, scores)[:3] == pytest.approx((-mean, -high, -low))
+
+
+def test_paired_difference_of_nothing_is_no_evidence():
+    rng, rejected = np.random.default_rng(1), 0
+    for _ in range(200):
+        rejected += paired_difference(rng.normal(size=60), rng.normal(size=60), resamples=500)[3] < 0.05
+    assert 1 <= rejected <= 22  # 10 expected
+    assert paired_difference(np.ones(5), np.ones(5))[3] == 1.0

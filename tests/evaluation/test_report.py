@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.evaluation.report import comparison_figure, curves, panel, results_table, save_png
+from distseg.evaluation.report import comparison_figure, contact_sheet, curves, panel, results_table, save_png
 
 SIDE = 32
 BLUE = (0, 0, 255)
@@ -63,7 +63,11 @@ def test_panel_draws_each_mask_in_its_column_and_the_prediction_where_it_is():
     assert centre_of((240, 228, 66), with_noisy[0]) == pytest.approx((22, 22), abs=0.5)
     assert centre_of((86, 180, 233), with_true[0]) == pytest.approx((10, 10), abs=0.5)
 
-    left = image[0] + 4 * pitch
+    left = image[0] + 3 * pitch  # wrong are the pixels of one mask and not of the other: both squares
+    wrong = picture[top:bottom, left : left + side].mean(axis=2) > 128
+    assert wrong.mean() == pytest.approx(2 * 12**2 / SIDE**2, abs=0.02)
+
+    left = image[0] + 5 * pitch
     tile = picture[top:bottom, left : left + side]
     inner = slice(side * 7 // SIDE, side * 13 // SIDE)
     outer = slice(side * 19 // SIDE, side * 30 // SIDE)
@@ -80,7 +84,7 @@ def test_panel_shows_weights_relative_to_their_own_row():
     picture = panel(images, noisy, true, weights, true.float(), caption="")
 
     (image, with_noisy, *_), (top, bottom) = tiles(picture)
-    side, left = image[1] - image[0], image[0] + 3 * (with_noisy[0] - image[0])
+    side, left = image[1] - image[0], image[0] + 4 * (with_noisy[0] - image[0])
     rows = np.flatnonzero(np.diff((picture == BLUE).all(axis=2).sum(axis=1) > 20, prepend=False, append=False))
     inside = slice(left + side * 29 // SIDE, left + side * 31 // SIDE)
     first, second = (picture[start + side // 4 : start + side // 2, inside] for start in (rows[0], rows[2]))
@@ -189,3 +193,18 @@ def test_the_module_imports_without_matplotlib():
     code = "import sys, distseg.evaluation.report; sys.exit('matplotlib' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_contact_sheet_has_a_column_a_level_and_draws_each_levels_contour():
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image[..., 2] = 255
+    true, noisy = np.zeros((2, SIDE, SIDE), np.uint8)
+    true[4:16, 4:16] = noisy[16:28, 16:28] = 1
+    picture = contact_sheet([image], [true], {"box": [true], "moved": [noisy]})
+    columns, (top, bottom) = tiles(picture)
+    assert len(columns) == 3
+    yellow = [
+        np.argwhere((picture[top:bottom, left:right] == (240, 228, 66)).all(axis=2)) for left, right in columns
+    ]
+    assert len(yellow[0]) == 0
+    assert 0 < yellow[1].mean() < (bottom - top) / 2 < yellow[2].mean()

@@ -150,7 +150,10 @@ def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("method", ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "oracle"])
+METHODS = ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "meta_weight_net", "t_loss", "oracle"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(small: Path, tmp_path: Path, train, method: str) -> None:
     done = train(
         0, "--config", str(small), "--runs-dir", str(tmp_path), f"method.name={method}", "tracking.mlflow=false",

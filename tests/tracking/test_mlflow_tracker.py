@@ -52,7 +52,11 @@ def test_a_run_and_its_resumption(store, tmp_path, capfd):
     assert run.info.status == "KILLED"
     assert run.info.run_name == "triangles-k50"
     assert client.get_experiment(run.info.experiment_id).name == "noise levels"
-    assert run.data.params == {name: str(value) for name, value in flatten_config(config).items()}
+    flat = flatten_config(config)
+    assert run.data.params == {
+        name: str(value) for name, value in flat.items() if value is not None and not name.startswith("tracking.")
+    }
+    assert run.data.tags["mlflow.note.content"].startswith("**pixel_reweight** on noise *polygon(3)*, K = 50, seed 7.")
     assert run.data.metrics == {"train/loss": 0.75}
     tags = run.data.tags
     assert (tags["method"], tags["noise"], tags["clean_count"], tags["seed"]) == (
@@ -150,3 +154,39 @@ def test_the_module_imports_without_mlflow():
     code = "import sys, distseg.tracking.mlflow; sys.exit('mlflow' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_logged_model_comes_back_without_this_code(store, tmp_path, capfd):
+    import torch
+    from mlflow import MlflowClient
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1)).eval()
+    tracker = MlflowTracker(make_config(store), tmp_path)
+    tracker.log_model(network, np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32))
+
+    class Undecided(nn.Module):
+        def forward(self, images):
+            return images[:, :1] if images.sum() > 0 else -images[:, :1]
+
+    tracker.log_model(Undecided(), np.zeros((2, 3, 8, 8), np.float32))
+    tracker.finish()
+    assert "mlflow: the network is not logged, it cannot be exported" in capfd.readouterr().err
+
+    run_id = (tmp_path / "mlflow_run_id").read_text().strip()
+    folder = MlflowClient(store).download_artifacts(run_id, "model")
+    code = """
+import sys, torch, mlflow.pytorch
+from mlflow.models import get_model_info
+model = mlflow.pytorch.load_model(sys.argv[1])
+torch.save(model(torch.ones(5, 3, 8, 8)).detach(), sys.argv[2])
+signature = get_model_info(sys.argv[1]).signature
+assert signature.inputs.inputs[0].shape == (-1, 3, 8, 8) and signature.outputs.inputs[0].shape == (-1, 1, 8, 8)
+assert not any(name.startswith("distseg") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, folder, str(tmp_path / "out.pt")], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), network(torch.ones(5, 3, 8, 8)).detach())
+    files = {path.suffix for path in Path(folder).rglob("*") if path.is_file()}
+    assert files.isdisjoint({".pkl", ".pickle", ".pth", ".pt"}) and ".pt2" in files
+    assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"

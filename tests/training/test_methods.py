@@ -1,18 +1,21 @@
 """Each method draws from the streams that it should, and its weights are a mean over the global batch."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distseg.config.schema import Config
+from distseg.config.schema import Config, MethodConfig
 from distseg.data.manifest import Sample, read_samples, split_clean
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
-from distseg.training.methods import Method, WeightedBatch, build_method
+from distseg.training.methods import METHODS, Method, Parts, WeightedBatch, build_method
+from distseg.training.methods.learned import Learned
 
 STEPS = 10
 
@@ -36,6 +39,7 @@ def build(drawn_data: Path):
 
         def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
             device = torch.device("cpu")
+            make.opened.add(name)
             streams.append(Stream(samples, labels, name, config.data, 0, ShardSpec(), batch_size, 2, device))
             return streams[-1]
 
@@ -43,9 +47,11 @@ def build(drawn_data: Path):
             torch.manual_seed(0)
             return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity)
 
-        method = build_method(config, noisy, clean, STEPS, open_stream, reweighter, one_process)
+        device = torch.device("cpu")
+        method = build_method(Parts(config, noisy, clean, STEPS, open_stream, reweighter, one_process, device))
         return method, {s.id for s in noisy}, {s.id for s in clean}
 
+    make.opened = set()
     yield make
     for stream in streams:
         stream.close()
@@ -56,7 +62,7 @@ def drawn_ids(method: Method, step: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "pixel_reweight", "oracle"]
+    "name", sorted(METHODS.keys() - {"meta_weight_net"})
 )
 def test_weights_are_a_mean_over_the_micro_batches(build, name: str) -> None:
     method, *_ = build(name)
@@ -108,3 +114,69 @@ def test_include_clean_takes_half_the_weight(build) -> None:
     assert sum(full(b)[:4].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
     assert sum(full(b)[4:].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
     assert {"gradient_norm", "wrong_mass", "auroc"} <= diagnostics.keys()
+
+
+def test_the_registry_holds_the_methods_that_a_config_may_name() -> None:
+    assert set(METHODS) == set(get_args(MethodConfig.model_fields["name"].annotation))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_needs_clean_and_needs_noisy_are_what_the_streams_say(build, name: str) -> None:
+    build(name)
+    config = MethodConfig(name=name)
+    assert config.needs_clean == ("clean" in build.opened)
+    assert config.needs_noisy == ("noisy" in build.opened)
+
+
+def test_meta_weight_net_weighs_by_the_loss_and_sums_to_the_mean_weight(build) -> None:
+    method, noisy, _ = build("meta_weight_net")
+    before = method.state_dict()
+    batches, diagnostics = method.draw(0, diagnose=True)
+    total = sum(full(b).sum().item() for b in batches)
+    assert 0 < total < 1 and diagnostics["mean_weight"].item() == pytest.approx(total, abs=1e-6)
+    assert {"wrong_mass", "auroc", "noise_rate"} <= diagnostics.keys()
+    assert set(batches[0].batch.ids) <= noisy
+    assert any(not torch.equal(before[k], v) for k, v in method.state_dict().items() if k in before)
+
+
+@pytest.mark.parametrize("name", ["meta_weight_net", "t_loss"])
+def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name: str) -> None:
+    def steps(method: Method, numbers: range) -> None:
+        for step in numbers:
+            for weighted in method.draw(step, diagnose=False)[0]:
+                logits = weighted.batch.images.mean(1, keepdim=True) * (1 + step)
+                method.loss(logits, weighted.batch.masks, weighted.weights)
+            method.finish_step(0.1)
+
+    whole, first, second = (build(name)[0] for _ in range(3))
+    initial = whole.state_dict()["0.parameter"]
+    steps(whole, range(4))
+    steps(first, range(2))
+    save_file(first.state_dict(), tmp_path / "method.safetensors")
+    second.load_state_dict(load_file(tmp_path / "method.safetensors"))
+    steps(second, range(2, 4))
+    expected, actual = whole.state_dict(), second.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    assert not torch.equal(expected["0.parameter"], initial)
+
+
+def test_t_loss_learns_nu_towards_the_likelihood(build) -> None:
+    """At the maximum of the likelihood of images that fit as badly as the first batch, ν stands still."""
+    method, *_ = build("t_loss")
+    [weighted, _] = method.draw(0, diagnose=False)[0]
+    values = []
+    for _ in range(30):
+        values.append(method.loss(torch.zeros(4, 1, 16, 16), weighted.batch.masks, weighted.weights).item())
+        method.finish_step(0.1)
+    assert values[-1] < values[0]
+    assert method.draw(1, diagnose=True)[1]["nu"].item() != pytest.approx(1.0, abs=0.1)
+
+
+def test_a_gradient_that_is_not_finite_does_not_end_what_is_learned() -> None:
+    parameter = torch.zeros(2, requires_grad=True)
+    learned = Learned([parameter], lr=0.1)
+    learned.step([torch.tensor([1.0, float("nan")])])
+    assert torch.equal(parameter.detach(), torch.zeros(2))
+    learned.step([torch.ones(2)])
+    assert (parameter < 0).all()

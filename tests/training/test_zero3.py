@@ -30,7 +30,7 @@ def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
         for step in range(2):
             batches, diagnostics = trainer.method.draw(step, diagnose=True)
             key = f"{norm}.{stage}.{step}"
-            out[f"{key}.loss"], _ = update(trainer.engine, batches, 0.05, runtime.shard.world_size)
+            out[f"{key}.loss"], _ = update(trainer.engine, trainer.method, batches, 0.05, runtime.shard.world_size)
             out |= {f"{key}.{name}": value for name, value in diagnostics.items()}
             out[f"{key}.figure"] = torch.from_numpy(trainer.draw(batches[0], "caption"))
             out[f"{key}.counts"] = torch.from_numpy(trainer.score(trainer.splits.noisy[:SCORED]))

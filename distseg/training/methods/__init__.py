@@ -1,0 +1,45 @@
+"""The step of each method: which images it learns from, the weight of each of their pixels, and of which loss.
+
+Every method is the same update, ∇ Σ W·ℓ over the global batch, and differs only in where its images come from, in W
+and, for the robust losses, in ℓ. `draw(step)` yields this rank's micro-batches of a step with their weight maps.
+
+    noisy_only                 noisy stream                          W uniform
+    clean_only                 clean stream                          W uniform
+    union                      half noisy, half clean in each batch  W uniform
+    finetune                   noisy, then clean (clean_phase)       W uniform
+    oracle                     every training image, true masks      W uniform
+    image_reweight             noisy stream                          W from the clean gradient, per image (Ren 2018)
+    pixel_reweight             noisy stream                          W from the clean gradient (Mirikharaji 2019)
+    meta_weight_net            noisy stream                          W learned, from the pixel's loss (Shu 2019)
+    generalised_cross_entropy  noisy stream                          W uniform, ℓ bounded (Zhang and Sabuncu 2018)
+    t_loss                     noisy stream                          W uniform, ℓ of heavy tails (Gonzalez-Jimenez 2023)
+"""
+
+from collections.abc import Callable
+
+from distseg.training.methods.generalised_cross_entropy import GeneralisedCrossEntropy
+from distseg.training.methods.meta_weight_net import MetaWeightNet
+from distseg.training.methods.reweighted import image_reweight, pixel_reweight
+from distseg.training.methods.step import Method, Parts, WeightedBatch
+from distseg.training.methods.t_loss import TLoss
+from distseg.training.methods.uniform import clean_only, finetune, noisy_only, oracle, union
+
+METHODS: dict[str, Callable[[Parts], Method]] = {
+    "noisy_only": noisy_only,
+    "clean_only": clean_only,
+    "union": union,
+    "finetune": finetune,
+    "image_reweight": image_reweight,
+    "pixel_reweight": pixel_reweight,
+    "meta_weight_net": MetaWeightNet,
+    "generalised_cross_entropy": GeneralisedCrossEntropy,
+    "t_loss": TLoss,
+    "oracle": oracle,
+}
+
+__all__ = ["METHODS", "Method", "Parts", "WeightedBatch", "build_method"]
+
+
+def build_method(parts: Parts) -> Method:
+    """The method that the config names."""
+    return METHODS[parts.config.method.name](parts)

@@ -1,0 +1,110 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distseg.config import load_config
+from distseg.config.load import config_hash
+from distseg.config.sweep import load_sweep
+from distseg.errors import UserError
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
+SWEEP = {
+    "name": "study",
+    "base": "base.yaml",
+    "settings": ["optim.lr=1e-2"],
+    "methods": {
+        "noisy_only": [],
+        "clean_only": ["optim.lr=1e-3"],
+        "oracle": [],
+        "pixel_reweight": [],
+        "with_clean": ["method.name=pixel_reweight", "method.include_clean=true"],
+    },
+    "noise": [{"kind": "polygon", "vertices": 3}, {"kind": "boundary", "alpha": 0.7, "beta": 0.5}],
+    "clean_counts": [10, 50],
+    "seeds": [0, 1, 2],
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("name: x\ndata: {root: /data}\ntrain: {steps: 10}\n")
+
+    def write(**changes) -> Path:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(SWEEP | changes))
+        return path
+
+    return write
+
+
+def test_the_grid_runs_each_thing_once(write) -> None:
+    sweep, children = load_sweep(write())
+    assert len({child.name for child in children}) == len(children)
+    assert Counter(child.method for child in children) == {
+        "noisy_only": 2 * 3,  # no clean image: one run for every K
+        "clean_only": 2 * 3,  # no noisy mask: one run for every noise level
+        "oracle": 3,
+        "pixel_reweight": 2 * 2 * 3,
+        "with_clean": 2 * 2 * 3,
+    }
+    assert {child.seed for child in children[: len(children) // 3]} == {0}
+    by_method = {child.method: child for child in children}
+    assert by_method["with_clean"].config.method.include_clean
+    assert by_method["clean_only"].config.optim.lr == 1e-3 and by_method["oracle"].config.optim.lr == 1e-2
+    assert {c.config.data.clean_count for c in children if c.method == "noisy_only"} == {10}
+    assert {c.config.data.noise.kind for c in children if c.method == "clean_only"} == {"none"}
+    assert all(c.config.data.noise.seed == c.seed for c in children if c.noise != "any")
+    assert by_method["pixel_reweight"].tags == {
+        "method": "pixel_reweight", "noise": "boundary(0.7, 0.5)", "clean_count": "50", "seed": "2",
+    }  # fmt: skip
+    assert sweep.ranks == 1
+
+
+def test_the_name_follows_from_everything_that_changes_a_result(write) -> None:
+    _, before = load_sweep(write())
+    _, same = load_sweep(write(), ["tracking.experiment=elsewhere"])
+    assert [child.name for child in same] == [child.name for child in before]
+    _, other = load_sweep(write(), ["train.steps=11"])
+    assert not {child.name for child in other} & {child.name for child in before}
+    one = [child for child in before if child.method == "pixel_reweight"]
+    _, changed = load_sweep(write(methods=SWEEP["methods"] | {"clean_only": ["optim.lr=2e-3"]}))
+    assert {child.name for child in one} < {child.name for child in changed}
+    assert before[0].name.endswith(config_hash(before[0].config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": []}, "seeds: tuple should have at least 1 item"),
+        ({"seeds": [1, 1]}, "seeds: one of them is there twice"),
+        ({"sedes": [1]}, "sedes: unknown key; did you mean seeds?"),
+        ({"methods": {"mine": []}}, "methods.mine: config"),
+        ({"noise": [{"kind": "box", "vertices": 3}]}, "noise.0: vertices is no parameter of box noise"),
+        ({"noise": [{"kind": "box", "vertice": 3}]}, "noise.0.vertice: unknown key; did you mean vertices?"),
+        ({"base": "gone.yaml"}, "gone.yaml: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(write, changes: dict, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_sweep(write(**changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_every_experiment_loads(path: Path) -> None:
+    _, children = load_sweep(path, ["data.root=/data"])
+    assert len(children) > 1
+
+
+def test_the_experiments_are_there() -> None:
+    assert {path.name for path in EXPERIMENTS} >= {"isic2017.yaml", "isic2017_cpu.yaml", "paper.yaml"}
+
+
+def test_a_mistake_in_a_list_of_sections_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    noise = "{kind: mixed, annotators: [{kind: box, sede: 1}]}"
+    path.write_text(f"name: x\ndata: {{root: /d, noise: {noise}}}\ntrain: {{steps: 1}}")
+    with pytest.raises(UserError, match="sede: unknown key; did you mean seed"):
+        load_config(path)

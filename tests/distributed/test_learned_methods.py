@@ -1,0 +1,56 @@
+"""Invariant 3 for what methods learn beside the network: N ranks = 1 rank, and the same state on every rank."""
+
+import torch
+from torch import nn
+
+from distseg.config.schema import Config
+from distseg.distributed.collectives import sum_over_ranks
+from distseg.meta.estimators import one_process
+from distseg.meta.placement import Whole
+from distseg.meta.reweighter import stateless
+from distseg.meta.weight_net import WeightNet, hypergradient
+from distseg.meta.weights import uniform_weights
+from distseg.testing.ranks import run_ranks
+from distseg.training.methods import Parts
+from distseg.training.methods.t_loss import TLoss
+
+CONFIG = Config.model_validate({"name": "x", "data": {"root": "."}, "train": {"steps": 1}, "optim": {"lr": 0.05}})
+
+
+def batch(seed: int, count: int):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.randint(0, 2, (count, 8, 8), generator=generator, dtype=torch.uint8)
+    masks[0, :4] = 255  # the ranks hold unequal numbers of valid pixels
+    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64), masks
+
+
+def learn(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model, net = nn.Conv2d(3, 1, 3, padding=1).double(), WeightNet(8).double()
+    share = slice(rank, None, world_size)
+    noisy, clean = ([tuple(t[share] for t in batch(seed, 4))] for seed in (1, 2))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    hyper = hypergradient(stateless(model, Whole(model)), parameters, net, noisy, clean, 0.3, total)
+    out = {f"hypergradient.{i}": g for i, g in enumerate(hyper.by_parameter)}
+
+    parts = Parts(CONFIG, (), (), 1, lambda *_: None, lambda _: None, total, torch.device("cpu"))
+    method = TLoss(parts)
+    for step in range(3):
+        images, masks = (tensor[share] for tensor in batch(step, 4))
+        [weights] = uniform_weights([masks], total, torch.float64)
+        method.loss(images[:, :1], masks, weights.times(world_size))
+        method.finish_step(0.05)
+    return out | {f"t_loss.{name}": value for name, value in method.state_dict().items()}
+
+
+def learn_on_a_rank(runtime) -> dict[str, torch.Tensor]:
+    return learn(runtime.shard.rank, runtime.shard.world_size, sum_over_ranks)
+
+
+def test_two_ranks_learn_what_one_learns() -> None:
+    expected = learn(0, 1, one_process)
+    ranks = run_ranks(learn_on_a_rank, 2)
+    for name, value in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        torch.testing.assert_close(ranks[0][name], value, rtol=1e-10, atol=1e-15)
+    assert expected["t_loss.0.parameter"].item() != 0
