@@ -23,7 +23,7 @@ from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 GLOBAL, SIZE = 8, 8
-CASES = [("sgd", 0), ("adam", 1), ("sgd", 2), ("adam", 2), ("adam", 3), ("sgd", 3)]
+CASES = [("sgd", 0), ("adam", 1), ("sgd", 2), ("adam", 3)]
 """Of the run that writes: optimiser and ZeRO stage."""
 
 
@@ -94,7 +94,8 @@ def write_and_go_on(runtime, folder: str) -> dict[str, torch.Tensor]:
         config = configure(optimizer, stage, runtime.shard.world_size)
         engine = build(config)
         train(engine, config, runtime, range(3))
-        assert save_checkpoint(Path(folder, f"{optimizer}{stage}"), engine, {"step": 3}, config, runtime, False)
+        target = Path(folder, f"{optimizer}{stage}")
+        assert save_checkpoint(target, engine, Method(), {"step": 3}, config, runtime, best=False)
         out |= {f"{optimizer}{stage} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
         train(engine, config, runtime, range(3, 6))
         out |= {f"{optimizer}{stage} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
@@ -120,7 +121,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.parametrize(
-    ("world_size", "stages"), [(1, [2, 0, 1, 0, 3, 0]), (2, [s for _, s in CASES]), (4, [2, 3, 3, 0, 1, 3])],
+    ("world_size", "stages"), [(1, [2, 3, 1, 0]), (2, [s for _, s in CASES]), (4, [3, 2, 0, 1])],
     ids=["on 1 rank", "on as many", "on 4 ranks"],
 )  # fmt: skip
 def test_any_ranks_and_stage_continue_what_two_ranks_wrote(two_ranks, world_size: int, stages: list[int]) -> None:
@@ -161,7 +162,7 @@ def kept(two_ranks, tmp_path: Path) -> Path:
     """Three whole checkpoints of two ranks, `last` at the newest."""
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
-        shutil.copytree(two_ranks[0] / "adam2" / "step_00000003", folder / f"step_{step:08d}")
+        shutil.copytree(two_ranks[0] / "adam1" / "step_00000003", folder / f"step_{step:08d}")
         state = folder / f"step_{step:08d}" / "state.json"
         state.write_text(json.dumps(json.loads(state.read_text()) | {"progress": {"step": step}}))
     (folder / "last").write_text("step_00000003")
