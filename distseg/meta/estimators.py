@@ -84,7 +84,8 @@ def logits_along(
     network: Network, parameters: Parameters, gradient: Parameters, images: Tensor
 ) -> tuple[Tensor, Tensor]:
     """z and ż (B, C, H, W): the logits, and their Jacobian-vector product along g."""
-    return torch.func.jvp(lambda theta: network(theta, images), (parameters,), (gradient,))
+    primals = {name: _apart(theta) for name, theta in parameters.items()}
+    return torch.func.jvp(lambda theta: network(theta, images), (primals,), (gradient,))
 
 
 def reverse(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
@@ -149,6 +150,17 @@ def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks
 def _each(left: list[Tensor], right: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
     """`combine` of each pair; both lists are used up, so that no third set of tensors is ever whole in memory."""
     return [combine(left.pop(0), right.pop(0)) for _ in range(len(left))]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own.
+
+    Forward mode gives a tangent the storage size of its primal. Under ZeRO a parameter, or its shard, is a view of one
+    flat buffer, and every tangent would be as large as that.
+    """
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor
+    return torch.from_dlpack(tensor.detach()) if tensor.numel() else tensor.new_empty(tensor.shape)
 
 
 def _leaves(parameters: Parameters) -> Parameters:

@@ -21,21 +21,26 @@ class AliveTensors(TorchDispatchMode):
         super().__init__()
         self.counts = counts
         self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: dict[int, tuple[StorageWeakRef, range]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         made = [tensor.untyped_storage() for tensor in tensors if self.counts(tensor)]
-        fresh = {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in made if s._cdata not in self._alive}
+        fresh = [storage for storage in made if storage._cdata not in self._alive]
         if fresh:
-            self._alive |= fresh
+            self.bytes()  # forgets the dead, whose addresses may be in use again
+            for storage in fresh:
+                addresses = range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+                # Memory that another storage owns is counted there.
+                if not any(addresses.start in known for _, known in self._alive.values()):
+                    self._alive[storage._cdata] = StorageWeakRef(storage), addresses
             self.peak = max(self.peak, self.bytes())
         return result
 
     def bytes(self) -> int:
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(size for _, size in self._alive.values())
+        return sum(len(addresses) for _, addresses in self._alive.values())
 
 
 class Messages(TorchDispatchMode):

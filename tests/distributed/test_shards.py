@@ -51,7 +51,11 @@ def deep_network() -> nn.Module:
 
 
 def sharded(model: nn.Module) -> ShardedParameters:
+    """Shards that are views of one buffer, as ZeRO-3 has them."""
     shards = {name: cut(p) for name, p in model.named_parameters()}
+    flat = torch.cat([shard.elements for shard in shards.values()])
+    views = flat.split([len(shard.elements) for shard in shards.values()])
+    shards = {name: shard._replace(elements=view) for (name, shard), view in zip(shards.items(), views, strict=True)}
     return ShardedParameters(lambda: shards)
 
 
