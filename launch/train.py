@@ -61,8 +61,9 @@ def run(config, arguments: argparse.Namespace) -> int:
     except RuntimeError:
         if not lifeline.other_rank_ended():  # a collective that another rank has left fails here, too
             raise
+        code = lifeline.exit_code
     finally:
-        lifeline.close(failed=code not in (0, PREEMPTED))
+        lifeline.close(0 if code == PREEMPTED else code)
         stop_runtime()
     return code
 

@@ -17,6 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE = 5.0
 """Seconds that a rank has to end by itself once another has gone; it may be held in a collective of a GPU."""
 _FAREWELL = -1
+"""What is said on leaving: this, or rank · 256 + exit code of the rank that failed."""
 _FOREVER = timedelta(days=365)
 
 
@@ -36,6 +37,8 @@ class Lifeline:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self.exit_code = 1
+        """Of the rank that failed, once `other_rank_ended`; 1 where it could not say."""
         self._watchers: list[threading.Thread] = []
         for number in SIGNALS:
             signal.signal(number, self._ask)
@@ -70,14 +73,15 @@ class Lifeline:
         """Whether another rank's end explains an exception here. Waits a little: the exception may come first."""
         return self._shard.world_size > 1 and self._ended.wait(2.0)
 
-    def close(self, failed: bool) -> None:
-        """Take leave of the other ranks: without a word where all of them end, with an alarm where this one failed."""
+    def close(self, exit_code: int) -> None:
+        """Take leave of the other ranks: without a word where all of them end (0), else with an alarm."""
+        failed = exit_code != 0
         if self._pending is not None and not failed:
             self._pending[0].wait()
         if self._shard.world_size == 1 or self._ended.is_set():
             return
         for peer in range(1, self._shard.world_size) if self._shard.rank == 0 else [0]:
-            self._tell(peer, self._shard.rank if failed else _FAREWELL)
+            self._tell(peer, 256 * self._shard.rank + exit_code if failed else _FAREWELL)
         if not failed:
             for watcher in self._watchers:
                 watcher.join()
@@ -90,25 +94,26 @@ class Lifeline:
         try:
             dist.recv(word, src=peer, group=self._watch)
         except RuntimeError:
-            self._end(peer, gone=True)
+            self._end(peer, 1, gone=True)
             return
         if word.item() != _FAREWELL:
-            self._end(int(word), gone=False)
+            self._end(*divmod(int(word), 256), gone=False)
 
-    def _end(self, culprit: int, gone: bool) -> None:
+    def _end(self, culprit: int, exit_code: int, gone: bool) -> None:
         with self._lock:
             if self._ended.is_set():
                 return
+            self.exit_code = exit_code
             self._ended.set()
         if self._shard.rank == 0:
             for peer in range(1, self._shard.world_size):
                 if peer != culprit:
-                    self._tell(peer, culprit)
+                    self._tell(peer, 256 * culprit + exit_code)
         if gone and self._shard.rank == (0 if culprit else 1):
             print(f"error: rank {culprit} has gone: killed, or its machine is lost; the run ends", file=sys.stderr)
         # Time for the main thread to fail by itself and to leave the tracker in order.
         threading.Event().wait(GRACE)
-        os._exit(1)
+        os._exit(exit_code)
 
     def _tell(self, peer: int, word: int) -> None:
         try:
