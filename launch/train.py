@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from distseg.config import load_config
@@ -107,5 +108,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args(given)
 
 
+def leave(code: int) -> None:
+    """End the process at once: threads that attend to other ranks would meet a dying interpreter, and abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        exit_code = main()
+    except Exception:
+        traceback.print_exc()
+        exit_code = 1
+    if exit_code not in (0, PREEMPTED):
+        leave(exit_code)
+    sys.exit(exit_code)

@@ -33,7 +33,8 @@ def drawn_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train() -> Callable[..., subprocess.CompletedProcess]:
     """Run `launch/train.py` to its end; `train(ranks, *arguments)`."""
 
-    environment = train_environment() | {"OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
+    # Bits depend on the number of threads; a model of the tests' own is found from the repository's root.
+    environment = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
+from distseg.config import load_config
 from distseg.testing.launcher import train_command, train_environment
+from distseg.testing.ranks import run_ranks
+from distseg.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
@@ -153,11 +157,15 @@ def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, 
 METHODS = ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "meta_weight_net", "t_loss", "oracle"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains(small: Path, tmp_path: Path, train, method: str) -> None:
-    done = train(
-        0, "--config", str(small), "--runs-dir", str(tmp_path), f"method.name={method}", "tracking.mlflow=false",
-        "train.steps=4", "data.pipeline=torch",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "small" / "result.json").read_text())["method"] == method
+def train_each(runtime, config: str, folder: str) -> dict[str, Tensor]:
+    for method in METHODS:
+        overrides = [f"method.name={method}", "tracking.mlflow=false", "train.steps=4", "data.pipeline=torch"]
+        result = Trainer(load_config(Path(config), overrides), Path(folder, method), runtime).run(resume=False)
+        assert result["method"] == method
+    return {}
+
+
+def test_every_method_trains(small: Path, tmp_path: Path) -> None:
+    run_ranks(train_each, 1, str(small), str(tmp_path))
+    for method in METHODS:
+        assert json.loads((tmp_path / method / "result.json").read_text())["steps"] == 4
