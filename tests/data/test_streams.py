@@ -255,8 +255,8 @@ def test_two_processes_see_the_same_bits(open_stream, config, pipeline):
         capture_output=True,
         text=True,
         env=environment,
-        check=True,
     )
+    assert run.returncode == 0, run.stderr
     assert run.stdout.split() == expected
 
 
