@@ -86,13 +86,17 @@ def read_ahead(
 def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
     """`items`, a generator, taken one ahead by a thread of its own, so that nobody waits while an item is put together.
 
-    What it raises comes out at its place. Closing this generator closes the other and stops the thread.
+    What it raises comes out at its place. Closing this generator closes the other and stops the thread; so does the end
+    of the program, which waits for it: a thread that met a dying interpreter in the middle of an operator would abort.
     """
     ready: queue.Queue[tuple[str, Work | BaseException | None]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
+    def wanted() -> bool:
+        return not stopped.is_set() and threading.main_thread().is_alive()
+
     def put(kind: str, value: Work | BaseException | None = None) -> None:
-        while not stopped.is_set():
+        while wanted():
             try:
                 ready.put((kind, value), timeout=0.1)
                 break
@@ -103,7 +107,7 @@ def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
         try:
             for item in items:
                 put("item", item)
-                if stopped.is_set():
+                if not wanted():
                     return
             put("end")
         except BaseException as error:
@@ -111,7 +115,7 @@ def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
         finally:
             items.close()
 
-    thread = threading.Thread(target=take, name="distseg-batches", daemon=True)
+    thread = threading.Thread(target=take, name="distseg-batches")
     thread.start()
     try:
         while True:
