@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-sweep test-slurm test-hostfile cluster-packages lint bench ui clean
+.PHONY: demo test test-faults test-slow test-slurm test-hostfile cluster-packages lint bench ui clean
 
 demo: $(INSTALLED)
 	$(RUN) launch/demo.py
@@ -15,8 +15,8 @@ test: $(INSTALLED)
 test-faults: $(INSTALLED)
 	$(RUN) -m pytest -m faults --timeout 3000
 
-test-sweep: $(INSTALLED)
-	$(RUN) -m pytest -m sweep
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow
 
 # Real Slurm, and two hosts in namespaces; both take root and the packages below, and say so where they skip.
 test-slurm: $(INSTALLED)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

@@ -12,6 +12,7 @@ from distseg.config import load_config
 from distseg.distributed.runtime import free_port
 from distseg.testing.launcher import train_environment
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

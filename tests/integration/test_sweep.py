@@ -13,7 +13,7 @@ import yaml
 
 from distseg.testing.launcher import train_environment
 
-pytestmark = pytest.mark.sweep
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
 
