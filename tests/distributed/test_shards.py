@@ -16,6 +16,7 @@ from distseg.meta import PixelReweighter
 from distseg.testing.ranks import run_ranks
 from distseg.testing.tensors import AliveTensors, Messages
 
+pytestmark = pytest.mark.slow
 SIDE = 8
 
 

@@ -10,6 +10,7 @@ from distseg.config.schema import Config
 from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import Trainer, update
 
+pytestmark = pytest.mark.slow
 SCORED = 9
 """Of 20: on two ranks 4 and 5, in batches of 4."""
 
