@@ -198,16 +198,16 @@ class MethodConfig(Section):
     include_clean: bool = False
     """Also learn from the clean batch; the loss is then the mean of the weighted noisy and the mean clean loss."""
     on_zero: Literal["skip", "uniform"] = "skip"
-    virtual_lr: Annotated[float, Field(gt=0)] = 1.0
+    virtual_lr: Annotated[float, Field(gt=0)] = 0.1
+    """α, the size of the virtual SGD step that weights are derived through; it does not matter where the step starts at
+    weights of 0, as the paper's does."""
     initial_weight: Annotated[float, Field(ge=0)] = 0.0
-    """The virtual step that the weights are derived through: its size, and the sum of the weights that it starts with,
-    the same on every valid pixel of the global batch. At 0, as in the paper, its size does not matter."""
+    """image_reweight and pixel_reweight: the sum of the weights that the virtual step starts with, the same on every
+    valid pixel of the global batch."""
     clean_phase: Fraction = 0.3
     """finetune: the last part of the steps, spent on the clean images alone."""
     q: Annotated[float, Field(gt=0, le=1)] = 0.7
     """generalised_cross_entropy: between cross-entropy (towards 0) and the mean absolute error (1)."""
-    virtual_lr: Annotated[float, Field(gt=0)] = 0.1
-    """meta_weight_net: α, the rate of the virtual SGD step on the mean loss. The other weights do not depend on it."""
     weight_lr: Annotated[float, Field(gt=0)] = 1e-3
     """meta_weight_net: the rate of the net that maps losses to weights."""
 
