@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from distseg.config import load_config
+from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, UserError
 
 PREEMPTED = 75
@@ -108,19 +109,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args(given)
 
 
-def leave(code: int) -> None:
-    """End the process at once: threads that attend to other ranks would meet a dying interpreter, and abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     try:
         exit_code = main()
     except Exception:
         traceback.print_exc()
         exit_code = 1
-    if exit_code not in (0, PREEMPTED):
-        leave(exit_code)
-    sys.exit(exit_code)
+    leave(exit_code)

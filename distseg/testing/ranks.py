@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distseg.distributed.ending import leave
 from distseg.distributed.runtime import Runtime, free_port, start_runtime, stop_runtime
 
 RankFunction = Callable[..., dict[str, Tensor]]
@@ -66,6 +67,8 @@ def _rank_main(function: RankFunction, rank: int, world_size: int, port: int, fo
         owned = {name: tensor.contiguous().clone() for name, tensor in result.items()}
         save_file(owned, f"{folder}/rank_{rank}.safetensors")
         stop_runtime()
+        exit_code = 0
     except BaseException:
         Path(folder, f"rank_{rank}.error").write_text(traceback.format_exc())
-        raise SystemExit(1) from None
+        exit_code = 1
+    leave(exit_code)
