@@ -15,9 +15,9 @@ Alive is every storage that an operator returned and something still refers to, 
 last two dimensions are the image's. What a convolution needs within itself and what gloo holds in flight is in
 `resident` alone, beside activations, code and fragmentation.
 
-The bound of the meta pass is `held` + the shards that it makes + the layer at work, with s the bytes of P/N elements
-and l those of the largest layer: 1 s for g, under `reverse` 1 s more for the inner gradient; with a virtual step that
-starts at `--initial-weight`, fast weights instead, in either. 3 l: a layer's weight with its gradient, tangent or both.
+The bound of the meta pass is `held`, in which g takes the place of DeepSpeed's buffer for gradients, + 3 l, with l the
+bytes of the largest layer: a weight with its gradient, tangent or both. Where the virtual step starts at
+`--initial-weight`, the fast weights are one share more.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
-from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
+from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.meta import PixelReweighter
 from distseg.optim import build_optimizer
 from distseg.testing.ranks import run_ranks
@@ -42,8 +42,7 @@ from distseg.training.trainer import update
 
 SIDE = 8
 LEAN = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3_lean.json"
-SHARES = {"forward": 1, "reverse": 2}
-"""Tensors of P elements, or of P/N, that a meta pass makes: g; g and the inner gradient."""
+ESTIMATORS = ("forward", "reverse")
 
 
 class Deep(nn.Module):
@@ -101,7 +100,8 @@ def measure(
         learn(weigh())
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present resident set
         held = alive.peak = alive.bytes()
-        weights = weigh()
+        with gradients_put_away(engine):
+            weights = weigh()
         meta, alive.peak = alive.peak, alive.bytes()
         learn(weights)
     sizes = {"held": held, "meta": meta, "step": alive.peak, "resident": resident("VmHWM") - before}
@@ -121,13 +121,12 @@ def report(arguments: argparse.Namespace) -> dict:
     del network
     rows = []
     for stage in (0, 3):
-        for estimator, shares in SHARES.items():
+        for estimator in ESTIMATORS:
             options = (stage, estimator, arguments.channels, arguments.layers, arguments.initial_weight)
             ranks = run_ranks(measure, arguments.ranks, *options, timeout=900)
             row = {name: max(int(rank[name]) for rank in ranks) for name in ranks[0]}
-            shares_made = max(shares, 2) if arguments.initial_weight else shares
-            share = whole / (arguments.ranks if stage == 3 else 1)
-            bound = row["held"] + shares_made * share + 3 * layer if stage == 3 else None
+            fast_weights = whole / arguments.ranks if arguments.initial_weight else 0
+            bound = row["held"] + fast_weights + 3 * layer if stage == 3 else None
             rows.append({"stage": stage, "estimator": estimator, **row, "bound_of_meta": bound})
     return {
         "setting": vars(arguments) | {"json": None},
@@ -149,14 +148,12 @@ def show(result: dict) -> str:
         f"{result['parameters']:,} parameters on {result['setting']['ranks']} ranks, MiB: "
         f"whole {mib(whole).strip()}, share {mib(share).strip()}, largest layer {mib(layer).strip()}",
         "",
-        "ZeRO  estimator      held      meta    bound      step  resident   meta above held",
+        "ZeRO  estimator      held      meta    bound      step  resident",
     ]
     for row in result["rows"]:
-        above = row["meta"] - row["held"]
-        shares = f"{above / share:.2f} shares" if row["stage"] == 3 else f"{above / whole:.2f} of P"
         figures = " ".join(mib(row[name]) for name in ("held", "meta", "bound_of_meta", "step", "resident"))
-        lines.append(f"{row['stage']:4d}  {row['estimator']:9s} {figures}   {mib(above).strip()} MiB, {shares}")
-    for estimator in SHARES:
+        lines.append(f"{row['stage']:4d}  {row['estimator']:9s} {figures}")
+    for estimator in ESTIMATORS:
         own = [row for row in result["rows"] if row["estimator"] == estimator]
         peak_zero, peak_three = (max(row["meta"], row["step"]) for row in own)
         allowed = peak_zero / result["setting"]["ranks"] + layer

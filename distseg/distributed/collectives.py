@@ -17,6 +17,18 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def begin_sum_over_ranks(tensor: Tensor) -> Callable[[], Tensor]:
+    """`sum_over_ranks` in the background; call what it returns for the result. Every rank begins sums in one order."""
+    work = dist.all_reduce(tensor, async_op=True) if dist.get_world_size() > 1 else None
+
+    def result() -> Tensor:
+        if work is not None:
+            work.wait()
+        return tensor
+
+    return result
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0: a network may keep statistics of what each rank sees."""
     if dist.get_world_size() > 1:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +69,7 @@ def build_engine(model: nn.Module, optimizer: Optimizer, config: Config) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
     )
+    _keep_shards_once(engine.optimizer)
     state = _inner_optimizer(engine).state
     for part in _fragments(engine):
         if part.group.get("momentum"):
@@ -170,6 +172,23 @@ def load_optimizer_state(engine: Any, saved: SavedState) -> None:
             _put(part.owner.detach(), part, part.elements)
 
 
+@contextmanager
+def gradients_put_away(engine: Any) -> Iterator[None]:
+    """Between steps: within, ZeRO-3's buffer for gradients takes no memory. A meta pass has room for g instead."""
+    buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if buffer is None or engine.optimizer.offload_optimizer:
+        yield
+        return
+    storage = buffer.untyped_storage()  # DeepSpeed keeps views of it
+    size = storage.nbytes()
+    storage.resize_(0)
+    try:
+        yield
+    finally:
+        storage.resize_(size)
+        buffer.zero_()  # a step copies every gradient into its place, and looks at what lies between them
+
+
 def reduced_gradients(engine: Any) -> list[Tensor]:
     """What this rank's optimiser will step on: after the last backward of a step, before `engine.step`."""
     if partitions := getattr(engine.optimizer, "averaged_gradients", None):
@@ -212,6 +231,18 @@ class _Fragment:
     @property
     def count(self) -> int:
         return self.elements.numel()
+
+
+def _keep_shards_once(zero: Any) -> None:
+    """Let ZeRO-3's optimiser update the parameters' own shards, where both are of one dtype and on one device.
+
+    DeepSpeed means to, but compares a torch.device with a name, which never match, and keeps a second copy of all.
+    """
+    if hasattr(zero, "fp32_partitioned_groups_flat") and not zero.offload_optimizer:  # stage 3
+        flats = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+        for shards, masters in flats:
+            if shards.dtype == masters.dtype and shards.device == masters.device:
+                masters.data = shards
 
 
 def _fragments(engine: Any) -> Iterator[_Fragment]:

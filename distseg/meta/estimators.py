@@ -18,6 +18,7 @@ changes but the reductions: `sum_over_shards` adds up what shards contribute, an
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ Parameters = dict[str, Tensor]
 Network = Callable[[Parameters, Tensor], Tensor]
 LabelledImages = tuple[Tensor, Tensor]
 SumOverRanks = Callable[[Tensor], Tensor]
+BeginSum = Callable[[Tensor], Callable[[], Tensor]]
+"""Begins a sum over ranks; what it returns waits for the result."""
+
+BUCKET_ELEMENTS = 25 * 2**20 // 4
+"""Gradients travel in buckets of about so many: 25 MiB of float32, as those of DistributedDataParallel."""
 
 
 def one_process(tensor: Tensor) -> Tensor:
@@ -41,28 +47,30 @@ def mean_gradient(
     batches: Sequence[LabelledImages],
     sum_over_ranks: SumOverRanks,
     sharded: bool = False,
+    begin_sum: BeginSum | None = None,
 ) -> Parameters:
     """The gradient of the loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
 
     Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels, or the count alone
-    where the network's derivatives have been summed already. 0 where there is no valid pixel at all.
+    where the network's derivatives have been summed already. With `begin_sum` the gradient leaves in buckets, while the
+    last backward pass goes on. 0 where there is no valid pixel at all.
     """
+    assert batches, "a batch is needed"
     leaves = _leaves(parameters)
-    total: list[Tensor] = []
-    for images, masks in batches:
-        part = _summed_gradient(network, leaves, images, masks)
-        total = _each(total, part, torch.add) if total else part
-    assert total, "a batch is needed"
-    if sharded:
-        sum_over_ranks(total[-1])
-    elif sum_over_ranks is not one_process:
-        bucket = torch.cat([tensor.flatten() for tensor in total])
-        total = list(sum_over_ranks(bucket).split([tensor.numel() for tensor in total]))
-        del bucket
-    count = total.pop().clamp(min=1)
+    own: dict[str, Tensor] = {}
+    for images, masks in batches[:-1]:
+        own = _sums(own, _summed_gradient(network, leaves, images, masks))
+    dtype = next(iter(parameters.values())).dtype
+    count = torch.stack([valid_pixels(masks).sum() for _, masks in batches]).sum().to(dtype)
+    if sharded or sum_over_ranks is one_process:
+        total = _sums(own, _summed_gradient(network, leaves, *batches[-1]))
+        count = sum_over_ranks(count)
+    else:
+        begin = begin_sum or (lambda bucket: partial(sum_over_ranks, bucket))
+        total, count = _summed_over_ranks(network, leaves, *batches[-1], own, count, begin)
+    count = count.clamp(min=1)
     # Quotients own their memory; forward mode would copy a tangent that views a larger storage, and hold both.
-    means = _each(total, [count] * len(total), torch.div)
-    return {name: mean.view_as(parameters[name]) for name, mean in zip(parameters, means, strict=True)}
+    return {name: total.pop(name) / count for name in parameters}
 
 
 def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr: float, weight: float) -> Parameters:
@@ -93,9 +101,12 @@ def reverse(network: Network, parameters: Parameters, gradient: Parameters, imag
 
     `gradient` is ∇L_c at θ̂, so the chain rule −∂L_c/∂W = −⟨g, ∂θ̂/∂W⟩ = α⟨g, ∂(∇_θ Σ W·ℓ)/∂W⟩ needs no second clean
     pass. The inner gradient is linear in W: its derivative, taken here at W = 0, is the same wherever the step starts.
+    Its value is never looked at, and not kept.
     """
     leaves = _leaves(parameters)
     with torch.enable_grad():
+        for leaf in leaves.values():  # a hook, which autograd calls as soon as it has the leaf's gradient
+            leaf.register_hook(_PlaceOf.apply)
         logits = network(leaves, images)
         weights = torch.zeros(masks.shape, dtype=logits.dtype, device=logits.device, requires_grad=True)
         loss = weighted_loss(logits, masks, weights)
@@ -137,19 +148,95 @@ def norm(tensors: Parameters, sum_over_shards: SumOverRanks = one_process) -> Te
     return own if sum_over_shards is one_process else sum_over_shards(own.square()).sqrt()
 
 
-def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> list[Tensor]:
-    """The gradient of the loss summed over the valid pixels, parameter by parameter, and then the number of pixels."""
+def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> Parameters:
+    """The gradient of the loss summed over the valid pixels; 0 for a parameter that the network does not use."""
     with torch.enable_grad():
         every_pixel = torch.ones(len(masks), device=masks.device)
         loss = weighted_loss(network(leaves, images), masks, level=every_pixel)
-    # A parameter that the network does not use has gradient 0.
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return [*gradients, valid_pixels(masks).sum().to(gradients[0].dtype)]
+    return dict(zip(leaves, gradients, strict=True))
 
 
-def _each(left: list[Tensor], right: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """`combine` of each pair; both lists are used up, so that no third set of tensors is ever whole in memory."""
-    return [combine(left.pop(0), right.pop(0)) for _ in range(len(left))]
+def _sums(left: Parameters, right: Parameters) -> Parameters:
+    """Both are used up, so that no third set of tensors is ever whole in memory."""
+    return {name: left.pop(name) + right.pop(name) for name in list(right)} if left else right
+
+
+def _summed_over_ranks(
+    network: Network,
+    leaves: Parameters,
+    images: Tensor,
+    masks: Tensor,
+    earlier: Parameters,
+    count: Tensor,
+    begin_sum: BeginSum,
+) -> tuple[Parameters, Tensor]:
+    """The sums over ranks of `earlier` (used up) plus one more summed gradient, and of `count`.
+
+    Buckets hold the parameters from the last to the first, as a backward pass reaches them, and leave in that order on
+    every rank, each as soon as its gradients are there; the count is in the last one.
+    """
+    buckets = _buckets(leaves)
+    missing = [set(names) for names in buckets]
+    bucket_of = {name: index for index, names in enumerate(buckets) for name in names}
+    made: Parameters = {}
+    under_way: list[Callable[[], Tensor]] = []
+
+    def take(name: str, gradient: Tensor) -> Tensor:
+        made[name] = gradient + earlier.pop(name) if earlier else gradient
+        missing[bucket_of[name]].discard(name)
+        while len(under_way) < len(buckets) and not missing[len(under_way)]:
+            parts = [made.pop(name).flatten() for name in buckets[len(under_way)]]
+            if len(under_way) == len(buckets) - 1:
+                parts.append(count.reshape(1))
+            under_way.append(begin_sum(torch.cat(parts)))
+        return _without_memory(gradient)
+
+    for name, leaf in leaves.items():
+        leaf.register_hook(partial(take, name))
+    for name, gradient in _summed_gradient(network, leaves, images, masks).items():
+        if name in missing[bucket_of[name]]:  # the network does not use it
+            take(name, gradient)
+
+    total: Parameters = {}
+    for names in buckets:
+        sizes = [leaves[name].numel() for name in names]
+        *parts, rest = under_way.pop(0)().split([*sizes, int(names is buckets[-1])])
+        total |= {name: part.view_as(leaves[name]) for name, part in zip(names, parts, strict=True)}
+    return total, rest.squeeze()
+
+
+def _buckets(leaves: Parameters) -> list[list[str]]:
+    """Names from the last parameter to the first, in runs of at least BUCKET_ELEMENTS elements but for the last."""
+    buckets, size = [[]], 0
+    for name in reversed(leaves):
+        if size >= BUCKET_ELEMENTS:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(name)
+        size += leaves[name].numel()
+    return buckets
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    """Zeros in the place of a tensor of which only shape and dtype matter, all of them the same element."""
+    return tensor.new_zeros(()).expand_as(tensor)
+
+
+class _PlaceOf(torch.autograd.Function):
+    """A gradient that is to be differentiated and not looked at: its place in the graph, without its memory."""
+
+    @staticmethod
+    def forward(gradient: Tensor) -> Tensor:
+        return _without_memory(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, direction: Tensor) -> Tensor:
+        return direction
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distseg.meta import estimators
-from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, one_process
+from distseg.meta.estimators import BeginSum, LabelledImages, Network, Parameters, SumOverRanks, one_process
 from distseg.meta.placement import Placement, Whole
 from distseg.meta.weights import (
     Cells,
@@ -54,6 +54,8 @@ class PixelReweighter:
         clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
     finite_step: relative step of `finite`.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
+    begin_sum: begins such a sum and returns what waits for its result. With it the clean gradient travels while the
+        backward pass that makes it goes on.
     placement: where the model's parameters are; by default whole, in the model itself.
 
     After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan,
@@ -72,6 +74,7 @@ class PixelReweighter:
         initial_weight: float = 0.0,
         finite_step: float | None = None,
         sum_over_ranks: SumOverRanks = one_process,
+        begin_sum: BeginSum | None = None,
         placement: Placement | None = None,
     ) -> None:
         if not (virtual_lr > 0 and initial_weight >= 0):
@@ -89,7 +92,7 @@ class PixelReweighter:
         self.estimate = choices[estimator]
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
         self.rule = WeightRule(granularity, normalise, on_zero)
-        self.sum_over_ranks, self.sum_over_shards = sum_over_ranks, sum_over_shards
+        self.sum_over_ranks, self.begin_sum, self.sum_over_shards = sum_over_ranks, begin_sum, sum_over_shards
         self.diagnostics: Diagnostics = {}
 
     def __call__(
@@ -162,7 +165,9 @@ class PixelReweighter:
         """g, at the parameters that the virtual step starts with: the present ones if it has moved nothing yet."""
 
         def mean_gradient(at: Parameters, batches: Sequence[LabelledImages]) -> Parameters:
-            return estimators.mean_gradient(network, at, batches, self.sum_over_ranks, self.placement.sharded)
+            return estimators.mean_gradient(
+                network, at, batches, self.sum_over_ranks, self.placement.sharded, self.begin_sum
+            )
 
         if self.initial_weight:
             parameters = estimators.fast_weights(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,26 +21,30 @@ class AliveTensors(TorchDispatchMode):
         super().__init__()
         self.counts = counts
         self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, range]] = {}
+        self._made: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         made = [tensor.untyped_storage() for tensor in tensors if self.counts(tensor)]
-        fresh = [storage for storage in made if storage._cdata not in self._alive]
+        fresh = [storage for storage in made if storage._cdata not in self._made]
         if fresh:
-            self.bytes()  # forgets the dead, whose addresses may be in use again
+            alive = self._alive()  # without the dead, whose addresses may be in use again
             for storage in fresh:
-                addresses = range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
                 # Memory that another storage owns is counted there.
-                if not any(addresses.start in known for _, known in self._alive.values()):
-                    self._alive[storage._cdata] = StorageWeakRef(storage), addresses
+                if not any(own.data_ptr() <= storage.data_ptr() < own.data_ptr() + own.nbytes() for own in alive):
+                    self._made[storage._cdata] = StorageWeakRef(storage)
             self.peak = max(self.peak, self.bytes())
         return result
 
     def bytes(self) -> int:
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(len(addresses) for _, addresses in self._alive.values())
+        return sum(storage.nbytes() for storage in self._alive())
+
+    def _alive(self) -> list[UntypedStorage]:
+        found = {key: UntypedStorage._new_with_weak_ptr(reference.cdata) for key, reference in self._made.items()}
+        alive = {key: storage for key, storage in found.items() if storage is not None}
+        self._made = {key: self._made[key] for key in alive}
+        return list(alive.values())
 
 
 class Messages(TorchDispatchMode):

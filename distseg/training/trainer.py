@@ -22,9 +22,10 @@ from distseg.data.noise import write_noisy_masks
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
-from distseg.distributed.collectives import broadcast_buffers, main_rank_first, sum_over_ranks
+from distseg.distributed.collectives import begin_sum_over_ranks, broadcast_buffers, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import (
     build_engine,
+    gradients_put_away,
     reduced_gradients,
     shadow_of,
     sharded_parameters,
@@ -123,6 +124,7 @@ class Trainer:
                 virtual_lr=config.method.virtual_lr,
                 initial_weight=config.method.initial_weight,
                 sum_over_ranks=sum_over_ranks,
+                begin_sum=begin_sum_over_ranks,
                 placement=placement,
             )
 
@@ -182,7 +184,8 @@ class Trainer:
             for step in range(progress.step, self.steps):
                 logging = (step + 1) % train.log_every == 0 or step + 1 == self.steps
                 lr = learning_rate(config.optim, step, self.steps)
-                batches, diagnostics = self.method.draw(step, diagnose=logging)
+                with gradients_put_away(self.engine):
+                    batches, diagnostics = self.method.draw(step, diagnose=logging)
                 loss, bad = update(self.engine, self.method, batches, lr, self.runtime.shard.world_size)
                 guard.record(step + 1, bad, tuple(i for b in batches for i in b.batch.ids))
                 zero_maps += diagnostics.get("zero_maps", 0)
@@ -283,7 +286,8 @@ class Trainer:
 
     def rehearse(self) -> str:
         """One real step and nothing kept: what a run with this config would do."""
-        batches, diagnostics = self.method.draw(0, diagnose=True)
+        with gradients_put_away(self.engine):
+            batches, diagnostics = self.method.draw(0, diagnose=True)
         lr = learning_rate(self.config.optim, 0, self.steps)
         loss, _ = update(self.engine, self.method, batches, lr, self.runtime.shard.world_size)
         loss = sum_over_ranks(loss).item()

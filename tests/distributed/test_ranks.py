@@ -18,9 +18,9 @@ from torch.func import functional_call
 from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.batch_norm import synchronise_batch_norm
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
 from distseg.distributed.differentiable import gather
-from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
+from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.distributed.shards import ShardedParameters, cut
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import mean_gradient
@@ -211,7 +211,8 @@ def train_under_deepspeed(runtime) -> Named:
         case = f"ZeRO-{stage} {norm} {virtual} {accumulation}"
         for step, estimator in enumerate(ESTIMATORS):
             reweighter = reweighter_of(shadow, placement, estimator, virtual)
-            noisy, maps, weights = weigh(reweighter, runtime, accumulation, step, torch.float32)
+            with gradients_put_away(engine):
+                noisy, maps, weights = weigh(reweighter, runtime, accumulation, step, torch.float32)
             yield f"{case}:{step}.weights", weights
             batches = [WeightedBatch(Batch(x, y, y, ()), w) for (x, y), w in zip(noisy, maps, strict=True)]
             update(engine, Method(), batches, LR, runtime.shard.world_size)
@@ -229,6 +230,7 @@ def reweighter_of(model: nn.Module, placement, estimator: str, virtual: str) -> 
         virtual_lr=virtual_lr,
         initial_weight=initial_weight,
         sum_over_ranks=sum_over_ranks,
+        begin_sum=begin_sum_over_ranks,
         placement=placement,
     )
 

@@ -172,8 +172,8 @@ def four_ranks() -> dict[str, Tensor]:
 def test_no_more_is_alive_than_the_share_and_the_layer_at_work(four_ranks: dict[str, Tensor]) -> None:
     sizes = [p.numel() for p in deep_network().parameters()]
     share, layer = sum(-(-size // 4) for size in sizes) * 4, max(sizes) * 4
-    # Shards of the parameters; of the fast weights and g, or under `reverse` of g and the inner gradient. And of the
-    # layer at work its weight, with its gradient, tangent or both, or the backend's copy of one.
+    # Shards of the parameters, of the fast weights and of g. And of the layer at work its weight, with its gradient,
+    # tangent or both, or the backend's copy of one.
     for estimator in ("forward", "reverse", "finite"):
         peak = four_ranks[f"alive True {estimator}"].item()
         assert peak < 3 * share + 3.2 * layer, f"{estimator}: {peak / share:.2f} shares, {peak / layer:.2f} layers"
