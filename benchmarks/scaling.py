@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distseg.config.schema import Config
 from distseg.data.streams import Batch
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
 from distseg.meta import PixelReweighter
@@ -118,7 +118,7 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
     shadow = shadow_of(model)
     optimizer, _ = build_optimizer(list(model.parameters()), config.optim)
     engine = build_engine(model, optimizer, config)
-    reweighter = PixelReweighter(shadow, sum_over_ranks=sum_over_ranks)
+    reweighter = PixelReweighter(shadow, sum_over_ranks=sum_over_ranks, begin_sum=begin_sum_over_ranks)
     torch.manual_seed(1 + runtime.shard.rank)
 
     def build_step(kind: str, mode: str) -> Callable[[], None]:
@@ -225,7 +225,7 @@ class Cluster:
     operations: float
     """A GPU's floating-point operations a second, as far as this network reaches them."""
     overlap: float
-    """Of DeepSpeed's reduction, the part that the backward pass hides."""
+    """Of a gradient's reduction, the part that the backward pass hides which makes it."""
 
     def all_reduce(self, size: int, gpus: int) -> float:
         """Seconds of an all-reduce of `size` bytes; the slowest link sets the pace of every round."""
@@ -254,7 +254,7 @@ def extrapolate(
             small = cluster.all_reduce(8, count) + cluster.all_reduce(4 * (count + 1), count)
             gradient = 0.0
             if kind == "weighted":
-                gradient = cluster.all_reduce(4 * (parameters + 1), count)
+                gradient = cluster.all_reduce(4 * (parameters + 1), count) * (1 - cluster.overlap)
                 small = cluster.all_reduce(8 * 8, count) + cluster.all_reduce(4 * (count + 1), count)
             seconds = computation + engine + gradient + small
             row = {"mode": mode, "kind": kind, "gpus": count, "images": images * count, "computation": computation}
@@ -336,7 +336,7 @@ def show_model(model: dict) -> list[str]:
         f" β {cluster['intra_bandwidth'] / 1e9:g} GB/s",
         f"  between nodes  α {cluster['inter_latency'] * 1e6:g} µs, β {cluster['inter_bandwidth'] / 1e9:g} GB/s:"
         " of a node, which one ring through all GPUs enters and leaves once",
-        f"  overlap        {cluster['overlap']:.0%} of DeepSpeed's reduction behind its backward; none of g's; fp32",
+        f"  overlap        {cluster['overlap']:.0%} of a gradient's reduction is behind its backward pass; fp32",
         "  left out       slow ranks, contention, reading data, validation, small batches that leave a GPU idle",
         "",
         "mode    step      GPUs   images  computation    engine  clean gradient  scalars      step  efficiency",
@@ -367,7 +367,7 @@ def main() -> None:
     parser.add_argument("--inter-latency", type=float, default=10, help="µs a round, between nodes")
     parser.add_argument("--inter-bandwidth", type=float, default=25, help="GB/s of a node's network: 25 is 200 Gb/s")
     parser.add_argument("--tflops", type=float, default=20, help="10¹² operations a second that a GPU reaches, fp32")
-    parser.add_argument("--overlap", type=float, default=0.0, help="of DeepSpeed's reduction, behind the backward")
+    parser.add_argument("--overlap", type=float, default=0.0, help="of a gradient's reduction, behind its backward")
     parser.add_argument("--model-width", type=int, default=64, help="the paper's network by default")
     parser.add_argument("--model-depth", type=int, default=4)
     parser.add_argument("--model-size", type=int, default=96)
