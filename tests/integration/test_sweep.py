@@ -1,6 +1,7 @@
 """A study as a user runs it: real children, an interruption, a child that fails, and the report from MLflow alone."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two children at once need two cores")
-def test_an_interrupted_sweep_ends_with_the_table_of_one_that_was_not(write_sweep, tmp_path: Path) -> None:
+def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not(write_sweep, tmp_path: Path) -> None:
     whole = run(write_sweep("whole"), tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected = (tmp_path / "runs" / "whole" / "report" / "results.csv").read_text()
@@ -63,24 +64,29 @@ def test_an_interrupted_sweep_ends_with_the_table_of_one_that_was_not(write_swee
 
     command = write_sweep("cut", broken=["method.name=noisy_only", "data.root=/no/such/folder"])
     folder = tmp_path / "runs" / "cut"
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 100
-    while not any(log.read_text().count("\n") >= 8 for log in folder.glob("*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    cut_off = [last.parents[1].name for last in folder.glob("*/checkpoints/last")]
-    cut_off = [name for name in cut_off if not (folder / name / "result.json").exists()]
-    assert cut_off, "no child was stopped on its way"
+    steps_made = sorted(random.Random(0).sample(range(10, 200), 3))  # of 240 that the children make together
+    cut_off: set[str] = set()
+    for moment in steps_made:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 100
+        while sum(log.read_text().count("\n") for log in folder.glob("*/metrics.jsonl")) < moment:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        started = {last.parents[1] for last in folder.glob("*/checkpoints/last")}
+        on_the_way = {run.name for run in started if not (run / "result.json").exists()}
+        assert on_the_way, "no child was stopped on its way"
+        cut_off |= on_the_way
 
     again = run(command, tmp_path)
     assert again.returncode == 1, again.stdout + again.stderr  # the broken ones failed, and the others went on
     assert len(re.findall(r"failed +broken.*/no/such/folder", again.stdout)) == 2
-    assert all(f"finished  {name}" in again.stdout for name in cut_off)
+    assert all((folder / name / "result.json").exists() for name in cut_off)
+    assert all(f"finished  {name}" in again.stdout for name in on_the_way)
     assert "2 of 6 runs have not finished: broken-" in again.stdout
     assert (folder / "report" / "results.csv").read_text() == expected
 
