@@ -182,7 +182,7 @@ def _summed_over_ranks(
     made: Parameters = {}
     under_way: list[Callable[[], Tensor]] = []
 
-    def take(name: str, gradient: Tensor) -> Tensor:
+    def gradient_ready(name: str, gradient: Tensor) -> Tensor:
         made[name] = gradient + earlier.pop(name) if earlier else gradient
         missing[bucket_of[name]].discard(name)
         while len(under_way) < len(buckets) and not missing[len(under_way)]:
@@ -193,10 +193,10 @@ def _summed_over_ranks(
         return _without_memory(gradient)
 
     for name, leaf in leaves.items():
-        leaf.register_hook(partial(take, name))
+        leaf.register_hook(partial(gradient_ready, name))
     for name, gradient in _summed_gradient(network, leaves, images, masks).items():
         if name in missing[bucket_of[name]]:  # the network does not use it
-            take(name, gradient)
+            gradient_ready(name, gradient)
 
     total: Parameters = {}
     for names in buckets:
