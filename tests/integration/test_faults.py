@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -44,12 +46,23 @@ def config(tmp_path_factory: pytest.TempPathFactory, drawn_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(config: Path, tmp_path_factory: pytest.TempPathFactory, train) -> Path:
-    """The run that nothing happened to, on two ranks under ZeRO 1."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = train(2, "--config", str(config), "--runs-dir", str(folder), "deepspeed.zero_stage=1", "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+def make_whole(config: Path, tmp_path_factory: pytest.TempPathFactory, train) -> Callable[[int], Path]:
+    """Makes the run of so many steps that nothing happens to, on two ranks under ZeRO 1; once."""
+
+    @cache
+    def make(steps: int) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        options = [f"train.steps={steps}", "deepspeed.zero_stage=1", "--resume", "auto"]
+        done = train(2, "--config", str(config), "--runs-dir", str(folder), *options)
+        assert done.returncode == 0, done.stderr
+        return folder / "run"
+
+    return make
+
+
+@pytest.fixture
+def whole(make_whole) -> Path:
+    return make_whole(STEPS)
 
 
 @dataclass
@@ -103,8 +116,8 @@ def steps_logged(run: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def assert_same_end(actual: Path, expected: Path) -> None:
-    name = f"step_{STEPS:08d}"
+def assert_same_end(actual: Path, expected: Path, steps: int) -> None:
+    name = f"step_{steps:08d}"
     for file in sorted((expected / "checkpoints" / name).glob("*.safetensors")):
         tensors, others = load_file(file), load_file(actual / "checkpoints" / name / file.name)
         assert tensors.keys() == others.keys()
@@ -117,16 +130,18 @@ def assert_same_end(actual: Path, expected: Path) -> None:
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(("moments", "steps"), [(1, STEPS), pytest.param(20, 400, marks=pytest.mark.faults)])
 def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
-    config: Path, whole: Path, tmp_path: Path, moments: int
+    config: Path, make_whole, tmp_path: Path, moments: int, steps: int
 ) -> None:
     """At random moments, wherever they fall: in a step, in a validation, while a checkpoint is being written."""
     chance = random.Random(moments)
     faults = [signal.SIGKILL, signal.SIGTERM] * moments
-    reached = [1 + index * (STEPS - 8) // len(faults) for index in range(len(faults))]
+    # A start goes on for some steps until its fault, so the last one must not be near the end.
+    reached = [1 + index * (steps - steps // 5) // len(faults) for index in range(len(faults))]
+    options = [f"train.steps={steps}", "deepspeed.zero_stage=1"]
     for fault, step in zip(faults, reached, strict=True):
-        started = start(config, tmp_path, "deepspeed.zero_stage=1")
+        started = start(config, tmp_path, *options)
         started.wait_for_step(step)
         time.sleep(chance.uniform(0, 0.2))
         victim = chance.choice([0, 1])
@@ -137,15 +152,15 @@ def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
         assert not any(process.is_running() for process in processes)
         if fault == signal.SIGTERM:
             assert code == 75, said
-            assert f"of {STEPS}, as asked; --resume continues" in said
+            assert f"of {steps}, as asked; --resume continues" in said
         else:
             assert code not in (0, 2, 75), said
             assert said.count(f"error: rank {victim} has gone") == 1, said
             assert "Traceback" not in said
-    done = start(config, tmp_path, "deepspeed.zero_stage=1")
+    done = start(config, tmp_path, *options)
     code, said = done.end()
     assert code == 0, said
-    assert_same_end(done.run, whole)
+    assert_same_end(done.run, make_whole(steps), steps)
 
 
 def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path) -> None:
