@@ -97,7 +97,7 @@ def load_batches(
                     _raise_for_bad_file(pending)
                 raise
             batch = pending.popleft()
-            labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
+            labels, true = _split(masks, device, stream)
             corrupted = any(request.label_file != request.sample.mask for request in batch)
             yield Batch(
                 images=_to_torch(images, device, stream),
@@ -194,6 +194,15 @@ def _to_torch(output, device: torch.device, stream: torch.cuda.Stream | None) ->
     dense = output.as_tensor()
     dtype = torch.float32 if dense.dtype == types.FLOAT else torch.uint8
     return feed_ndarray(dense, torch.empty(dense.shape(), dtype=dtype, device=device), cuda_stream=stream)
+
+
+def _split(masks, device: torch.device, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor]:
+    if stream is not None:
+        labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
+        return labels, true
+    # By numpy, because torch's operators would start a team of OpenMP threads for this thread (torch_loader.py).
+    labels, true = np.moveaxis(np.asarray(masks.as_tensor()), -1, 0)
+    return torch.from_numpy(labels.copy()), torch.from_numpy(true.copy())
 
 
 def _raise_for_bad_file(pending: Sequence[Sequence[Request]]) -> None:

@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from distseg.errors import BadFileError
 
@@ -48,11 +46,9 @@ def read_resized_image(path: Path, size: int) -> NDArray[np.uint8]:
     """
     with _opened(path) as image:
         image.draft(None, (2 * size, 2 * size))  # does nothing to other formats
-        pixels = _rgb(image)
-    # A triangle filter widened to the scale, which is DALI's too; cv2 has no antialiased linear filter.
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+        colours = image if image.mode == "RGB" else image.convert("RGB")
+        # A triangle filter widened to the scale, which is DALI's too; cv2 has no antialiased linear filter.
+        return np.array(colours.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_resized_mask(path: Path, size: int) -> NDArray[np.uint8]:

@@ -201,6 +201,31 @@ def test_closing_stops_every_thread(open_stream, config, pipeline):
     assert_same(stream.batch(0, 0), expected)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_loading_starts_no_teams_of_openmp_threads(open_stream, config, pipeline):
+    """Teams wait for the next operator by spinning, which took an eighth of two cores from decoding."""
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = config.model_copy(update={"pipeline": pipeline, "image_size": 256, "memory": 0})
+
+    def name(task: Path) -> str:
+        try:
+            return (task / "comm").read_text()
+        except OSError:  # it ended meanwhile
+            return ""
+
+    def foreign_threads() -> int:
+        names = [name(task) for task in Path("/proc/self/task").iterdir()]
+        return sum(bool(name) and not name.startswith("[DALI]") for name in names) - threading.active_count()
+
+    stream = open_stream(config=config, batch_size=8)
+    before = foreign_threads()
+    for step in range(3):
+        stream.batch(step, 0)
+    assert foreign_threads() <= before
+
+
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
 def test_a_file_that_breaks_later_ends_the_stream_by_name(open_stream, config, pipeline):
     if pipeline == "dali":
