@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 from distseg.config import AugmentConfig, DataConfig
 from distseg.data.manifest import read_samples, split_clean
-from distseg.data.reader import PixelReader
+from distseg.data.reader import PixelReader, taken_by_a_thread
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, Stream, evaluation_batches
 from distseg.errors import BadFileError, UserError
@@ -224,6 +225,34 @@ def test_loading_starts_no_teams_of_openmp_threads(open_stream, config, pipeline
     for step in range(3):
         stream.batch(step, 0)
     assert foreign_threads() <= before
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_batches_that_nobody_closed_are_collected_by_their_own_thread_too():
+    dropped, collected = threading.Event(), threading.Event()
+
+    def numbers():
+        yield 0
+        dropped.wait(60)
+        gc.collect()  # in the thread that takes these
+        collected.set()
+        yield 1
+
+    before = threading.active_count()
+    circle = {"batches": taken_by_a_thread(numbers())}
+    circle["itself"] = circle
+    assert next(circle["batches"]) == 0
+    gc.disable()
+    try:
+        del circle
+        dropped.set()
+        assert collected.wait(60)
+    finally:
+        gc.enable()
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, "the thread goes on"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
