@@ -12,8 +12,9 @@ masks under the same augmentation, on the same two cores:
     … in memory    the same from the second epoch on, when the files have been decoded
 
 Each measurement opens its loader, takes eight batches untimed, and times those that follow; contenders take turns in a
-random order, round after round, and ratios are of one round. The files are in the page cache. Then the time that a step
-of configs/isic2017.yaml waits for its batches, on two ranks.
+random order, round after round, and ratios are of one round. The files are in the page cache. Then what decoding a file
+takes on one thread: whole, a region of it, or reduced on the way. At last the time that a step of configs/isic2017.yaml
+waits for its batches, on two ranks.
 """
 
 import argparse
@@ -32,12 +33,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import describe_machine
+from measure import describe_machine, take_turns
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
 from distseg.config import AugmentConfig, DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
+from distseg.data.decode import read_image, read_mask, read_resized_image, read_resized_mask
 from distseg.data.manifest import Sample, read_samples
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
@@ -171,6 +173,41 @@ def measure_loaders(root: Path, arguments: argparse.Namespace) -> dict[str, Any]
     return rows
 
 
+def measure_decoding(root: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a file on one thread, median and quartiles over the rounds, for up to 16 originals."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    samples = [sample for sample in read_samples(DataConfig(root=root), seed=0) if sample.split == "train"][:16]
+
+    @pipeline_def(batch_size=len(samples), num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
+    def decoded(side: float):
+        files, _ = fn.readers.file(files=[str(sample.image) for sample in samples])
+        if side == 1:
+            return fn.decoders.image(files, output_type=types.RGB)
+        return fn.decoders.image_slice(files, [(1 - side) / 2] * 2, [side] * 2, output_type=types.RGB)
+
+    def each(decode: Callable[..., object], kind: str, *size: int) -> Callable[[], object]:
+        return lambda: [decode(sample.files[kind], *size) for sample in samples]
+
+    seconds = take_turns(
+        {
+            "JPEG, whole, PIL": each(read_image, "image"),
+            "JPEG, whole, DALI": decoded(1).run,
+            "JPEG, middle half of its area, DALI": decoded(0.5**0.5).run,
+            "JPEG, reduced, distseg": each(read_resized_image, "image", arguments.size),
+            "mask, whole, PIL": each(read_mask, "mask"),
+            "mask, reduced, distseg": each(read_resized_mask, "mask", arguments.size),
+        },
+        arguments.rounds,
+        device="cpu",
+    )
+    rows = {}
+    for name, values in seconds.items():
+        low, median, high = (1e3 * value / len(samples) for value in statistics.quantiles(values, n=4))
+        rows[name] = {"milliseconds": median, "quartiles": [low, high]}
+    return rows
+
+
 def measure_waiting(arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps of configs/isic2017.yaml on two ranks: the larger share of the two that was spent waiting for data."""
     from distseg.distributed.runtime import free_port
@@ -224,6 +261,11 @@ def show(result: dict[str, Any]) -> str:
             f"{row['ratio_quartiles'][0]:.2f} – {row['ratio_quartiles'][1]:.2f}"
             for contender, row in rows.items()
         ]
+    lines += ["", "one original, one thread              ms  quartiles"]
+    lines += [
+        f"{name:35s} {row['milliseconds']:6.2f}  {row['quartiles'][0]:.2f} – {row['quartiles'][1]:.2f}"
+        for name, row in result["decoding"].items()
+    ]
     if waiting := result["waiting"]:
         lines += [
             "",
@@ -255,6 +297,7 @@ def main() -> None:
         "setting": setting,
         "machine": describe_machine("cpu"),
         "sets": sets,
+        "decoding": measure_decoding(arguments.data / SETS[0], arguments),
         "waiting": None if arguments.no_training else measure_waiting(arguments),
     }
     print(show(result))
