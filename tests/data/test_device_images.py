@@ -97,7 +97,7 @@ def test_a_file_that_breaks_is_named(samples):
     with pytest.raises(BadFileError) as raised:
         list(load(samples, DeviceImages(PixelReader(SIZE).image, CPU)))
     assert str(raised.value).startswith(str(samples[6].image))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_closing_early_stops_the_loader(samples):
@@ -105,4 +105,4 @@ def test_closing_early_stops_the_loader(samples):
     batches = load(samples, DeviceImages(PixelReader(SIZE).image, CPU))
     next(batches)
     batches.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
