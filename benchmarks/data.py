@@ -12,8 +12,11 @@ masks under the same augmentation, on the same two cores:
     … in memory    the same from the second epoch on, when the files have been decoded
 
 Each measurement opens its loader, takes eight batches untimed, and times those that follow; contenders take turns in a
-random order, round after round, and ratios are of one round. The files are in the page cache. Then the time that a step
-of configs/isic2017.yaml waits for its batches, on two ranks.
+random order, round after round, and ratios are of one round. The processor time of an image, over all threads and
+workers, says what a loader costs also on a machine that others use. The files are in the page cache.
+
+Then what decoding a file takes on one thread: whole, a region of it, or reduced on the way. At last the time that a
+step of configs/isic2017.yaml waits for its batches, on two ranks.
 """
 
 import argparse
@@ -31,13 +34,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from measure import describe_machine
+from measure import describe_machine, take_turns
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
 from distseg.config import AugmentConfig, DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
+from distseg.data.decode import read_image, read_mask, read_resized_image, read_resized_mask
 from distseg.data.manifest import Sample, read_samples
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
@@ -139,35 +144,83 @@ def contenders(root: Path, arguments: argparse.Namespace) -> dict[str, Callable[
     }
 
 
-def images_per_second(open_loader: Callable[[], Iterator[object]], images: int, arguments: argparse.Namespace) -> float:
+def measure_loader(
+    open_loader: Callable[[], Iterator[object]], images: int, arguments: argparse.Namespace
+) -> tuple[float, float]:
+    """Images per second, and the milliseconds of processor time that one took."""
     batches = open_loader()
     for _ in range(UNTIMED_BATCHES):
         next(batches)
     count = max(1, images // arguments.batch)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), processor_seconds()
     for _ in range(count):
         next(batches)
-    seconds = time.perf_counter() - started
+    seconds, busy = time.perf_counter() - started, processor_seconds() - busy
     batches.close()
-    return count * arguments.batch / seconds
+    return count * arguments.batch / seconds, 1e3 * busy / (count * arguments.batch)
+
+
+def processor_seconds() -> float:
+    """Of this process and its workers, since they started."""
+    this = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (this, *this.children(recursive=True)))
 
 
 def measure_loaders(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     entries, order = contenders(root, arguments), random.Random(0)
     speeds: dict[str, list[float]] = {name: [] for name in entries}
+    costs: dict[str, list[float]] = {name: [] for name in entries}
     for _ in range(arguments.rounds):
         for name in order.sample(list(entries), len(entries)):
             images = arguments.images * (10 if "in memory" in name else 1)
-            speeds[name].append(images_per_second(entries[name], images, arguments))
+            speed, cost = measure_loader(entries[name], images, arguments)
+            speeds[name].append(speed)
+            costs[name].append(cost)
     rows = {}
     for name, values in speeds.items():
         ratios = [own / plain for own, plain in zip(values, speeds["baseline"], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
         rows[name] = {
             "images_per_second": statistics.median(values),
+            "processor_milliseconds": statistics.median(costs[name]),
             "ratio": median,
             "ratio_quartiles": [low, high],
         }
+    return rows
+
+
+def measure_decoding(root: Path, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a file on one thread, median and quartiles over the rounds, for up to 16 originals."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    samples = [sample for sample in read_samples(DataConfig(root=root), seed=0) if sample.split == "train"][:16]
+
+    @pipeline_def(batch_size=len(samples), num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
+    def decoded(side: float):
+        files, _ = fn.readers.file(files=[str(sample.image) for sample in samples])
+        if side == 1:
+            return fn.decoders.image(files, output_type=types.RGB)
+        return fn.decoders.image_slice(files, [(1 - side) / 2] * 2, [side] * 2, output_type=types.RGB)
+
+    def each(decode: Callable[..., object], kind: str, *size: int) -> Callable[[], object]:
+        return lambda: [decode(sample.files[kind], *size) for sample in samples]
+
+    seconds = take_turns(
+        {
+            "JPEG, whole, PIL": each(read_image, "image"),
+            "JPEG, whole, DALI": decoded(1).run,
+            "JPEG, middle half of its area, DALI": decoded(0.5**0.5).run,
+            "JPEG, reduced, distseg": each(read_resized_image, "image", arguments.size),
+            "mask, whole, PIL": each(read_mask, "mask"),
+            "mask, reduced, distseg": each(read_resized_mask, "mask", arguments.size),
+        },
+        arguments.rounds,
+        device="cpu",
+    )
+    rows = {}
+    for name, values in seconds.items():
+        low, median, high = (1e3 * value / len(samples) for value in statistics.quantiles(values, n=4))
+        rows[name] = {"milliseconds": median, "quartiles": [low, high]}
     return rows
 
 
@@ -218,12 +271,17 @@ def show(result: dict[str, Any]) -> str:
         f"{setting['images']} images a measurement, {setting['rounds']} rounds"
     ]
     for name, rows in result["sets"].items():
-        lines += ["", f"{name:18s}  images/s  × baseline  quartiles"]
+        lines += ["", f"{name:18s}  images/s  × baseline  quartiles      CPU ms an image"]
         lines += [
             f"{contender:18s}  {row['images_per_second']:8.0f}  {row['ratio']:10.2f}  "
-            f"{row['ratio_quartiles'][0]:.2f} – {row['ratio_quartiles'][1]:.2f}"
+            f"{'{:.2f} – {:.2f}'.format(*row['ratio_quartiles']):14s} {row['processor_milliseconds']:15.2f}"
             for contender, row in rows.items()
         ]
+    lines += ["", "one original, one thread              ms  quartiles"]
+    lines += [
+        f"{name:35s} {row['milliseconds']:6.2f}  {row['quartiles'][0]:.2f} – {row['quartiles'][1]:.2f}"
+        for name, row in result["decoding"].items()
+    ]
     if waiting := result["waiting"]:
         lines += [
             "",
@@ -255,6 +313,7 @@ def main() -> None:
         "setting": setting,
         "machine": describe_machine("cpu"),
         "sets": sets,
+        "decoding": measure_decoding(arguments.data / SETS[0], arguments),
         "waiting": None if arguments.no_training else measure_waiting(arguments),
     }
     print(show(result))

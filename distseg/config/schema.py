@@ -146,6 +146,9 @@ class DataConfig(Section):
     """Per stream: as many read and decode, and as many transform."""
     memory: Annotated[float, Field(ge=0)] = 1.0
     """GiB per stream and rank in which images and masks are kept at network resolution once they are decoded."""
+    device_memory: Annotated[float, Field(ge=0)] = 1.0
+    """The same of a GPU's memory, for images under DALI: if all of a stream fit, they are decoded on the CPU and stay
+    there; otherwise each is decoded on the GPU every time. The two decoders differ by a few of 255 grey levels."""
     cache: Path | None = None
     """Folder that `launch/prepare.py --cache` has filled from this data at this image_size."""
     on_bad: Literal["refuse", "skip"] = "refuse"

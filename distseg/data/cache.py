@@ -28,7 +28,7 @@ from distseg.data.manifest import Problem, Sample
 from distseg.errors import UserError
 from distseg.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 SHARD_SIZE = 256
 _READERS: dict[str, Callable[[Path, int], NDArray[np.uint8]]] = {
     "image": read_resized_image,

@@ -1,10 +1,12 @@
 """The loader on NVIDIA DALI: on a GPU JPEG decoding and all pixel work, on the CPU all that is random.
 
 DALI's CPU decoder cannot decode at a reduced size, which takes less than half as long where originals are large; hence
-on the CPU the images come decoded and resized from the reader, as the masks do everywhere. Nothing in the pipeline is
-random: each sample comes with its matrix, its colour map and its fields (augment.py).
+on the CPU the images come decoded and resized from the reader, as the masks do everywhere. So they do where the reader
+keeps them in the GPU's memory. Nothing in the pipeline is random: each sample comes with its matrix, its colour map and
+its fields (augment.py).
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
@@ -33,6 +36,7 @@ class Input(NamedTuple):
 _INPUTS = {
     "file": Input(types.UINT8, 1),
     "pixels": Input(types.UINT8, 3, "HWC"),
+    "kept": Input(types.UINT8, 3, "HWC"),  # pixels that are on the device already
     "masks": Input(types.UINT8, 3, "HWC"),  # the label's, then the true one
     "matrix": Input(types.FLOAT, 2),
     "colour": Input(types.FLOAT, 2),
@@ -57,29 +61,25 @@ def load_batches(
     decoded. Closing the generator frees the pipeline and stops the threads.
     """
     on_gpu = device.type == "cuda"
-    decoding = on_gpu and reader.cache is None
+    decoding = on_gpu and reader.cache is None and reader.on_device is None
     ahead = read_ahead(requests, lambda request: _inputs(request, reader, decoding), max_batch_size, threads)
     pending: deque[Sequence[Request]] = deque()  # what DALI has been given and has not returned, oldest first
     first = next(ahead, None)
     if first is None:
         return
 
-    def feed() -> Iterator[tuple[list[NDArray], ...]]:
-        batch, samples = first
-        while True:
+    def inputs() -> Iterator[list[dict[str, NDArray | Tensor]]]:
+        for batch, samples in itertools.chain([first], ahead):
             pending.append(batch)
-            yield tuple([sample[name] for sample in samples] for name in samples[0])
-            following = next(ahead, None)
-            if following is None:
-                return
-            batch, samples = following
+            yield samples
 
     try:
         pipeline = _pipeline(
-            feed,
+            inputs(),
             tuple(first[1][0]),
             reader.size,
             on_gpu,
+            reader.on_device.stream if reader.on_device else None,
             batch_size=max_batch_size,
             num_threads=threads,
             device_id=torch.empty(0, device=device).device.index if on_gpu else None,
@@ -97,7 +97,7 @@ def load_batches(
                     _raise_for_bad_file(pending)
                 raise
             batch = pending.popleft()
-            labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
+            labels, true = _split(masks, device, stream)
             corrupted = any(request.label_file != request.sample.mask for request in batch)
             yield Batch(
                 images=_to_torch(images, device, stream),
@@ -110,18 +110,13 @@ def load_batches(
 
 
 @pipeline_def
-def _pipeline(feed, names: tuple[str, ...], size: int, on_gpu: bool):
-    inputs = [_INPUTS[name] for name in names]
-    fed = fn.external_source(
-        feed,
-        num_outputs=len(names),
-        batch=True,
-        cycle=None,
-        dtype=[each.dtype for each in inputs],
-        ndim=[each.dimensions for each in inputs],
-        layout=[each.layout or "" for each in inputs],
-    )
-    given = dict(zip(names, fed, strict=True))
+def _pipeline(inputs, names: tuple[str, ...], size: int, on_gpu: bool, stream: torch.cuda.Stream | None):
+    given = {}
+    if "kept" in names:
+        inputs, again = itertools.tee(inputs)
+        # With no stream named, DALI would ask torch for its current one, also where there is no GPU.
+        given = _fed(again, ["kept"], device="gpu" if on_gpu else "cpu", cuda_stream=stream or 0)
+    given |= _fed(inputs, [name for name in names if name != "kept"])
 
     def moved(name: str):
         return given[name].gpu() if on_gpu else given[name]
@@ -138,10 +133,10 @@ def _pipeline(feed, names: tuple[str, ...], size: int, on_gpu: bool):
             jpeg_fancy_upsampling=True,  # as the CPU decodes
         )
         image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
-        if "elastic_x" in given:
-            image = fn.experimental.remap(image, moved("elastic_x"), moved("elastic_y"), pixel_origin="center")
     else:
-        image = moved("pixels")
+        image = given["kept"] if "kept" in given else moved("pixels")
+    if "elastic_x" in given:
+        image = fn.experimental.remap(image, moved("elastic_x"), moved("elastic_y"), pixel_origin="center")
     image = warped(image, types.INTERP_LINEAR)
     if "hairs" in given:
         image = image * moved("hairs")
@@ -153,7 +148,23 @@ def _pipeline(feed, names: tuple[str, ...], size: int, on_gpu: bool):
     return image, warped(moved("masks"), types.INTERP_NN)
 
 
-def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, NDArray]:
+def _fed(inputs: Iterator[list[dict[str, NDArray | Tensor]]], names: list[str], **where) -> dict[str, DataNode]:
+    """What each batch's samples hold under `names`, as nodes of the pipeline."""
+    kinds = [_INPUTS[name] for name in names]
+    nodes = fn.external_source(
+        (tuple([sample[name] for sample in samples] for name in names) for samples in inputs),
+        num_outputs=len(names),
+        batch=True,
+        cycle=None,
+        dtype=[kind.dtype for kind in kinds],
+        ndim=[kind.dimensions for kind in kinds],
+        layout=[kind.layout or "" for kind in kinds],
+        **where,
+    )
+    return dict(zip(names, nodes, strict=True))
+
+
+def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, NDArray | Tensor]:
     """The arrays of one sample under their names in `_INPUTS`; with `decoding`, DALI does the image's file."""
     sample, transform = request.sample, request.transform
     true = reader.mask(sample.mask)
@@ -163,13 +174,15 @@ def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, 
         masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
     if decoding:
         image = {"file": np.frombuffer(os.fsencode(sample.image), np.uint8)}
-        if transform.elastic is not None:
-            image |= _source_maps(transform.elastic)
+    elif reader.on_device:
+        image = {"kept": reader.on_device.image(sample.image)}
     else:
         pixels = reader.image(sample.image)
         if transform.elastic is not None:
             pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
         image = {"pixels": pixels}
+    if transform.elastic is not None and "pixels" not in image:
+        image |= _source_maps(transform.elastic)
     return image | {"masks": masks, "matrix": transform.matrix, "colour": transform.colour} | _fields(transform)
 
 
@@ -194,6 +207,15 @@ def _to_torch(output, device: torch.device, stream: torch.cuda.Stream | None) ->
     dense = output.as_tensor()
     dtype = torch.float32 if dense.dtype == types.FLOAT else torch.uint8
     return feed_ndarray(dense, torch.empty(dense.shape(), dtype=dtype, device=device), cuda_stream=stream)
+
+
+def _split(masks, device: torch.device, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor]:
+    if stream is not None:
+        labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
+        return labels, true
+    # By numpy, because torch's operators would start a team of OpenMP threads for this thread (torch_loader.py).
+    labels, true = np.moveaxis(np.asarray(masks.as_tensor()), -1, 0)
+    return torch.from_numpy(labels.copy()), torch.from_numpy(true.copy())
 
 
 def _raise_for_bad_file(pending: Sequence[Sequence[Request]]) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from distseg.data.cache import PixelCache
 from distseg.data.decode import read_resized_image, read_resized_mask
+from distseg.data.device_images import DeviceImages
 
 Request = TypeVar("Request")
 Work = TypeVar("Work")
@@ -27,10 +28,18 @@ _PREFETCHED_BATCHES = 2
 class PixelReader:
     """Reads images and masks, squashed to `size`×`size`; several threads may ask at once."""
 
-    def __init__(self, size: int, memory_bytes: int = 0, cache: PixelCache | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        memory_bytes: int = 0,
+        cache: PixelCache | None = None,
+        on_device: DeviceImages | None = None,
+    ) -> None:
         """`memory_bytes` bounds the pixels kept; what no longer fits is decoded anew each time."""
         self.size = size
         self.cache = cache
+        self.on_device = on_device
+        """Where a loader that works on a GPU finds the images instead, if they fit there."""
         self.kept_bytes = 0
         self._memory_bytes = memory_bytes
         self._kept: dict[tuple[str, Path], NDArray[np.uint8]] = {}
@@ -127,4 +136,5 @@ def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
             yield value
     finally:
         stopped.set()
-        thread.join()
+        if threading.current_thread() is not thread:  # which may be the one that collects what nobody closed
+            thread.join()

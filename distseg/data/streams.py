@@ -16,6 +16,7 @@ from torch import Tensor
 from distseg.config import DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform, draw_transform, identity_transform
 from distseg.data.cache import open_cache
+from distseg.data.device_images import DeviceImages, fit_on_device
 from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader, taken_by_a_thread
 from distseg.data.seeding import generator
@@ -95,7 +96,11 @@ class Stream:
         self._accumulation = accumulation
         self._device = device
         self._load_batches = _find_loader(config.pipeline)
-        self._reader = PixelReader(config.image_size, int(config.memory * 2**30), open_cache(config))
+        cache = open_cache(config)
+        on_device = None
+        if fit_on_device(samples, config, device):
+            on_device = DeviceImages(PixelReader(config.image_size, cache=cache).image, device)
+        self._reader = PixelReader(config.image_size, int(config.memory * 2**30), cache, on_device)
         self._batches: Iterator[Batch] | None = None
         self.waited = 0.0
         self._next_index = 0

@@ -24,5 +24,6 @@ def test_the_benchmark_runs_and_says_what_it_measured(drawn_data: Path, tmp_path
         assert {"baseline", "torch", "DALI 1", "DALI 2", "DALI 2, in memory"} <= rows.keys()
         assert rows["baseline"]["ratio"] == 1
         assert all(row["images_per_second"] > 0 for row in rows.values())
+    assert len(result["decoding"]) == 6 and all(row["milliseconds"] > 0 for row in result["decoding"].values())
     assert result["waiting"] is None
     assert result["machine"]["torch"] and "DALI 2" in done.stdout

@@ -26,7 +26,7 @@ def prepare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     config = folder / "x.yaml"
     config.write_text(CONFIG)
     command = [sys.executable, "launch/prepare.py", "--config", str(config), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_prepare_finds_and_names_every_kind_of_bad_file(bad_data, tmp_path):

@@ -140,7 +140,7 @@ def test_closing_early_stops_the_loader(load_batches, tmp_path):
     next(batches)
     batches.close()
     assert len(taken) < 10
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

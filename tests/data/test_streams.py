@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 from distseg.config import AugmentConfig, DataConfig
 from distseg.data.manifest import read_samples, split_clean
-from distseg.data.reader import PixelReader
+from distseg.data.reader import PixelReader, taken_by_a_thread
 from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, Stream, evaluation_batches
 from distseg.errors import BadFileError, UserError
@@ -173,7 +174,7 @@ def test_two_streams_are_prefetched_side_by_side(open_stream, config, pipeline, 
         name = "clean" if path in of_clean else "noisy"
         read[name] += 1
         if read[name] in (3, 4):
-            both_are_reading.wait(timeout=20)
+            both_are_reading.wait(timeout=100)
         return own(reader, path)
 
     own = PixelReader.image
@@ -182,7 +183,7 @@ def test_two_streams_are_prefetched_side_by_side(open_stream, config, pipeline, 
         batches = list(pool.map(lambda stream: stream.batch(0, 0), streams))
     for stream, first in zip(streams, batches, strict=True):
         assert first.ids != stream.batch(1, 0).ids
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while min(read.values()) <= 4:
         assert time.monotonic() < deadline, "nothing is read ahead"
         time.sleep(0.01)
@@ -197,8 +198,61 @@ def test_closing_stops_every_thread(open_stream, config, pipeline):
     expected = stream.batch(0, 0)
     assert threading.active_count() > before
     stream.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     assert_same(stream.batch(0, 0), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_loading_starts_no_teams_of_openmp_threads(open_stream, config, pipeline):
+    """Teams wait for the next operator by spinning, which took an eighth of two cores from decoding."""
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = config.model_copy(update={"pipeline": pipeline, "image_size": 256, "memory": 0})
+
+    def name(task: Path) -> str:
+        try:
+            return (task / "comm").read_text()
+        except OSError:  # it ended meanwhile
+            return ""
+
+    def foreign_threads() -> int:
+        names = [name(task) for task in Path("/proc/self/task").iterdir()]
+        return sum(bool(name) and not name.startswith("[DALI]") for name in names) - threading.active_count()
+
+    stream = open_stream(config=config, batch_size=8)
+    before = foreign_threads()
+    for step in range(3):
+        stream.batch(step, 0)
+    assert foreign_threads() <= before
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_batches_that_nobody_closed_are_collected_by_their_own_thread_too():
+    dropped, collected = threading.Event(), threading.Event()
+
+    def numbers():
+        yield 0
+        dropped.wait(60)
+        gc.collect()  # in the thread that takes these
+        collected.set()
+        yield 1
+
+    before = threading.active_count()
+    circle = {"batches": taken_by_a_thread(numbers())}
+    circle["itself"] = circle
+    assert next(circle["batches"]) == 0
+    gc.disable()
+    try:
+        del circle
+        dropped.set()
+        assert collected.wait(60)
+    finally:
+        gc.enable()
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, "the thread goes on"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
@@ -222,7 +276,7 @@ def test_streams_say_how_long_they_were_waited_for(open_stream, monkeypatch):
     own = PixelReader.image
     monkeypatch.setattr(PixelReader, "image", lambda *arguments: time.sleep(0.1) or own(*arguments))
     stream.batch(0, 0)
-    assert 0.1 <= stream.waited < 5
+    assert 0.1 <= stream.waited < 60
 
 
 def test_sequential_access_opens_the_loader_once(open_stream, monkeypatch):

@@ -1,4 +1,4 @@
-"""DALI's mixed path: JPEG decoding and all pixel work on the GPU, held to what the CPU's loader gives."""
+"""DALI's mixed path and the images kept on the GPU: all pixel work there, held to what the CPU's loader gives."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch.nn.functional import max_pool2d
 
 from distseg.config import AugmentConfig, DataConfig
 from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.device_images import DeviceImages
 from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader
 from distseg.data.sharding import ShardSpec
@@ -32,9 +33,12 @@ EVERYTHING = GEOMETRY.model_copy(
 AS_STORED = np.eye(3, 4, dtype=np.float32)
 
 
-def load(requests: list[list[Request]], size: int, device: torch.device) -> Iterator[Batch]:
+def load(
+    requests: list[list[Request]], size: int, device: torch.device, on_device: DeviceImages | None = None
+) -> Iterator[Batch]:
     dali = pytest.importorskip("distseg.data.dali")
-    return dali.load_batches(iter(requests), PixelReader(size), max(map(len, requests)), device, 2)
+    reader = PixelReader(size, on_device=on_device)
+    return dali.load_batches(iter(requests), reader, max(map(len, requests)), device, 2)
 
 
 def write_sample(folder: Path, id: str, image: np.ndarray, mask: np.ndarray) -> Sample:
@@ -113,8 +117,50 @@ def test_the_gpu_gives_what_the_cpu_gives(pictures: list[Sample], config: Augmen
         assert (getattr(actual, name).cpu() != getattr(expected, name)).float().mean() < 2e-3
 
 
-def test_the_same_bits_whenever_it_is_asked_for(pictures: list[Sample], tmp_path: Path) -> None:
-    config = DataConfig(root=tmp_path, image_size=32, pipeline="dali", augment=EVERYTHING)
+@pytest.mark.parametrize("config", [AugmentConfig(), GEOMETRY, EVERYTHING], ids=["plain", "geometry", "everything"])
+def test_images_kept_on_the_gpu_give_what_the_cpu_gives(pictures: list[Sample], config: AugmentConfig) -> None:
+    """The decoder is the same; a warp may round to the next grey level, and a mask's edge to the next pixel."""
+    requests = [
+        [Request(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(first, first + 16)]
+        for first in range(0, 64, 16)
+    ]
+    images = DeviceImages(PixelReader(64).image, GPU)
+    for actual, expected in zip(load(requests, 64, GPU, images), load(requests, 64, CPU), strict=True):
+        assert actual.ids == expected.ids
+        assert actual.images.device.type == actual.masks.device.type == "cuda"
+        difference = (actual.images.cpu() - expected.images).abs()
+        assert difference.mean() < 0.02
+        assert difference.quantile(0.999) < 0.3
+        for name in ("masks", "true_masks"):
+            assert (getattr(actual, name).cpu() != getattr(expected, name)).float().mean() < 2e-3
+    for sample in pictures:
+        kept = images.image(sample.image)
+        assert kept.device.type == "cuda"
+        assert np.array_equal(kept.cpu().numpy(), PixelReader(64).image(sample.image))
+
+
+@pytest.mark.parametrize("device_memory", [1.0, 0.0], ids=["all fit", "none fits"])
+def test_images_that_fit_the_budget_are_read_once(pictures: list[Sample], device_memory: float, tmp_path: Path) -> None:
+    config = DataConfig(root=tmp_path, image_size=32, pipeline="dali", device_memory=device_memory)
+    stream = Stream(pictures, "noisy", "noisy", config, 0, ShardSpec(), 4, 1, GPU)
+    before = torch.cuda.memory_allocated()
+    for step in range(2):
+        stream.batch(step, 0)
+    for sample in pictures:
+        sample.image.unlink()
+    if device_memory:
+        assert torch.cuda.memory_allocated() - before >= 8 * 3 * 32**2
+        assert all(len(stream.batch(step, 0).ids) == 4 for step in range(2, 8))
+    else:
+        with pytest.raises(BadFileError):
+            for step in range(2, 8):
+                stream.batch(step, 0)
+    stream.close()
+
+
+@pytest.mark.parametrize("device_memory", [1.0, 0.0], ids=["kept", "mixed"])
+def test_the_same_bits_whenever_it_is_asked_for(pictures: list[Sample], device_memory: float, tmp_path: Path) -> None:
+    config = DataConfig(root=tmp_path, image_size=32, pipeline="dali", augment=EVERYTHING, device_memory=device_memory)
 
     def batches(steps: list[int]) -> list[torch.Tensor]:
         stream = Stream(pictures, "noisy", "noisy", config, 0, ShardSpec(), 3, 1, GPU)
