@@ -195,8 +195,12 @@ class MethodConfig(Section):
     granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
     """pixel | patch(k) | image. `image_reweight` always uses image."""
     normalise: Literal["batch", "image"] = "batch"
+    warm_up: Fraction = 0.0
+    """image_reweight, pixel_reweight: the first part of the steps, with the same weight on every noisy pixel."""
     include_clean: bool = False
-    """Also learn from the clean batch; the loss is then the mean of the weighted noisy and the mean clean loss."""
+    """image_reweight, pixel_reweight: also learn from the clean batch, once the weights count."""
+    clean_share: Fraction = 0.5
+    """include_clean: how much of the loss is the mean clean one; the rest is the weighted noisy one."""
     on_zero: Literal["skip", "uniform"] = "skip"
     virtual_lr: Annotated[float, Field(gt=0)] = 0.1
     """α, the size of the virtual SGD step that weights are derived through; it does not matter where the step starts at
@@ -204,12 +208,19 @@ class MethodConfig(Section):
     initial_weight: Annotated[float, Field(ge=0)] = 0.0
     """image_reweight and pixel_reweight: the sum of the weights that the virtual step starts with, the same on every
     valid pixel of the global batch."""
-    clean_phase: Fraction = 0.3
-    """finetune: the last part of the steps, spent on the clean images alone."""
+    clean_phase: Fraction | None = None
+    """finetune, image_reweight, pixel_reweight: the last part of the steps, spent on the clean images alone; 0.3 for
+    finetune, otherwise 0."""
     q: Annotated[float, Field(gt=0, le=1)] = 0.7
     """generalised_cross_entropy: between cross-entropy (towards 0) and the mean absolute error (1)."""
     weight_lr: Annotated[float, Field(gt=0)] = 1e-3
     """meta_weight_net: the rate of the net that maps losses to weights."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warm_up + (self.clean_phase or 0.0) > 1:
+            raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
+        return self
 
     @property
     def needs_clean(self) -> bool:

@@ -98,21 +98,43 @@ def test_finetune_turns_to_the_clean_images_for_the_last_part(build) -> None:
     assert [set(drawn_ids(method, step)) <= clean for step in (7, 9)] == [True, True]
 
 
+@pytest.mark.parametrize("name", ["image_reweight", "pixel_reweight"])
+def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: str) -> None:
+    """10 steps: warm-up 0 and 1, reweighted 2 to 6, clean 7 to 9."""
+    method, noisy, clean = build(name, warm_up=0.2, clean_phase=0.3, include_clean=True)
+    for step, streams, weighs in [(0, noisy, False), (1, noisy, False), (2, noisy | clean, True),
+                                  (6, noisy | clean, True), (7, clean, False), (9, clean, False)]:  # fmt: skip
+        batches, diagnostics = method.draw(step, diagnose=True)
+        ids = {i for b in batches for i in b.batch.ids}
+        assert ids <= streams and all(ids & part for part in (noisy, clean) if part <= streams), step
+        assert ("auroc" in diagnostics) == weighs, step
+        maps = torch.cat([full(b) for b in batches])
+        assert maps.sum().item() == pytest.approx(1, abs=1e-5), step
+        assert (maps.unique().numel() == 1) != weighs, step
+
+
+def test_phases_are_whole_only_if_they_fit() -> None:
+    assert MethodConfig(warm_up=0.6, clean_phase=0.4).include_clean is False
+    with pytest.raises(ValueError, match="more than all steps"):
+        MethodConfig(warm_up=0.6, clean_phase=0.5)
+
+
 def test_image_reweight_gives_an_image_one_weight(build) -> None:
     method, *_ = build("image_reweight")
     for weighted in method.draw(0, diagnose=False)[0]:
         assert all(w.unique().numel() == 1 for w in full(weighted))
 
 
-def test_include_clean_takes_half_the_weight(build) -> None:
-    method, noisy, clean = build("pixel_reweight", include_clean=True)
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_include_clean_takes_its_share_of_the_weight(build, share: float) -> None:
+    method, noisy, clean = build("pixel_reweight", include_clean=True, clean_share=share)
     batches, diagnostics = method.draw(0, diagnose=True)
     for weighted in batches:
         assert full(weighted).shape == (4 + 3, 16, 16)
         assert set(weighted.batch.ids[:4]) <= noisy and set(weighted.batch.ids[4:]) <= clean
         assert full(weighted)[4:].unique().numel() == 1
-    assert sum(full(b)[:4].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
-    assert sum(full(b)[4:].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
+    assert sum(full(b)[:4].sum().item() for b in batches) == pytest.approx(1 - share, abs=1e-5)
+    assert sum(full(b)[4:].sum().item() for b in batches) == pytest.approx(share, abs=1e-5)
     assert {"gradient_norm", "wrong_mass", "auroc"} <= diagnostics.keys()
 
 

@@ -1,35 +1,57 @@
 """Every noisy pixel counts by how well its gradient agrees with the clean gradient at the present parameters."""
 
+from distseg.data.streams import Batch, Stream
 from distseg.meta.weights import Diagnostics, joined, uniform_weights
 from distseg.training.methods.step import Method, Parts, WeightedBatch, joined_batches
 
 
 class Reweighted(Method):
-    """W from the clean gradient, over cells of one granularity."""
+    """W from the clean gradient, over cells of one granularity.
+
+    Two phases may frame it: `warm_up`, in which every noisy pixel counts the same, and `clean_phase`, in which every
+    pixel of the clean images does and the noisy ones are left alone.
+    """
 
     def __init__(self, parts: Parts, granularity: str) -> None:
         self.noisy, self.clean = parts.noisy_stream(), parts.clean_stream(parts.config.train.clean_batch_size)
         self.accumulation = parts.config.train.accumulation
-        self.include_clean = parts.config.method.include_clean
+        self.reweighted_from = round(parts.steps * parts.config.method.warm_up)
+        self.clean_from = parts.clean_from(default=0.0)
+        self.clean_share = parts.config.method.clean_share if parts.config.method.include_clean else 0.0
         self.reweighter, self.sum_over_ranks = parts.reweighter(granularity), parts.sum_over_ranks
 
     def draw(self, step: int, diagnose: bool) -> tuple[list[WeightedBatch], Diagnostics]:
-        noisy = [self.noisy.batch(step, micro) for micro in range(self.accumulation)]
-        clean = [self.clean.batch(step, micro) for micro in range(self.accumulation)]
+        if step >= self.clean_from:
+            return self._uniform(self._batches(self.clean, step)), {}
+        noisy = self._batches(self.noisy, step)
+        if step < self.reweighted_from:
+            return self._uniform(noisy), {}
+        clean = self._batches(self.clean, step)
         weights = self.reweighter.weigh(
             [(b.images, b.masks) for b in noisy],
             [(b.images, b.masks) for b in clean],
             [b.true_masks for b in noisy] if diagnose else None,
         )
-        if self.include_clean:
-            clean_weights = uniform_weights([b.masks for b in clean], self.sum_over_ranks, weights[0].scale.dtype)
-            pairs = list(zip(noisy, clean, strict=True))
-            weights = [
-                joined(maps, [batch.masks for batch in pair]).times(0.5)
-                for maps, pair in zip(zip(weights, clean_weights, strict=True), pairs, strict=True)
+        weighted = [WeightedBatch(b, w) for b, w in zip(noisy, weights, strict=True)]
+        if self.clean_share:
+            weighted = [
+                _mixed(*pair, self.clean_share) for pair in zip(weighted, self._uniform(clean), strict=True)
             ]
-            noisy = [joined_batches(pair) for pair in pairs]
-        return [WeightedBatch(b, w) for b, w in zip(noisy, weights, strict=True)], self.reweighter.diagnostics
+        return weighted, self.reweighter.diagnostics
+
+    def _batches(self, stream: Stream, step: int) -> list[Batch]:
+        return [stream.batch(step, micro) for micro in range(self.accumulation)]
+
+    def _uniform(self, batches: list[Batch]) -> list[WeightedBatch]:
+        weights = uniform_weights([b.masks for b in batches], self.sum_over_ranks, batches[0].images.dtype)
+        return [WeightedBatch(b, w) for b, w in zip(batches, weights, strict=True)]
+
+
+def _mixed(noisy: WeightedBatch, clean: WeightedBatch, clean_share: float) -> WeightedBatch:
+    """Both as one micro-batch, of which the clean images have `clean_share` of the weight."""
+    maps = [noisy.weights.times(1 - clean_share), clean.weights.times(clean_share)]
+    weights = joined(maps, [noisy.batch.masks, clean.batch.masks])
+    return WeightedBatch(joined_batches([noisy.batch, clean.batch]), weights)
 
 
 def pixel_reweight(parts: Parts) -> Reweighted:

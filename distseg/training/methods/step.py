@@ -64,6 +64,11 @@ class Parts:
     sum_over_ranks: SumOverRanks
     device: torch.device
 
+    def clean_from(self, default: float) -> int:
+        """The step that the clean phase starts with; it is `default` of the steps where the config says nothing."""
+        phase = self.config.method.clean_phase
+        return round(self.steps * (1 - (default if phase is None else phase)))
+
     def noisy_stream(self, size: int | None = None) -> Stream:
         return self.open_stream("noisy", self.noisy, "noisy", size or self.config.train.batch_size)
 
