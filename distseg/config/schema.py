@@ -194,6 +194,11 @@ class MethodConfig(Section):
     estimator: Literal["forward", "reverse", "finite"] = "forward"
     granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
     """pixel | patch(k) | image. `image_reweight` always uses image."""
+    transform: Literal["clamp", "root", "sign", "flat"] = "clamp"
+    """What of the alignment U counts: U where it is above 0, as in the paper, its root, or 1 there; or 1 everywhere."""
+    label_rate: Annotated[float, Field(ge=0)] = 0.0
+    """image_reweight, pixel_reweight: how fast each label's own factor learns from the clean gradient, in units of the
+    logarithm a step; 0 for no factors (distseg/meta/label_balance.py)."""
     normalise: Literal["batch", "image"] = "batch"
     warm_up: Fraction = 0.0
     """image_reweight, pixel_reweight: the first part of the steps, with the same weight on every noisy pixel."""

@@ -9,8 +9,10 @@ from torch.func import functional_call
 
 from distseg.meta import estimators
 from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, one_process
+from distseg.meta.label_balance import LabelBalance
 from distseg.meta.placement import Placement, Whole
 from distseg.meta.weights import (
+    TRANSFORMS,
     Cells,
     Diagnostics,
     WeightMap,
@@ -48,7 +50,9 @@ class PixelReweighter:
         gradients, RNG streams and hooks on parameters are left alone. Frozen parameters are constants.
     estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
         difference, for networks with operators that have no forward-mode formula).
-    granularity, normalise, on_zero: see WeightRule.
+    granularity, normalise, on_zero, transform: see WeightRule.
+    label_rate: how fast the factors of the labels learn, see LabelBalance; 0 for none. They are the one thing that a
+        call leaves behind: `label_balance.log_factors`.
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
         clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
@@ -68,6 +72,8 @@ class PixelReweighter:
         granularity: str = "pixel",
         normalise: str = "batch",
         on_zero: str = "skip",
+        transform: str = "clamp",
+        label_rate: float = 0.0,
         virtual_lr: float = 1.0,
         initial_weight: float = 0.0,
         finite_step: float | None = None,
@@ -88,7 +94,8 @@ class PixelReweighter:
         self.model = model
         self.estimate = choices[estimator]
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
-        self.rule = WeightRule(granularity, normalise, on_zero)
+        self.rule = WeightRule(granularity, normalise, on_zero, transform)
+        self.label_balance = LabelBalance(label_rate) if label_rate else None
         self.sum_over_ranks, self.sum_over_shards = sum_over_ranks, sum_over_shards
         self.diagnostics: Diagnostics = {}
 
@@ -125,9 +132,7 @@ class PixelReweighter:
         with self.placement.saving_shards():
             gradient = self._clean_gradient(network, parameters, noisy, clean)
 
-            # U itself is needed for patches and for AUROC; else forward mode goes from logits to W⁺ in one pass.
-            in_one_pass = self.estimate is estimators.forward and true_masks is None
-            if in_one_pass and not self.rule.granularity.startswith("patch"):
+            if self._in_one_pass(true_masks):
                 cells = [
                     Cells.of_tangents(
                         *estimators.logits_along(network, parameters, gradient, images), y, self.rule.granularity
@@ -136,8 +141,8 @@ class PixelReweighter:
                 ]
             else:
                 alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
-                pairs = zip(alignments, masks, strict=True)
-                cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in pairs]
+                pairs = zip(self._scores(alignments, masks), masks, strict=True)
+                cells = [Cells.of_alignment(score, y, self.rule.granularity) for score, y in pairs]
 
         weights, self.diagnostics = weight_maps(
             cells,
@@ -151,6 +156,21 @@ class PixelReweighter:
             histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
         return weights
+
+    def _in_one_pass(self, true_masks: Sequence[Tensor] | None) -> bool:
+        """Whether forward mode may go from logits to W⁺: patches, AUROC and scores other than U need U itself."""
+        plain = self.rule.transform == "clamp" and self.label_balance is None
+        in_patches = self.rule.granularity.startswith("patch")
+        return self.estimate is estimators.forward and plain and not in_patches and true_masks is None
+
+    def _scores(self, alignments: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """What is summed over the cells and clamped: U under the rule's transform, times the factor of the label."""
+        scores = [TRANSFORMS[self.rule.transform](u) for u in alignments]
+        if self.label_balance is None:
+            return scores
+        self.label_balance.update(alignments, masks, self.sum_over_ranks)
+        factors = (self.label_balance.factors(labels) for labels in masks)
+        return [score * factor.to(score.dtype) for score, factor in zip(scores, factors, strict=True)]
 
     def _clean_gradient(
         self,

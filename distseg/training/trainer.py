@@ -120,6 +120,8 @@ class Trainer:
                 granularity=granularity,
                 normalise=config.method.normalise,
                 on_zero=config.method.on_zero,
+                transform=config.method.transform,
+                label_rate=config.method.label_rate,
                 virtual_lr=config.method.virtual_lr,
                 initial_weight=config.method.initial_weight,
                 sum_over_ranks=sum_over_ranks,

@@ -45,7 +45,13 @@ def build(drawn_data: Path):
 
         def reweighter(granularity: str) -> PixelReweighter:
             torch.manual_seed(0)
-            return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity)
+            chosen = config.method
+            return PixelReweighter(
+                nn.Conv2d(3, 1, 3, padding=1),
+                granularity=granularity,
+                transform=chosen.transform,
+                label_rate=chosen.label_rate,
+            )
 
         device = torch.device("cpu")
         method = build_method(Parts(config, noisy, clean, STEPS, open_stream, reweighter, one_process, device))
@@ -161,8 +167,17 @@ def test_meta_weight_net_weighs_by_the_loss_and_sums_to_the_mean_weight(build) -
     assert any(not torch.equal(before[k], v) for k, v in method.state_dict().items() if k in before)
 
 
-@pytest.mark.parametrize("name", ["meta_weight_net", "t_loss"])
-def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "learned"),
+    [
+        ("meta_weight_net", {}, "0.parameter"),
+        ("t_loss", {}, "0.parameter"),
+        ("pixel_reweight", {"transform": "flat", "label_rate": 0.1, "include_clean": True}, "label_log_factors"),
+    ],
+)
+def test_a_method_that_learns_goes_on_from_its_state(
+    build, tmp_path: Path, name: str, options: dict, learned: str
+) -> None:
     def steps(method: Method, numbers: range) -> None:
         for step in numbers:
             for weighted in method.draw(step, diagnose=False)[0]:
@@ -170,8 +185,8 @@ def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name
                 method.loss(logits, weighted.batch.masks, weighted.weights)
             method.finish_step(0.1)
 
-    whole, first, second = (build(name)[0] for _ in range(3))
-    initial = whole.state_dict()["0.parameter"]
+    whole, first, second = (build(name, **options)[0] for _ in range(3))
+    initial = whole.state_dict()[learned]
     steps(whole, range(4))
     steps(first, range(2))
     save_file(first.state_dict(), tmp_path / "method.safetensors")
@@ -180,7 +195,7 @@ def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name
     expected, actual = whole.state_dict(), second.state_dict()
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
-    assert not torch.equal(expected["0.parameter"], initial)
+    assert not torch.equal(expected[learned], initial)
 
 
 def test_t_loss_learns_nu_towards_the_likelihood(build) -> None:

@@ -1,5 +1,7 @@
 """Every noisy pixel counts by how well its gradient agrees with the clean gradient at the present parameters."""
 
+from torch import Tensor
+
 from distseg.data.streams import Batch, Stream
 from distseg.meta.weights import Diagnostics, joined, uniform_weights
 from distseg.training.methods.step import Method, Parts, WeightedBatch, joined_batches
@@ -38,6 +40,14 @@ class Reweighted(Method):
                 _mixed(*pair, self.clean_share) for pair in zip(weighted, self._uniform(clean), strict=True)
             ]
         return weighted, self.reweighter.diagnostics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        balance = self.reweighter.label_balance
+        return {} if balance is None else {"label_log_factors": balance.log_factors}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.reweighter.label_balance is not None:
+            self.reweighter.label_balance.log_factors = state["label_log_factors"]
 
     def _batches(self, stream: Stream, step: int) -> list[Batch]:
         return [stream.batch(step, micro) for micro in range(self.accumulation)]
