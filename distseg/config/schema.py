@@ -177,6 +177,12 @@ class ModelConfig(Section):
         return self
 
 
+_PHASES: dict[str, dict[str, float]] = {
+    "finetune": {"clean_phase": 0.3},
+    "label_reweight": {"warm_up": 0.3, "clean_phase": 0.3},
+}
+
+
 class MethodConfig(Section):
     name: Literal[
         "noisy_only",
@@ -185,6 +191,7 @@ class MethodConfig(Section):
         "finetune",
         "image_reweight",
         "pixel_reweight",
+        "label_reweight",
         "meta_weight_net",
         "generalised_cross_entropy",
         "t_loss",
@@ -194,16 +201,19 @@ class MethodConfig(Section):
     estimator: Literal["forward", "reverse", "finite"] = "forward"
     granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
     """pixel | patch(k) | image. `image_reweight` always uses image."""
-    transform: Literal["clamp", "root", "sign", "flat"] = "clamp"
-    """What of the alignment U counts: U where it is above 0, as in the paper, its root, or 1 there; or 1 everywhere."""
-    label_rate: Annotated[float, Field(ge=0)] = 0.0
-    """image_reweight, pixel_reweight: how fast each label's own factor learns from the clean gradient, in units of the
-    logarithm a step; 0 for no factors (distseg/meta/label_balance.py)."""
+    transform: Literal["clamp", "root", "sign"] = "clamp"
+    """pixel_reweight: what counts where the alignment U is above 0: U itself, as in the paper, its root, or 1."""
+    label_rate: Annotated[float, Field(gt=0)] = 0.1
+    """label_reweight: how fast the labels' factors learn, the most that the logarithm of a ratio moves in a step."""
     normalise: Literal["batch", "image"] = "batch"
     warm_up: Fraction = 0.0
-    """image_reweight, pixel_reweight: the first part of the steps, with the same weight on every noisy pixel."""
+    """The reweighted methods, of image, pixel and label: the first part of the steps, with equal weights; 0.3 of
+    label_reweight and 0 of the others, unless set."""
+    clean_phase: Fraction = 0.0
+    """finetune and the reweighted methods: the last part of the steps, spent on the clean images alone; 0.3 of finetune
+    and label_reweight, and 0 of the others, unless set."""
     include_clean: bool = False
-    """image_reweight, pixel_reweight: also learn from the clean batch, once the weights count."""
+    """The reweighted methods: also learn from the clean batch, once the weights count."""
     clean_share: Fraction = 0.5
     """include_clean: how much of the loss is the mean clean one; the rest is the weighted noisy one."""
     on_zero: Literal["skip", "uniform"] = "skip"
@@ -213,17 +223,22 @@ class MethodConfig(Section):
     initial_weight: Annotated[float, Field(ge=0)] = 0.0
     """image_reweight and pixel_reweight: the sum of the weights that the virtual step starts with, the same on every
     valid pixel of the global batch."""
-    clean_phase: Fraction | None = None
-    """finetune, image_reweight, pixel_reweight: the last part of the steps, spent on the clean images alone; 0.3 for
-    finetune, otherwise 0."""
     q: Annotated[float, Field(gt=0, le=1)] = 0.7
     """generalised_cross_entropy: between cross-entropy (towards 0) and the mean absolute error (1)."""
     weight_lr: Annotated[float, Field(gt=0)] = 1e-3
     """meta_weight_net: the rate of the net that maps losses to weights."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_of_the_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        phases = {"warm_up": 0.0, "clean_phase": 0.0} | _PHASES.get(values.get("name", ""), {})
+        return values | {name: default for name, default in phases.items() if values.get(name) is None}
+
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if self.warm_up + (self.clean_phase or 0.0) > 1:
+        if self.warm_up + self.clean_phase > 1:
             raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
         return self
 

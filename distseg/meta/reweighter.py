@@ -60,7 +60,8 @@ class PixelReweighter:
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
     placement: where the model's parameters are; by default whole, in the model itself.
 
-    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan,
+    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps; with factors of the labels
+    also label_ratio, how many times a pixel labelled 0 one labelled 1 counts. Source: Mirikharaji, Yan,
     Hamarneh, "Learning to Segment Skin Lesions from Noisy Annotations", 2019.
     """
 
@@ -155,6 +156,9 @@ class PixelReweighter:
         if true_masks is not None:
             histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
+        if self.label_balance is not None:
+            background, lesion = self.label_balance.log_factors[:2]
+            self.diagnostics["label_ratio"] = (lesion - background).exp()
         return weights
 
     def _in_one_pass(self, true_masks: Sequence[Tensor] | None) -> bool:

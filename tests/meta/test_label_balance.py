@@ -56,6 +56,7 @@ def test_weights_by_the_rule(channels: int, estimator: str, transform: str) -> N
         np.testing.assert_allclose(actual, expected / expected.sum(), rtol=tolerance, atol=tolerance * 1e-2)
         np.testing.assert_allclose(reweighter.label_balance.log_factors[:classes], a, rtol=tolerance)
         assert (reweighter.label_balance.log_factors[classes:] == 0).all()
+        assert reweighter.diagnostics["label_ratio"].item() == pytest.approx(math.exp(a[1] - a[0]), rel=1e-5)
     assert len(np.unique(a)) == classes
 
 

@@ -43,15 +43,9 @@ def build(drawn_data: Path):
             streams.append(Stream(samples, labels, name, config.data, 0, ShardSpec(), batch_size, 2, device))
             return streams[-1]
 
-        def reweighter(granularity: str) -> PixelReweighter:
+        def reweighter(granularity: str, **rule) -> PixelReweighter:
             torch.manual_seed(0)
-            chosen = config.method
-            return PixelReweighter(
-                nn.Conv2d(3, 1, 3, padding=1),
-                granularity=granularity,
-                transform=chosen.transform,
-                label_rate=chosen.label_rate,
-            )
+            return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity, **rule)
 
         device = torch.device("cpu")
         method = build_method(Parts(config, noisy, clean, STEPS, open_stream, reweighter, one_process, device))
@@ -104,7 +98,7 @@ def test_finetune_turns_to_the_clean_images_for_the_last_part(build) -> None:
     assert [set(drawn_ids(method, step)) <= clean for step in (7, 9)] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["image_reweight", "pixel_reweight"])
+@pytest.mark.parametrize("name", ["image_reweight", "pixel_reweight", "label_reweight"])
 def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: str) -> None:
     """10 steps: warm-up 0 and 1, reweighted 2 to 6, clean 7 to 9."""
     method, noisy, clean = build(name, warm_up=0.2, clean_phase=0.3, include_clean=True)
@@ -119,8 +113,15 @@ def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: st
         assert (maps.unique().numel() == 1) != weighs, step
 
 
-def test_phases_are_whole_only_if_they_fit() -> None:
-    assert MethodConfig(warm_up=0.6, clean_phase=0.4).include_clean is False
+def test_phases_have_the_length_that_suits_the_method() -> None:
+    lengths = {name: (MethodConfig(name=name).warm_up, MethodConfig(name=name).clean_phase) for name in METHODS}
+    assert {name: pair for name, pair in lengths.items() if any(pair)} == {
+        "finetune": (0, 0.3), "label_reweight": (0.3, 0.3)
+    }  # fmt: skip
+    assert MethodConfig(name="label_reweight", warm_up=0).warm_up == 0
+
+
+def test_phases_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="more than all steps"):
         MethodConfig(warm_up=0.6, clean_phase=0.5)
 
@@ -172,7 +173,7 @@ def test_meta_weight_net_weighs_by_the_loss_and_sums_to_the_mean_weight(build) -
     [
         ("meta_weight_net", {}, "0.parameter"),
         ("t_loss", {}, "0.parameter"),
-        ("pixel_reweight", {"transform": "flat", "label_rate": 0.1, "include_clean": True}, "label_log_factors"),
+        ("label_reweight", {}, "label_log_factors"),
     ],
 )
 def test_a_method_that_learns_goes_on_from_its_state(

@@ -3,24 +3,25 @@
 from torch import Tensor
 
 from distseg.data.streams import Batch, Stream
+from distseg.meta import PixelReweighter
 from distseg.meta.weights import Diagnostics, joined, uniform_weights
 from distseg.training.methods.step import Method, Parts, WeightedBatch, joined_batches
 
 
 class Reweighted(Method):
-    """W from the clean gradient, over cells of one granularity.
+    """W from the clean gradient, by one reweighter.
 
     Two phases may frame it: `warm_up`, in which every noisy pixel counts the same, and `clean_phase`, in which every
     pixel of the clean images does and the noisy ones are left alone.
     """
 
-    def __init__(self, parts: Parts, granularity: str) -> None:
+    def __init__(self, parts: Parts, reweighter: PixelReweighter) -> None:
         self.noisy, self.clean = parts.noisy_stream(), parts.clean_stream(parts.config.train.clean_batch_size)
         self.accumulation = parts.config.train.accumulation
         self.reweighted_from = round(parts.steps * parts.config.method.warm_up)
-        self.clean_from = parts.clean_from(default=0.0)
+        self.clean_from = parts.clean_from
         self.clean_share = parts.config.method.clean_share if parts.config.method.include_clean else 0.0
-        self.reweighter, self.sum_over_ranks = parts.reweighter(granularity), parts.sum_over_ranks
+        self.reweighter, self.sum_over_ranks = reweighter, parts.sum_over_ranks
 
     def draw(self, step: int, diagnose: bool) -> tuple[list[WeightedBatch], Diagnostics]:
         if step >= self.clean_from:
@@ -66,9 +67,16 @@ def _mixed(noisy: WeightedBatch, clean: WeightedBatch, clean_share: float) -> We
 
 def pixel_reweight(parts: Parts) -> Reweighted:
     """Mirikharaji et al. 2019, at the granularity of the config."""
-    return Reweighted(parts, parts.config.method.granularity)
+    method = parts.config.method
+    return Reweighted(parts, parts.reweighter(method.granularity, transform=method.transform))
 
 
 def image_reweight(parts: Parts) -> Reweighted:
     """Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning"."""
-    return Reweighted(parts, "image")
+    return Reweighted(parts, parts.reweighter("image"))
+
+
+def label_reweight(parts: Parts) -> Reweighted:
+    """One weight a label, from U of all its pixels (distseg/meta/label_balance.py), and then the clean images."""
+    rate = parts.config.method.label_rate
+    return Reweighted(parts, parts.reweighter("pixel", transform="flat", label_rate=rate))

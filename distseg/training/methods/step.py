@@ -1,6 +1,6 @@
 """What a method is to the trainer, and what it is built from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class Method:
         """The inverse of `state_dict`."""
 
 
+class BuildReweighter(Protocol):
+    def __call__(self, granularity: str, transform: str = ..., label_rate: float = ...) -> PixelReweighter: ...
+
+
 class OpenStream(Protocol):
     def __call__(self, name: str, samples: Sequence[Sample], labels: str, batch_size: int) -> Stream: ...
 
@@ -59,15 +63,14 @@ class Parts:
     clean: Sequence[Sample]
     steps: int
     open_stream: OpenStream
-    reweighter: Callable[[str], PixelReweighter]
-    """Takes a granularity."""
+    reweighter: BuildReweighter
     sum_over_ranks: SumOverRanks
     device: torch.device
 
-    def clean_from(self, default: float) -> int:
-        """The step that the clean phase starts with; it is `default` of the steps where the config says nothing."""
-        phase = self.config.method.clean_phase
-        return round(self.steps * (1 - (default if phase is None else phase)))
+    @property
+    def clean_from(self) -> int:
+        """The step that the clean phase starts with."""
+        return round(self.steps * (1 - self.config.method.clean_phase))
 
     def noisy_stream(self, size: int | None = None) -> Stream:
         return self.open_stream("noisy", self.noisy, "noisy", size or self.config.train.batch_size)

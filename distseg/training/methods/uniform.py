@@ -44,5 +44,5 @@ def union(parts: Parts) -> Uniform:
 
 def finetune(parts: Parts) -> Uniform:
     first, then = parts.noisy_stream(), parts.clean_stream(parts.config.train.batch_size)
-    switch = parts.clean_from(default=0.3)
+    switch = parts.clean_from
     return Uniform(parts, lambda step: [first] if step < switch else [then])
