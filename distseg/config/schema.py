@@ -180,6 +180,7 @@ class ModelConfig(Section):
 _PHASES: dict[str, dict[str, float]] = {
     "finetune": {"clean_phase": 0.3},
     "label_reweight": {"warm_up": 0.3, "clean_phase": 0.3},
+    "label_correction": {"warm_up": 0.3},
 }
 
 
@@ -192,6 +193,7 @@ class MethodConfig(Section):
         "image_reweight",
         "pixel_reweight",
         "label_reweight",
+        "label_correction",
         "meta_weight_net",
         "generalised_cross_entropy",
         "t_loss",
@@ -207,15 +209,15 @@ class MethodConfig(Section):
     """label_reweight: how fast the labels' factors learn, the most that the logarithm of a ratio moves in a step."""
     normalise: Literal["batch", "image"] = "batch"
     warm_up: Fraction = 0.0
-    """The reweighted methods, of image, pixel and label: the first part of the steps, with equal weights; 0.3 of
-    label_reweight and 0 of the others, unless set."""
+    """The reweighted methods, of image, pixel and label, and label_correction: the first part of the steps, with equal
+    weights on the noisy pixels; 0.3 of label_reweight and label_correction and 0 of the others, unless set."""
     clean_phase: Fraction = 0.0
-    """finetune and the reweighted methods: the last part of the steps, spent on the clean images alone; 0.3 of finetune
-    and label_reweight, and 0 of the others, unless set."""
+    """finetune, the reweighted methods and label_correction: the last part of the steps, spent on the clean images
+    alone; 0.3 of finetune and label_reweight and 0 of the others, unless set."""
     include_clean: bool = False
     """The reweighted methods: also learn from the clean batch, once the weights count."""
     clean_share: Fraction = 0.5
-    """include_clean: how much of the loss is the mean clean one; the rest is the weighted noisy one."""
+    """include_clean, and label_correction: how much of the loss is the mean clean one; the rest is the noisy one."""
     on_zero: Literal["skip", "uniform"] = "skip"
     virtual_lr: Annotated[float, Field(gt=0)] = 0.1
     """α, the size of the virtual SGD step that weights are derived through; it does not matter where the step starts at

@@ -14,6 +14,7 @@ from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
+from distseg.ops import weighted_loss
 from distseg.training.methods import METHODS, Method, Parts, WeightedBatch, build_method
 from distseg.training.methods.learned import Learned
 
@@ -116,9 +117,39 @@ def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: st
 def test_phases_have_the_length_that_suits_the_method() -> None:
     lengths = {name: (MethodConfig(name=name).warm_up, MethodConfig(name=name).clean_phase) for name in METHODS}
     assert {name: pair for name, pair in lengths.items() if any(pair)} == {
-        "finetune": (0, 0.3), "label_reweight": (0.3, 0.3)
+        "finetune": (0, 0.3), "label_reweight": (0.3, 0.3), "label_correction": (0.3, 0)
     }  # fmt: skip
     assert MethodConfig(name="label_reweight", warm_up=0).warm_up == 0
+
+
+def test_label_correction_learns_from_what_it_has_corrected_and_from_the_clean_labels_as_they_are(build) -> None:
+    """To a network that is sure of lesion everywhere drawn background means nothing: all of it becomes lesion."""
+    method, noisy, clean = build("label_correction", warm_up=0.2, clean_phase=0.1, clean_share=0.4)
+    for step in range(STEPS):
+        batches, diagnostics = method.draw(step, diagnose=True)
+        ids = {i for b in batches for i in b.batch.ids}
+        assert (bool(ids & noisy), bool(ids & clean)) == (step < 9, step >= 2)
+        assert sum(full(b).sum().item() for b in batches) == pytest.approx(1, abs=1e-5)
+        drawn_wrong = left_wrong = count = 0
+        for weighted in batches:
+            masks, truth = weighted.batch.masks, weighted.batch.true_masks
+            logits = torch.full((len(masks), 1, 16, 16), 3.0)
+            labels = masks.clone()
+            if 2 <= step < 9:
+                assert full(weighted)[4:].sum() / full(weighted).sum() == pytest.approx(0.4, abs=1e-5)
+                labels[:4] = 1
+            expected = weighted_loss(logits, labels, *weighted.weights)
+            torch.testing.assert_close(method.loss(logits, masks, weighted.weights), expected)
+            if step < 9:
+                drawn_wrong += (masks != truth)[:4].sum().item()
+                left_wrong += (labels != truth)[:4].sum().item()
+                count += masks[:4].numel()
+        method.finish_step(0.1)
+        if step < 9:
+            assert diagnostics["noise_rate"].item() == pytest.approx(drawn_wrong / count)
+            assert diagnostics["corrected_noise_rate"].item() == pytest.approx(left_wrong / count)
+        else:
+            assert diagnostics == {}
 
 
 def test_phases_that_do_not_fit_are_refused() -> None:
@@ -174,6 +205,7 @@ def test_meta_weight_net_weighs_by_the_loss_and_sums_to_the_mean_weight(build) -
         ("meta_weight_net", {}, "0.parameter"),
         ("t_loss", {}, "0.parameter"),
         ("label_reweight", {}, "label_log_factors"),
+        ("label_correction", {"warm_up": 0.1}, "counts"),
     ],
 )
 def test_a_method_that_learns_goes_on_from_its_state(
@@ -187,7 +219,7 @@ def test_a_method_that_learns_goes_on_from_its_state(
             method.finish_step(0.1)
 
     whole, first, second = (build(name, **options)[0] for _ in range(3))
-    initial = whole.state_dict()[learned]
+    initial = whole.state_dict().get(learned)
     steps(whole, range(4))
     steps(first, range(2))
     save_file(first.state_dict(), tmp_path / "method.safetensors")
@@ -196,7 +228,7 @@ def test_a_method_that_learns_goes_on_from_its_state(
     expected, actual = whole.state_dict(), second.state_dict()
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
-    assert not torch.equal(expected[learned], initial)
+    assert initial is None or not torch.equal(expected[learned], initial)
 
 
 def test_t_loss_learns_nu_towards_the_likelihood(build) -> None:

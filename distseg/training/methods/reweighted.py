@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from distseg.data.streams import Batch, Stream
 from distseg.meta import PixelReweighter
-from distseg.meta.weights import Diagnostics, joined, uniform_weights
-from distseg.training.methods.step import Method, Parts, WeightedBatch, joined_batches
+from distseg.meta.weights import Diagnostics
+from distseg.training.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
 
 
 class Reweighted(Method):
@@ -18,18 +17,18 @@ class Reweighted(Method):
     def __init__(self, parts: Parts, reweighter: PixelReweighter) -> None:
         self.noisy, self.clean = parts.noisy_stream(), parts.clean_stream(parts.config.train.clean_batch_size)
         self.accumulation = parts.config.train.accumulation
-        self.reweighted_from = round(parts.steps * parts.config.method.warm_up)
+        self.reweighted_from = parts.warm_until
         self.clean_from = parts.clean_from
         self.clean_share = parts.config.method.clean_share if parts.config.method.include_clean else 0.0
         self.reweighter, self.sum_over_ranks = reweighter, parts.sum_over_ranks
 
     def draw(self, step: int, diagnose: bool) -> tuple[list[WeightedBatch], Diagnostics]:
         if step >= self.clean_from:
-            return self._uniform(self._batches(self.clean, step)), {}
-        noisy = self._batches(self.noisy, step)
+            return evenly_weighted(batches_of(self.clean, step, self.accumulation), self.sum_over_ranks), {}
+        noisy = batches_of(self.noisy, step, self.accumulation)
         if step < self.reweighted_from:
-            return self._uniform(noisy), {}
-        clean = self._batches(self.clean, step)
+            return evenly_weighted(noisy, self.sum_over_ranks), {}
+        clean = batches_of(self.clean, step, self.accumulation)
         weights = self.reweighter.weigh(
             [(b.images, b.masks) for b in noisy],
             [(b.images, b.masks) for b in clean],
@@ -37,9 +36,8 @@ class Reweighted(Method):
         )
         weighted = [WeightedBatch(b, w) for b, w in zip(noisy, weights, strict=True)]
         if self.clean_share:
-            weighted = [
-                _mixed(*pair, self.clean_share) for pair in zip(weighted, self._uniform(clean), strict=True)
-            ]
+            evenly = evenly_weighted(clean, self.sum_over_ranks)
+            weighted = [mixed(*pair, self.clean_share) for pair in zip(weighted, evenly, strict=True)]
         return weighted, self.reweighter.diagnostics
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -49,20 +47,6 @@ class Reweighted(Method):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if self.reweighter.label_balance is not None:
             self.reweighter.label_balance.log_factors = state["label_log_factors"]
-
-    def _batches(self, stream: Stream, step: int) -> list[Batch]:
-        return [stream.batch(step, micro) for micro in range(self.accumulation)]
-
-    def _uniform(self, batches: list[Batch]) -> list[WeightedBatch]:
-        weights = uniform_weights([b.masks for b in batches], self.sum_over_ranks, batches[0].images.dtype)
-        return [WeightedBatch(b, w) for b, w in zip(batches, weights, strict=True)]
-
-
-def _mixed(noisy: WeightedBatch, clean: WeightedBatch, clean_share: float) -> WeightedBatch:
-    """Both as one micro-batch, of which the clean images have `clean_share` of the weight."""
-    maps = [noisy.weights.times(1 - clean_share), clean.weights.times(clean_share)]
-    weights = joined(maps, [noisy.batch.masks, clean.batch.masks])
-    return WeightedBatch(joined_batches([noisy.batch, clean.batch]), weights)
 
 
 def pixel_reweight(parts: Parts) -> Reweighted:
