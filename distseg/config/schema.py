@@ -179,7 +179,6 @@ class ModelConfig(Section):
 
 _PHASES: dict[str, dict[str, float]] = {
     "finetune": {"clean_phase": 0.3},
-    "label_reweight": {"warm_up": 0.3, "clean_phase": 0.3},
     "label_correction": {"warm_up": 0.3},
 }
 
@@ -192,7 +191,6 @@ class MethodConfig(Section):
         "finetune",
         "image_reweight",
         "pixel_reweight",
-        "label_reweight",
         "label_correction",
         "meta_weight_net",
         "generalised_cross_entropy",
@@ -205,17 +203,15 @@ class MethodConfig(Section):
     """pixel | patch(k) | image. `image_reweight` always uses image."""
     transform: Literal["clamp", "root", "sign"] = "clamp"
     """pixel_reweight: what counts where the alignment U is above 0: U itself, as in the paper, its root, or 1."""
-    label_rate: Annotated[float, Field(gt=0)] = 0.1
-    """label_reweight: how fast the labels' factors learn, the most that the logarithm of a ratio moves in a step."""
     normalise: Literal["batch", "image"] = "batch"
     warm_up: Fraction = 0.0
-    """The reweighted methods, of image, pixel and label, and label_correction: the first part of the steps, with equal
-    weights on the noisy pixels; 0.3 of label_reweight and label_correction and 0 of the others, unless set."""
+    """image_reweight, pixel_reweight, label_correction: the first part of the steps, spent on the noisy images as they
+    are, with equal weights; 0.3 of label_correction and 0 of the others, unless set."""
     clean_phase: Fraction = 0.0
-    """finetune, the reweighted methods and label_correction: the last part of the steps, spent on the clean images
-    alone; 0.3 of finetune and label_reweight and 0 of the others, unless set."""
+    """These three and finetune: the last part of the steps, spent on the clean images alone; 0.3 of finetune and 0 of
+    the others, unless set."""
     include_clean: bool = False
-    """The reweighted methods: also learn from the clean batch, once the weights count."""
+    """image_reweight, pixel_reweight: between warm-up and clean phase, also learn from the clean batch."""
     clean_share: Fraction = 0.5
     """include_clean, and label_correction: how much of the loss is the mean clean one; the rest is the noisy one."""
     on_zero: Literal["skip", "uniform"] = "skip"

@@ -9,7 +9,6 @@ from torch.func import functional_call
 
 from distseg.meta import estimators
 from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, one_process
-from distseg.meta.label_balance import LabelBalance
 from distseg.meta.placement import Placement, Whole
 from distseg.meta.weights import (
     TRANSFORMS,
@@ -51,8 +50,6 @@ class PixelReweighter:
     estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
         difference, for networks with operators that have no forward-mode formula).
     granularity, normalise, on_zero, transform: see WeightRule.
-    label_rate: how fast the factors of the labels learn, see LabelBalance; 0 for none. They are the one thing that a
-        call leaves behind: `label_balance.log_factors`.
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
         clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
@@ -60,8 +57,7 @@ class PixelReweighter:
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
     placement: where the model's parameters are; by default whole, in the model itself.
 
-    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps; with factors of the labels
-    also label_ratio, how many times a pixel labelled 0 one labelled 1 counts. Source: Mirikharaji, Yan,
+    After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan,
     Hamarneh, "Learning to Segment Skin Lesions from Noisy Annotations", 2019.
     """
 
@@ -74,7 +70,6 @@ class PixelReweighter:
         normalise: str = "batch",
         on_zero: str = "skip",
         transform: str = "clamp",
-        label_rate: float = 0.0,
         virtual_lr: float = 1.0,
         initial_weight: float = 0.0,
         finite_step: float | None = None,
@@ -96,7 +91,6 @@ class PixelReweighter:
         self.estimate = choices[estimator]
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
         self.rule = WeightRule(granularity, normalise, on_zero, transform)
-        self.label_balance = LabelBalance(label_rate) if label_rate else None
         self.sum_over_ranks, self.sum_over_shards = sum_over_ranks, sum_over_shards
         self.diagnostics: Diagnostics = {}
 
@@ -133,7 +127,10 @@ class PixelReweighter:
         with self.placement.saving_shards():
             gradient = self._clean_gradient(network, parameters, noisy, clean)
 
-            if self._in_one_pass(true_masks):
+            # U itself is needed for patches, for AUROC and for its transforms; else forward mode goes from logits to W⁺
+            # in one pass.
+            in_one_pass = self.estimate is estimators.forward and true_masks is None and self.rule.transform == "clamp"
+            if in_one_pass and not self.rule.granularity.startswith("patch"):
                 cells = [
                     Cells.of_tangents(
                         *estimators.logits_along(network, parameters, gradient, images), y, self.rule.granularity
@@ -142,8 +139,9 @@ class PixelReweighter:
                 ]
             else:
                 alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
-                pairs = zip(self._scores(alignments, masks), masks, strict=True)
-                cells = [Cells.of_alignment(score, y, self.rule.granularity) for score, y in pairs]
+                transform = TRANSFORMS[self.rule.transform]
+                pairs = zip(alignments, masks, strict=True)
+                cells = [Cells.of_alignment(transform(u), y, self.rule.granularity) for u, y in pairs]
 
         weights, self.diagnostics = weight_maps(
             cells,
@@ -156,25 +154,7 @@ class PixelReweighter:
         if true_masks is not None:
             histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
-        if self.label_balance is not None:
-            background, lesion = self.label_balance.log_factors[:2]
-            self.diagnostics["label_ratio"] = (lesion - background).exp()
         return weights
-
-    def _in_one_pass(self, true_masks: Sequence[Tensor] | None) -> bool:
-        """Whether forward mode may go from logits to W⁺: patches, AUROC and scores other than U need U itself."""
-        plain = self.rule.transform == "clamp" and self.label_balance is None
-        in_patches = self.rule.granularity.startswith("patch")
-        return self.estimate is estimators.forward and plain and not in_patches and true_masks is None
-
-    def _scores(self, alignments: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """What is summed over the cells and clamped: U under the rule's transform, times the factor of the label."""
-        scores = [TRANSFORMS[self.rule.transform](u) for u in alignments]
-        if self.label_balance is None:
-            return scores
-        self.label_balance.update(alignments, masks, self.sum_over_ranks)
-        factors = (self.label_balance.factors(labels) for labels in masks)
-        return [score * factor.to(score.dtype) for score, factor in zip(scores, factors, strict=True)]
 
     def _clean_gradient(
         self,

@@ -20,7 +20,6 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp": lambda u: u,
     "root": lambda u: u.sign() * u.abs().sqrt(),
     "sign": torch.sign,
-    "flat": torch.ones_like,
 }
 """What of U is summed over the cells; the clamp at 0 comes after."""
 
@@ -29,8 +28,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 class WeightRule:
     """How U becomes W. Raises ValueError for a word that it does not know.
 
-    transform: what of U counts: `clamp`, U itself; `root`, its square root; `sign`, 1 wherever it is above 0; `flat`,
-    1 at every pixel, so that nothing but the factors of the labels tells them apart.
+    transform: what of U counts: `clamp`, U itself; `root`, its square root; or `sign`, 1 wherever it is above 0.
     granularity: `pixel` (Mirikharaji et al. 2019), `patch(k)`, or `image` (Ren et al. 2018).
     normalise: `batch`, the whole global batch sums to 1; or `image`, each image sums to 1/B.
     on_zero: where nothing is left to normalise, `skip` gives weight 0 (the step then carries no data gradient) and

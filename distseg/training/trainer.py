@@ -113,7 +113,7 @@ class Trainer:
         self.engine = build_engine(self.model, optimizer, config)
         placement = sharded_parameters(shadow) if config.deepspeed.zero_stage == 3 else None
 
-        def reweighter(granularity: str, transform: str = "clamp", label_rate: float = 0.0) -> PixelReweighter:
+        def reweighter(granularity: str, transform: str = "clamp") -> PixelReweighter:
             return PixelReweighter(
                 shadow,
                 estimator=config.method.estimator,
@@ -121,7 +121,6 @@ class Trainer:
                 normalise=config.method.normalise,
                 on_zero=config.method.on_zero,
                 transform=transform,
-                label_rate=label_rate,
                 virtual_lr=config.method.virtual_lr,
                 initial_weight=config.method.initial_weight,
                 sum_over_ranks=sum_over_ranks,

@@ -6,7 +6,6 @@ from torch import nn
 from distseg.config.schema import Config, MethodConfig, TrainConfig
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
-from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
 from distseg.meta.placement import Whole
 from distseg.meta.reweighter import stateless
@@ -99,29 +98,3 @@ def test_two_ranks_learn_what_one_learns() -> None:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-10, atol=1e-15)
     assert expected["t_loss.0.parameter"].item() != 0
-
-
-def balance(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
-    """The factors of the labels after three steps, and this rank's weights in the last of them."""
-    torch.manual_seed(0)
-    model = nn.Conv2d(3, 1, 3, padding=1).double()
-    reweighter = PixelReweighter(model, transform="flat", label_rate=0.3, sum_over_ranks=total)
-    share = slice(rank, None, world_size)
-    for step in range(3):
-        noisy, clean = ([tensor[share] for tensor in batch(seed, 4)] for seed in (step, 10 + step))
-        weights = reweighter(*noisy, *clean)
-    return {"log_factors": reweighter.label_balance.log_factors, "weights": weights}
-
-
-def balance_on_a_rank(runtime) -> dict[str, torch.Tensor]:
-    return balance(runtime.shard.rank, runtime.shard.world_size, sum_over_ranks)
-
-
-def test_two_ranks_balance_the_labels_as_one_does() -> None:
-    expected = balance(0, 1, one_process)
-    ranks = run_ranks(balance_on_a_rank, 2)
-    assert torch.equal(ranks[0]["log_factors"], ranks[1]["log_factors"])
-    torch.testing.assert_close(ranks[0]["log_factors"], expected["log_factors"], rtol=1e-10, atol=0)
-    for rank, part in enumerate(ranks):
-        torch.testing.assert_close(part["weights"], expected["weights"][rank::2], rtol=1e-10, atol=1e-15)
-    assert expected["log_factors"].abs().max() > 0.01

@@ -99,7 +99,7 @@ def test_finetune_turns_to_the_clean_images_for_the_last_part(build) -> None:
     assert [set(drawn_ids(method, step)) <= clean for step in (7, 9)] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["image_reweight", "pixel_reweight", "label_reweight"])
+@pytest.mark.parametrize("name", ["image_reweight", "pixel_reweight"])
 def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: str) -> None:
     """10 steps: warm-up 0 and 1, reweighted 2 to 6, clean 7 to 9."""
     method, noisy, clean = build(name, warm_up=0.2, clean_phase=0.3, include_clean=True)
@@ -117,9 +117,9 @@ def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: st
 def test_phases_have_the_length_that_suits_the_method() -> None:
     lengths = {name: (MethodConfig(name=name).warm_up, MethodConfig(name=name).clean_phase) for name in METHODS}
     assert {name: pair for name, pair in lengths.items() if any(pair)} == {
-        "finetune": (0, 0.3), "label_reweight": (0.3, 0.3), "label_correction": (0.3, 0)
+        "finetune": (0, 0.3), "label_correction": (0.3, 0)
     }  # fmt: skip
-    assert MethodConfig(name="label_reweight", warm_up=0).warm_up == 0
+    assert MethodConfig(name="label_correction", warm_up=0).warm_up == 0
 
 
 def test_label_correction_learns_from_what_it_has_corrected_and_from_the_clean_labels_as_they_are(build) -> None:
@@ -204,7 +204,6 @@ def test_meta_weight_net_weighs_by_the_loss_and_sums_to_the_mean_weight(build) -
     [
         ("meta_weight_net", {}, "0.parameter"),
         ("t_loss", {}, "0.parameter"),
-        ("label_reweight", {}, "label_log_factors"),
         ("label_correction", {"warm_up": 0.1}, "counts"),
     ],
 )

@@ -10,7 +10,6 @@ and, for the robust losses, in ℓ. `draw(step)` yields this rank's micro-batche
     oracle                     every training image, true masks      W uniform
     image_reweight             noisy stream                          W from the clean gradient, per image (Ren 2018)
     pixel_reweight             noisy stream                          W from the clean gradient (Mirikharaji 2019)
-    label_reweight             noisy, then clean (clean_phase)       W from the clean gradient, one weight a label
     label_correction           noisy, then noisy and clean           W uniform, wrong labels corrected
     meta_weight_net            noisy stream                          W learned, from the pixel's loss (Shu 2019)
     generalised_cross_entropy  noisy stream                          W uniform, ℓ bounded (Zhang and Sabuncu 2018)
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from distseg.training.methods.generalised_cross_entropy import GeneralisedCrossEntropy
 from distseg.training.methods.label_correction import LabelCorrection
 from distseg.training.methods.meta_weight_net import MetaWeightNet
-from distseg.training.methods.reweighted import image_reweight, label_reweight, pixel_reweight
+from distseg.training.methods.reweighted import image_reweight, pixel_reweight
 from distseg.training.methods.step import Method, Parts, WeightedBatch
 from distseg.training.methods.t_loss import TLoss
 from distseg.training.methods.uniform import clean_only, finetune, noisy_only, oracle, union
@@ -34,7 +33,6 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
     "finetune": finetune,
     "image_reweight": image_reweight,
     "pixel_reweight": pixel_reweight,
-    "label_reweight": label_reweight,
     "label_correction": LabelCorrection,
     "meta_weight_net": MetaWeightNet,
     "generalised_cross_entropy": GeneralisedCrossEntropy,

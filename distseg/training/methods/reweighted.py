@@ -1,7 +1,5 @@
 """Every noisy pixel counts by how well its gradient agrees with the clean gradient at the present parameters."""
 
-from torch import Tensor
-
 from distseg.meta import PixelReweighter
 from distseg.meta.weights import Diagnostics
 from distseg.training.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
@@ -40,14 +38,6 @@ class Reweighted(Method):
             weighted = [mixed(*pair, self.clean_share) for pair in zip(weighted, evenly, strict=True)]
         return weighted, self.reweighter.diagnostics
 
-    def state_dict(self) -> dict[str, Tensor]:
-        balance = self.reweighter.label_balance
-        return {} if balance is None else {"label_log_factors": balance.log_factors}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.reweighter.label_balance is not None:
-            self.reweighter.label_balance.log_factors = state["label_log_factors"]
-
 
 def pixel_reweight(parts: Parts) -> Reweighted:
     """Mirikharaji et al. 2019, at the granularity of the config."""
@@ -58,9 +48,3 @@ def pixel_reweight(parts: Parts) -> Reweighted:
 def image_reweight(parts: Parts) -> Reweighted:
     """Ren et al. 2018, "Learning to Reweight Examples for Robust Deep Learning"."""
     return Reweighted(parts, parts.reweighter("image"))
-
-
-def label_reweight(parts: Parts) -> Reweighted:
-    """One weight a label, from U of all its pixels (distseg/meta/label_balance.py), and then the clean images."""
-    rate = parts.config.method.label_rate
-    return Reweighted(parts, parts.reweighter("pixel", transform="flat", label_rate=rate))

@@ -47,7 +47,7 @@ class Method:
 
 
 class BuildReweighter(Protocol):
-    def __call__(self, granularity: str, transform: str = ..., label_rate: float = ...) -> PixelReweighter: ...
+    def __call__(self, granularity: str, transform: str = ...) -> PixelReweighter: ...
 
 
 class OpenStream(Protocol):
