@@ -179,7 +179,7 @@ class ModelConfig(Section):
 
 _PHASES: dict[str, dict[str, float]] = {
     "finetune": {"clean_phase": 0.3},
-    "label_correction": {"warm_up": 0.3},
+    "label_correction": {"warm_up": 0.3, "clean_phase": 0.2},
 }
 
 
@@ -208,8 +208,8 @@ class MethodConfig(Section):
     """image_reweight, pixel_reweight, label_correction: the first part of the steps, spent on the noisy images as they
     are, with equal weights; 0.3 of label_correction and 0 of the others, unless set."""
     clean_phase: Fraction = 0.0
-    """These three and finetune: the last part of the steps, spent on the clean images alone; 0.3 of finetune and 0 of
-    the others, unless set."""
+    """These three and finetune: the last part of the steps, spent on the clean images alone; 0.3 of finetune, 0.2 of
+    label_correction and 0 of the others, unless set."""
     include_clean: bool = False
     """image_reweight, pixel_reweight: between warm-up and clean phase, also learn from the clean batch."""
     clean_share: Fraction = 0.5

@@ -10,7 +10,7 @@ and, for the robust losses, in ℓ. `draw(step)` yields this rank's micro-batche
     oracle                     every training image, true masks      W uniform
     image_reweight             noisy stream                          W from the clean gradient, per image (Ren 2018)
     pixel_reweight             noisy stream                          W from the clean gradient (Mirikharaji 2019)
-    label_correction           noisy, then noisy and clean           W uniform, wrong labels corrected
+    label_correction           noisy, both, then clean               W uniform, wrong labels corrected
     meta_weight_net            noisy stream                          W learned, from the pixel's loss (Shu 2019)
     generalised_cross_entropy  noisy stream                          W uniform, ℓ bounded (Zhang and Sabuncu 2018)
     t_loss                     noisy stream                          W uniform, ℓ of heavy tails (Gonzalez-Jimenez 2023)

@@ -1,4 +1,4 @@
-"""Noisy images first, then noisy images with corrected labels beside the clean ones, whose labels stay.
+"""Noisy images first, then noisy images with corrected labels beside the clean ones, and clean images alone last.
 
 What is learned besides the network is how annotators err (distseg/meta/correction.py): counts over the last steps, from
 the logits that the loss needs anyway. A step costs as much as an unweighted one of as many images.
