@@ -2,6 +2,8 @@
 
     python launch/prepare.py --config configs/isic2017.yaml data.root=PATH [section.key=value …]
         [--report FOLDER]    report.txt, report.csv and report.json: every bad file and its reason
+        [--noisy-masks FOLDER]    the noisy stream's masks as training draws them, PNG, with manifest.csv (kind,
+                             parameters, seed, wrong-pixel rate) and contact_sheet.png
         [--cache FOLDER]     the images and masks at data.image_size, for data.cache=FOLDER; a stopped run is taken up
         [--threads N]        all cores by default
 
@@ -18,11 +20,15 @@ from pathlib import Path
 from distseg.config import Config, load_config
 from distseg.data.cache import write_cache
 from distseg.data.checks import check_splits, find_bad_files, problems_table
-from distseg.data.manifest import SPLITS, Problem, Sample, survey
+from distseg.data.decode import read_image, read_mask
+from distseg.data.manifest import SPLITS, Problem, Sample, split_clean, survey
+from distseg.data.noise import write_noisy_masks
 from distseg.errors import UserError
+from distseg.evaluation.report import contact_sheet, save_png
 from distseg.files import write_atomically
 
 SHOWN = 20
+SHOWN_MASKS = 6
 
 
 def main() -> int:
@@ -55,7 +61,29 @@ def prepare(config: Config, arguments: argparse.Namespace) -> int:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
         size = config.data.image_size
         print(f"{arguments.cache}: {len(good)} samples at {size}², {written} shards written, {kept} kept")
+    if arguments.noisy_masks:
+        draw_noisy_masks(config, good, arguments.noisy_masks)
     return 0
+
+
+def draw_noisy_masks(config: Config, good: list[Sample], folder: Path) -> None:
+    """What `data.noise` makes of the training images that are not clean ones, to be looked at and shared."""
+    noise = config.data.noise
+    if noise.kind == "none":
+        raise UserError(f"--noisy-masks {folder}: data.noise.kind none draws nothing; set data.noise.kind=polygon")
+    _, samples = split_clean([s for s in good if s.split == "train"], config.data.clean_count, config.seed)
+    try:
+        samples, rate = write_noisy_masks(samples, noise, folder)
+        shown = samples[:SHOWN_MASKS]
+        sheet = contact_sheet(
+            [read_image(sample.image) for sample in shown],
+            [read_mask(sample.mask) for sample in shown],
+            {noise.level: [read_mask(sample.noisy_mask) for sample in shown]},
+        )
+        save_png(sheet, folder / "contact_sheet.png")
+    except OSError as error:
+        raise UserError(f"--noisy-masks {folder}: cannot be written: {error.strerror}") from None
+    print(f"{folder}: {len(samples)} masks of {noise.level}, {rate:.1%} of their pixels wrong")
 
 
 def summary(good: list[Sample], problems: list[Problem]) -> list[str]:
@@ -84,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML file of configs/")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where to write the report")
+    parser.add_argument("--noisy-masks", type=Path, metavar="FOLDER", help="where to write them, with a contact sheet")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where to write the decoded images and masks")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding at once")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

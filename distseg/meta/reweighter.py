@@ -11,6 +11,7 @@ from distseg.meta import estimators
 from distseg.meta.estimators import BeginSum, LabelledImages, Network, Parameters, SumOverRanks, one_process
 from distseg.meta.placement import Placement, Whole
 from distseg.meta.weights import (
+    TRANSFORMS,
     Cells,
     Diagnostics,
     WeightMap,
@@ -48,7 +49,7 @@ class PixelReweighter:
         gradients, RNG streams and hooks on parameters are left alone. Frozen parameters are constants.
     estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
         difference, for networks with operators that have no forward-mode formula).
-    granularity, normalise, on_zero: see WeightRule.
+    granularity, normalise, on_zero, transform: see WeightRule.
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
         clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
@@ -70,6 +71,7 @@ class PixelReweighter:
         granularity: str = "pixel",
         normalise: str = "batch",
         on_zero: str = "skip",
+        transform: str = "clamp",
         virtual_lr: float = 1.0,
         initial_weight: float = 0.0,
         finite_step: float | None = None,
@@ -91,7 +93,7 @@ class PixelReweighter:
         self.model = model
         self.estimate = choices[estimator]
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
-        self.rule = WeightRule(granularity, normalise, on_zero)
+        self.rule = WeightRule(granularity, normalise, on_zero, transform)
         self.sum_over_ranks, self.begin_sum, self.sum_over_shards = sum_over_ranks, begin_sum, sum_over_shards
         self.diagnostics: Diagnostics = {}
 
@@ -128,8 +130,9 @@ class PixelReweighter:
         with self.placement.saving_shards():
             gradient = self._clean_gradient(network, parameters, noisy, clean)
 
-            # U itself is needed for patches and for AUROC; else forward mode goes from logits to W⁺ in one pass.
-            in_one_pass = self.estimate is estimators.forward and true_masks is None
+            # U itself is needed for patches, for AUROC and for its transforms; else forward mode goes from logits to W⁺
+            # in one pass.
+            in_one_pass = self.estimate is estimators.forward and true_masks is None and self.rule.transform == "clamp"
             if in_one_pass and not self.rule.granularity.startswith("patch"):
                 cells = [
                     Cells.of_tangents(
@@ -139,8 +142,9 @@ class PixelReweighter:
                 ]
             else:
                 alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
+                transform = TRANSFORMS[self.rule.transform]
                 pairs = zip(alignments, masks, strict=True)
-                cells = [Cells.of_alignment(u, y, self.rule.granularity) for u, y in pairs]
+                cells = [Cells.of_alignment(transform(u), y, self.rule.granularity) for u, y in pairs]
 
         weights, self.diagnostics = weight_maps(
             cells,

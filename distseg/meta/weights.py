@@ -1,7 +1,7 @@
 """From alignment maps to weight maps: sum over cells, clamp, normalise over the global batch; and their diagnostics."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +16,19 @@ GRADIENT_FLOOR = 1e-12
 
 Diagnostics = dict[str, Tensor]
 
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda u: u,
+    "root": lambda u: u.sign() * u.abs().sqrt(),
+    "sign": torch.sign,
+}
+"""What of U is summed over the cells; the clamp at 0 comes after."""
+
 
 @dataclass(frozen=True)
 class WeightRule:
     """How U becomes W. Raises ValueError for a word that it does not know.
 
+    transform: what of U counts: `clamp`, U itself; `root`, its square root; or `sign`, 1 wherever it is above 0.
     granularity: `pixel` (Mirikharaji et al. 2019), `patch(k)`, or `image` (Ren et al. 2018).
     normalise: `batch`, the whole global batch sums to 1; or `image`, each image sums to 1/B.
     on_zero: where nothing is left to normalise, `skip` gives weight 0 (the step then carries no data gradient) and
@@ -30,6 +38,7 @@ class WeightRule:
     granularity: str = "pixel"
     normalise: str = "batch"
     on_zero: str = "skip"
+    transform: str = "clamp"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"pixel|image|patch\([1-9][0-9]*\)", self.granularity):
@@ -38,6 +47,8 @@ class WeightRule:
             raise ValueError(f"normalise {self.normalise!r}: batch or image")
         if self.on_zero not in ("skip", "uniform"):
             raise ValueError(f"on_zero {self.on_zero!r}: skip or uniform")
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"transform {self.transform!r}: {', '.join(TRANSFORMS)}")
 
 
 class WeightMap(NamedTuple):

@@ -114,13 +114,14 @@ class Trainer:
         self.engine = build_engine(self.model, optimizer, config)
         placement = sharded_parameters(shadow) if config.deepspeed.zero_stage == 3 else None
 
-        def reweighter(granularity: str) -> PixelReweighter:
+        def reweighter(granularity: str, transform: str = "clamp") -> PixelReweighter:
             return PixelReweighter(
                 shadow,
                 estimator=config.method.estimator,
                 granularity=granularity,
                 normalise=config.method.normalise,
                 on_zero=config.method.on_zero,
+                transform=transform,
                 virtual_lr=config.method.virtual_lr,
                 initial_weight=config.method.initial_weight,
                 sum_over_ranks=sum_over_ranks,

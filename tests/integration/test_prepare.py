@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,35 @@ def test_training_from_the_cache_without_the_bad_file(config: Path, drawn_data: 
         losses[name] = [record["train/loss"] for record in records if "train/loss" in record]
     assert len(losses["cached"]) == 4
     assert losses["cached"] == losses["originals"]
+
+
+def test_noisy_masks_are_those_of_training_with_a_manifest_and_a_contact_sheet(
+    config: Path, drawn_data: Path, tmp_path: Path, train
+) -> None:
+    masks, arguments = tmp_path / "masks", ["--config", str(config), f"data.root={drawn_data}"]
+    done = prepare(*arguments, "--noisy-masks", str(masks))
+    assert done.returncode == 0, done.stderr
+    with (masks / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert f"{masks}: {len(rows)} masks of polygon(3), " in done.stdout
+    assert {(row["kind"], row["parameters"], row["seed"]) for row in rows} == {("polygon", "vertices=3", "0")}
+    assert all(0 < float(row["wrong_pixel_rate"]) < 1 for row in rows)
+    height, width, _ = cv2.imread(str(masks / "contact_sheet.png")).shape
+    assert min(height, width) > 100
+
+    assert train(1, *arguments, "--runs-dir", str(tmp_path / "runs")).returncode == 0
+    trained_on = tmp_path / "runs" / "prepared" / "noisy_masks"
+    assert {path.name for path in trained_on.iterdir()} == {path.name for path in masks.iterdir()} - {
+        "contact_sheet.png"
+    }
+    assert all((trained_on / row["mask"]).read_bytes() == (masks / row["mask"]).read_bytes() for row in rows)
+
+
+def test_noise_that_draws_nothing_has_no_masks_to_show(config: Path, drawn_data: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(config), f"data.root={drawn_data}", "data.noise.kind=none"]
+    done = prepare(*arguments, "--noisy-masks", str(tmp_path / "masks"))
+    assert done.returncode == 2
+    assert "data.noise.kind=polygon" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What a weight map always is: non-negative, normalised, silent where nobody vouches for the label, and described."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -221,6 +223,32 @@ def test_nan_image_pixels_do_not_leak_through_a_pixelwise_network(estimator: str
     torch.testing.assert_close(reweighter(images, masks, *clean), expected)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("transform", ["clamp", "root", "sign"])
+def test_transforms_by_their_formulas(transform: str, estimator: str, granularity: str) -> None:
+    """Transformed pixel by pixel, then summed over each cell, clamped and spread evenly over its valid pixels."""
+    model = pixelwise(seed=1)
+    images, truth = batch(3, 7, 6, seed=1)
+    masks = with_wrong_pixels(truth, 0.25, seed=2)
+    masks[0, 0] = IGNORE
+    clean = batch(2, 5, 5, seed=3)
+    alignment, _ = pixelwise_alignment(model, (images, masks), clean)
+    scores = {"clamp": alignment, "root": np.sign(alignment) * np.abs(alignment) ** 0.5, "sign": np.sign(alignment)}
+    valid = masks.numpy() != IGNORE
+    side = {"pixel": 1, "patch(3)": 3, "image": 7}[granularity]
+    expected = np.zeros(masks.shape)
+    for b, top, left in itertools.product(range(3), range(0, 7, side), range(0, 6, side)):
+        cell = (b, slice(top, top + side), slice(left, left + side))
+        share = max((scores[transform][cell] * valid[cell]).sum(), 0) / max(valid[cell].sum(), 1)
+        expected[cell] = share * valid[cell]
+    actual = PixelReweighter(model, estimator=estimator, granularity=granularity, transform=transform)(
+        images, masks, *clean
+    )
+    rtol = 1e-5 if estimator == "finite" else 1e-9
+    np.testing.assert_allclose(actual.numpy(), expected / expected.sum(), rtol=rtol, atol=1e-12)
+
+
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +390,7 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
         {"granularity": "superpixel"},
         {"normalise": "pixel"},
         {"on_zero": "ignore"},
+        {"transform": "square"},
     ],
 )
 def test_unknown_words_are_refused(wrong: dict[str, str]) -> None:

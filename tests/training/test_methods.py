@@ -14,6 +14,7 @@ from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
+from distseg.ops import weighted_loss
 from distseg.training.methods import METHODS, Method, Parts, WeightedBatch, build_method
 from distseg.training.methods.learned import Learned
 
@@ -43,9 +44,9 @@ def build(drawn_data: Path):
             streams.append(Stream(samples, labels, name, config.data, 0, ShardSpec(), batch_size, 2, device))
             return streams[-1]
 
-        def reweighter(granularity: str) -> PixelReweighter:
+        def reweighter(granularity: str, **rule) -> PixelReweighter:
             torch.manual_seed(0)
-            return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity)
+            return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity, **rule)
 
         device = torch.device("cpu")
         method = build_method(Parts(config, noisy, clean, STEPS, open_stream, reweighter, one_process, device))
@@ -98,21 +99,80 @@ def test_finetune_turns_to_the_clean_images_for_the_last_part(build) -> None:
     assert [set(drawn_ids(method, step)) <= clean for step in (7, 9)] == [True, True]
 
 
+@pytest.mark.parametrize("name", ["image_reweight", "pixel_reweight"])
+def test_a_reweighted_method_may_be_framed_by_two_uniform_phases(build, name: str) -> None:
+    """10 steps: warm-up 0 and 1, reweighted 2 to 6, clean 7 to 9."""
+    method, noisy, clean = build(name, warm_up=0.2, clean_phase=0.3, include_clean=True)
+    for step, streams, weighs in [(0, noisy, False), (1, noisy, False), (2, noisy | clean, True),
+                                  (6, noisy | clean, True), (7, clean, False), (9, clean, False)]:  # fmt: skip
+        batches, diagnostics = method.draw(step, diagnose=True)
+        ids = {i for b in batches for i in b.batch.ids}
+        assert ids <= streams and all(ids & part for part in (noisy, clean) if part <= streams), step
+        assert ("auroc" in diagnostics) == weighs, step
+        maps = torch.cat([full(b) for b in batches])
+        assert maps.sum().item() == pytest.approx(1, abs=1e-5), step
+        assert (maps.unique().numel() == 1) != weighs, step
+
+
+def test_phases_have_the_length_that_suits_the_method() -> None:
+    lengths = {name: (MethodConfig(name=name).warm_up, MethodConfig(name=name).clean_phase) for name in METHODS}
+    assert {name: pair for name, pair in lengths.items() if any(pair)} == {
+        "finetune": (0, 0.3), "label_correction": (0.3, 0.2)
+    }  # fmt: skip
+    assert MethodConfig(name="label_correction", warm_up=0).warm_up == 0
+
+
+def test_label_correction_learns_from_what_it_has_corrected_and_from_the_clean_labels_as_they_are(build) -> None:
+    """To a network that is sure of lesion everywhere drawn background means nothing: all of it becomes lesion."""
+    method, noisy, clean = build("label_correction", warm_up=0.2, clean_phase=0.1, clean_share=0.4)
+    for step in range(STEPS):
+        batches, diagnostics = method.draw(step, diagnose=True)
+        ids = {i for b in batches for i in b.batch.ids}
+        assert (bool(ids & noisy), bool(ids & clean)) == (step < 9, step >= 2)
+        assert sum(full(b).sum().item() for b in batches) == pytest.approx(1, abs=1e-5)
+        drawn_wrong = left_wrong = count = 0
+        for weighted in batches:
+            masks, truth = weighted.batch.masks, weighted.batch.true_masks
+            logits = torch.full((len(masks), 1, 16, 16), 3.0)
+            labels = masks.clone()
+            if 2 <= step < 9:
+                assert full(weighted)[4:].sum() / full(weighted).sum() == pytest.approx(0.4, abs=1e-5)
+                labels[:4] = 1
+            expected = weighted_loss(logits, labels, *weighted.weights)
+            torch.testing.assert_close(method.loss(logits, masks, weighted.weights), expected)
+            if step < 9:
+                drawn_wrong += (masks != truth)[:4].sum().item()
+                left_wrong += (labels != truth)[:4].sum().item()
+                count += masks[:4].numel()
+        method.finish_step(0.1)
+        if step < 9:
+            assert diagnostics["noise_rate"].item() == pytest.approx(drawn_wrong / count)
+            assert diagnostics["corrected_noise_rate"].item() == pytest.approx(left_wrong / count)
+        else:
+            assert diagnostics == {}
+
+
+def test_phases_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than all steps"):
+        MethodConfig(warm_up=0.6, clean_phase=0.5)
+
+
 def test_image_reweight_gives_an_image_one_weight(build) -> None:
     method, *_ = build("image_reweight")
     for weighted in method.draw(0, diagnose=False)[0]:
         assert all(w.unique().numel() == 1 for w in full(weighted))
 
 
-def test_include_clean_takes_half_the_weight(build) -> None:
-    method, noisy, clean = build("pixel_reweight", include_clean=True)
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_include_clean_takes_its_share_of_the_weight(build, share: float) -> None:
+    method, noisy, clean = build("pixel_reweight", include_clean=True, clean_share=share)
     batches, diagnostics = method.draw(0, diagnose=True)
     for weighted in batches:
         assert full(weighted).shape == (4 + 3, 16, 16)
         assert set(weighted.batch.ids[:4]) <= noisy and set(weighted.batch.ids[4:]) <= clean
         assert full(weighted)[4:].unique().numel() == 1
-    assert sum(full(b)[:4].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
-    assert sum(full(b)[4:].sum().item() for b in batches) == pytest.approx(0.5, abs=1e-5)
+    assert sum(full(b)[:4].sum().item() for b in batches) == pytest.approx(1 - share, abs=1e-5)
+    assert sum(full(b)[4:].sum().item() for b in batches) == pytest.approx(share, abs=1e-5)
     assert {"gradient_norm", "wrong_mass", "auroc"} <= diagnostics.keys()
 
 
@@ -139,8 +199,17 @@ def test_meta_weight_net_weighs_by_the_loss_and_sums_to_the_mean_weight(build) -
     assert any(not torch.equal(before[k], v) for k, v in method.state_dict().items() if k in before)
 
 
-@pytest.mark.parametrize("name", ["meta_weight_net", "t_loss"])
-def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "learned"),
+    [
+        ("meta_weight_net", {}, "0.parameter"),
+        ("t_loss", {}, "0.parameter"),
+        ("label_correction", {"warm_up": 0.1}, "counts"),
+    ],
+)
+def test_a_method_that_learns_goes_on_from_its_state(
+    build, tmp_path: Path, name: str, options: dict, learned: str
+) -> None:
     def steps(method: Method, numbers: range) -> None:
         for step in numbers:
             for weighted in method.draw(step, diagnose=False)[0]:
@@ -148,8 +217,8 @@ def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name
                 method.loss(logits, weighted.batch.masks, weighted.weights)
             method.finish_step(0.1)
 
-    whole, first, second = (build(name)[0] for _ in range(3))
-    initial = whole.state_dict()["0.parameter"]
+    whole, first, second = (build(name, **options)[0] for _ in range(3))
+    initial = whole.state_dict().get(learned)
     steps(whole, range(4))
     steps(first, range(2))
     save_file(first.state_dict(), tmp_path / "method.safetensors")
@@ -158,7 +227,7 @@ def test_a_method_that_learns_goes_on_from_its_state(build, tmp_path: Path, name
     expected, actual = whole.state_dict(), second.state_dict()
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
-    assert not torch.equal(expected["0.parameter"], initial)
+    assert initial is None or not torch.equal(expected[learned], initial)
 
 
 def test_t_loss_learns_nu_towards_the_likelihood(build) -> None:

@@ -10,6 +10,7 @@ and, for the robust losses, in ℓ. `draw(step)` yields this rank's micro-batche
     oracle                     every training image, true masks      W uniform
     image_reweight             noisy stream                          W from the clean gradient, per image (Ren 2018)
     pixel_reweight             noisy stream                          W from the clean gradient (Mirikharaji 2019)
+    label_correction           noisy, both, then clean               W uniform, wrong labels corrected
     meta_weight_net            noisy stream                          W learned, from the pixel's loss (Shu 2019)
     generalised_cross_entropy  noisy stream                          W uniform, ℓ bounded (Zhang and Sabuncu 2018)
     t_loss                     noisy stream                          W uniform, ℓ of heavy tails (Gonzalez-Jimenez 2023)
@@ -18,6 +19,7 @@ and, for the robust losses, in ℓ. `draw(step)` yields this rank's micro-batche
 from collections.abc import Callable
 
 from distseg.training.methods.generalised_cross_entropy import GeneralisedCrossEntropy
+from distseg.training.methods.label_correction import LabelCorrection
 from distseg.training.methods.meta_weight_net import MetaWeightNet
 from distseg.training.methods.reweighted import image_reweight, pixel_reweight
 from distseg.training.methods.step import Method, Parts, WeightedBatch
@@ -31,6 +33,7 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
     "finetune": finetune,
     "image_reweight": image_reweight,
     "pixel_reweight": pixel_reweight,
+    "label_correction": LabelCorrection,
     "meta_weight_net": MetaWeightNet,
     "generalised_cross_entropy": GeneralisedCrossEntropy,
     "t_loss": TLoss,

@@ -1,6 +1,6 @@
 """What a method is to the trainer, and what it is built from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from distseg.data.manifest import Sample
 from distseg.data.streams import Batch, Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import SumOverRanks
-from distseg.meta.weights import Diagnostics, WeightMap
+from distseg.meta.weights import Diagnostics, WeightMap, joined, uniform_weights
 from distseg.ops import weighted_loss
 
 
@@ -46,6 +46,10 @@ class Method:
         """The inverse of `state_dict`."""
 
 
+class BuildReweighter(Protocol):
+    def __call__(self, granularity: str, transform: str = ...) -> PixelReweighter: ...
+
+
 class OpenStream(Protocol):
     def __call__(self, name: str, samples: Sequence[Sample], labels: str, batch_size: int) -> Stream: ...
 
@@ -59,16 +63,43 @@ class Parts:
     clean: Sequence[Sample]
     steps: int
     open_stream: OpenStream
-    reweighter: Callable[[str], PixelReweighter]
-    """Takes a granularity."""
+    reweighter: BuildReweighter
     sum_over_ranks: SumOverRanks
     device: torch.device
+
+    @property
+    def warm_until(self) -> int:
+        """The step that the warm-up ends before."""
+        return round(self.steps * self.config.method.warm_up)
+
+    @property
+    def clean_from(self) -> int:
+        """The step that the clean phase starts with."""
+        return round(self.steps * (1 - self.config.method.clean_phase))
 
     def noisy_stream(self, size: int | None = None) -> Stream:
         return self.open_stream("noisy", self.noisy, "noisy", size or self.config.train.batch_size)
 
     def clean_stream(self, size: int) -> Stream:
         return self.open_stream("clean", self.clean, "true", size)
+
+
+def batches_of(stream: Stream, step: int, accumulation: int) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    return [stream.batch(step, micro) for micro in range(accumulation)]
+
+
+def evenly_weighted(batches: Sequence[Batch], sum_over_ranks: SumOverRanks) -> list[WeightedBatch]:
+    """The micro-batches of a step with the same weight on every valid pixel."""
+    weights = uniform_weights([b.masks for b in batches], sum_over_ranks, batches[0].images.dtype)
+    return [WeightedBatch(b, w) for b, w in zip(batches, weights, strict=True)]
+
+
+def mixed(noisy: WeightedBatch, clean: WeightedBatch, clean_share: float) -> WeightedBatch:
+    """Both as one micro-batch, the noisy images first; the clean ones have `clean_share` of the weight."""
+    maps = [noisy.weights.times(1 - clean_share), clean.weights.times(clean_share)]
+    weights = joined(maps, [noisy.batch.masks, clean.batch.masks])
+    return WeightedBatch(joined_batches([noisy.batch, clean.batch]), weights)
 
 
 def joined_batches(batches: Sequence[Batch]) -> Batch:

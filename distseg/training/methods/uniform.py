@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from distseg.data.streams import Stream
-from distseg.meta.weights import Diagnostics, uniform_weights
-from distseg.training.methods.step import Method, Parts, WeightedBatch, joined_batches
+from distseg.meta.weights import Diagnostics
+from distseg.training.methods.step import Method, Parts, WeightedBatch, evenly_weighted, joined_batches
 
 
 class Uniform(Method):
@@ -17,8 +17,7 @@ class Uniform(Method):
     def draw(self, step: int, diagnose: bool) -> tuple[list[WeightedBatch], Diagnostics]:
         streams = self.streams_at(step)
         batches = [joined_batches([s.batch(step, micro) for s in streams]) for micro in range(self.accumulation)]
-        weights = uniform_weights([b.masks for b in batches], self.sum_over_ranks, batches[0].images.dtype)
-        return [WeightedBatch(b, w) for b, w in zip(batches, weights, strict=True)], {}
+        return evenly_weighted(batches, self.sum_over_ranks), {}
 
 
 def noisy_only(parts: Parts) -> Uniform:
@@ -44,5 +43,5 @@ def union(parts: Parts) -> Uniform:
 
 def finetune(parts: Parts) -> Uniform:
     first, then = parts.noisy_stream(), parts.clean_stream(parts.config.train.batch_size)
-    switch = round(parts.steps * (1 - parts.config.method.clean_phase))
+    switch = parts.clean_from
     return Uniform(parts, lambda step: [first] if step < switch else [then])
