@@ -51,9 +51,9 @@ def mean_gradient(
 ) -> Parameters:
     """The gradient of the loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
 
-    Sums travel, not means: one reduction carries the summed gradient and the count of valid pixels, or the count alone
-    where the network's derivatives have been summed already. With `begin_sum` the gradient leaves in buckets, while the
-    last backward pass goes on. 0 where there is no valid pixel at all.
+    Sums travel, not means: the summed gradient in buckets and the count of valid pixels in the last of them, or the
+    count alone where the network's derivatives have been summed already. With `begin_sum` the buckets leave while the
+    last backward pass goes on, otherwise after it. 0 where there is no valid pixel at all.
     """
     assert batches, "a batch is needed"
     leaves = _leaves(parameters)

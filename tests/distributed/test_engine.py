@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.distributed.engine import deepspeed_config, shadow_of
+from distseg.distributed.engine import build_engine, deepspeed_config, gradients_put_away, shadow_of
 from distseg.errors import UserError
+from distseg.optim import build_optimizer
+from distseg.testing.ranks import run_ranks
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
 
@@ -67,3 +69,25 @@ def test_the_shadow_shares_tensors_and_no_hooks() -> None:
     model.register_forward_hook(refuse)
     model[0].register_forward_pre_hook(refuse)
     shadow(torch.randn(2, 3, 4, 4))
+
+
+def what_zero3_holds(runtime) -> dict[str, torch.Tensor]:
+    config = config_with(zero_stage=3)
+    model = nn.Conv2d(3, 8, 3)
+    optimizer, _ = build_optimizer(model.parameters(), config.optim)
+    engine = build_engine(model, optimizer, config)
+    zero = engine.optimizer
+    flats = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+    shared = [shards.data_ptr() == masters.data_ptr() for shards, masters in flats]
+    buffer = zero.grad_partitions_flat_buffer
+    buffer.fill_(torch.nan)
+    with gradients_put_away(engine):
+        away = buffer.untyped_storage().nbytes()
+    return {"shared": torch.tensor(shared), "bytes away": torch.tensor(away), "buffer": buffer.clone()}
+
+
+def test_zero3_holds_its_shards_once_and_no_gradients_between_steps() -> None:
+    for held in run_ranks(what_zero3_holds, 2):
+        assert held["shared"].all() and len(held["shared"]) > 0
+        assert held["bytes away"] == 0
+        assert held["buffer"].eq(0).all() and len(held["buffer"]) >= 8 * 3 * 9 / 2

@@ -31,6 +31,14 @@ def with_wrong_pixels(masks: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.where(wrong, 1 - masks, masks)
 
 
+def pixelwise_case(height: int, width: int) -> tuple[nn.Conv2d, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A network; three images with true masks and with wrong ones, a row of them ignored; and a clean batch."""
+    images, truth = batch(3, height, width, seed=1)
+    masks = with_wrong_pixels(truth, 0.25, seed=2)
+    masks[0, 0] = IGNORE
+    return pixelwise(seed=1), images, truth, masks, batch(2, 5, 5, seed=3)
+
+
 def opposed() -> tuple:
     """A network that knows only a bias, clean images all lesion, noisy ones all background: every U is negative.
 
@@ -228,11 +236,7 @@ def test_nan_image_pixels_do_not_leak_through_a_pixelwise_network(estimator: str
 @pytest.mark.parametrize("transform", ["clamp", "root", "sign"])
 def test_transforms_by_their_formulas(transform: str, estimator: str, granularity: str) -> None:
     """Transformed pixel by pixel, then summed over each cell, clamped and spread evenly over its valid pixels."""
-    model = pixelwise(seed=1)
-    images, truth = batch(3, 7, 6, seed=1)
-    masks = with_wrong_pixels(truth, 0.25, seed=2)
-    masks[0, 0] = IGNORE
-    clean = batch(2, 5, 5, seed=3)
+    model, images, _, masks, clean = pixelwise_case(7, 6)
     alignment, _ = pixelwise_alignment(model, (images, masks), clean)
     scores = {"clamp": alignment, "root": np.sign(alignment) * np.abs(alignment) ** 0.5, "sign": np.sign(alignment)}
     valid = masks.numpy() != IGNORE
@@ -265,11 +269,7 @@ def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("estimator", ["forward", "reverse"])
 def test_diagnostics_by_their_formulas(estimator: str, granularity: str) -> None:
-    model = pixelwise(seed=1)
-    images, truth = batch(3, 9, 7, seed=1)
-    masks = with_wrong_pixels(truth, 0.25, seed=2)
-    masks[0, 0] = IGNORE
-    clean = batch(2, 5, 5, seed=3)
+    model, images, truth, masks, clean = pixelwise_case(9, 7)
     alignment, gradient_norm = pixelwise_alignment(model, (images, masks), clean)
     reweighter = PixelReweighter(model, estimator=estimator, granularity=granularity)
     weights = reweighter(images, masks, *clean, truth).numpy()
