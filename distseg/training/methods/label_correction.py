@@ -7,7 +7,7 @@ the logits that the loss needs anyway. A step costs as much as an unweighted one
 import torch
 from torch import Tensor
 
-from distseg.meta.correction import corrected, expected_counts
+from distseg.meta.correction import corrected, expected_counts, marks_of, trusting_counts
 from distseg.meta.weights import Diagnostics, WeightMap
 from distseg.ops import valid_pixels, weighted_loss
 from distseg.training.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
@@ -23,9 +23,9 @@ class LabelCorrection(Method):
         self.mixed_from, self.clean_from = parts.warm_until, parts.clean_from
         self.clean_share, self.sum_over_ranks = parts.config.method.clean_share, parts.sum_over_ranks
         self.step, self.diagnosing, self.truths, self.diagnostics = 0, False, [], {}
-        self.counts: Tensor | None = None
-        """(C, C), the same on every rank, once the logits have said how many classes there are."""
-        self.new_counts: Tensor | None = None
+        self.counts = trusting_counts(parts.device)
+        """(2, MARKS), the same on every rank; before anything is known, what was drawn is the truth."""
+        self.new_counts = torch.zeros_like(self.counts)
         """This rank's of the present step; so is `wrong`: pixels of known truth, those drawn and those left wrong."""
         self.wrong = torch.zeros(3, dtype=torch.float64, device=parts.device)
 
@@ -53,11 +53,9 @@ class LabelCorrection(Method):
 
     def _labels(self, logits: Tensor, drawn: Tensor) -> Tensor:
         """What to learn from noisy images, (B, H, W); and counts for the steps to come."""
-        found = expected_counts(logits, drawn)
-        self.new_counts = found if self.new_counts is None else self.new_counts + found
-        if self.counts is None:  # nothing is known yet: what was drawn is the truth
-            self.counts = torch.eye(len(found), dtype=found.dtype, device=found.device)
-        labels = corrected(logits, drawn, self.counts) if self.step >= self.mixed_from else drawn
+        marks = marks_of(drawn)
+        self.new_counts += expected_counts(logits, drawn, marks)
+        labels = corrected(logits, drawn, marks, self.counts) if self.step >= self.mixed_from else drawn
         if self.truths:
             truth = self.truths.pop(0)
             known = valid_pixels(drawn) & valid_pixels(truth)
@@ -66,26 +64,20 @@ class LabelCorrection(Method):
         return labels
 
     def finish_step(self, lr: float) -> None:
-        if self.new_counts is None:
+        if self.step >= self.clean_from:
             return
         both = self.sum_over_ranks(torch.cat([self.new_counts.flatten(), self.wrong]))
-        counts, (known, drawn, left) = both[:-3].view_as(self.new_counts), both[-3:]
+        counts, (known, drawn, left) = both[:-3].view_as(self.counts), both[-3:]
         # Those of a step that is not finite are not remembered.
         blend = MEMORY * self.counts + (1 - MEMORY) * counts
         self.counts = torch.where(blend.isfinite().all(), blend, self.counts)
-        self.new_counts = None
         if self.diagnosing:
-            background, lesion, *_ = 1 - self.counts.diagonal() / self.counts.sum(1)
-            self.diagnostics |= {
-                "noise_rate": drawn / known,
-                "corrected_noise_rate": left / known,
-                "background_error_rate": background,
-                "lesion_error_rate": lesion,
-            }
+            self.diagnostics |= {"noise_rate": drawn / known, "corrected_noise_rate": left / known}
+        self.new_counts.zero_()
         self.wrong.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.counts is None else {"counts": self.counts}
+        return {"counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.counts = state.get("counts")
+        self.counts = state["counts"]
