@@ -2,13 +2,13 @@
 
     log P(1 | x, y) / P(0 | x, y) = z(x) + log P(m | 1) / P(m | 0)
 
-z is the network's logit and m the pixel's *mark*: on which side of the drawn contour it lies and how far off, in units
-of the drawn lesion's size (the root of its area), in bins. P(m | c), how annotators err, is counted on the noisy stream,
-with what the network expects in place of the truth (Dawid and Skene 1979, "Maximum Likelihood Estimation of Observer
-Error-Rates Using the EM Algorithm"; with a network for the prior, Bekker and Goldberger 2016, "Training Deep
+z is the network's logit and m the pixel's *mark*: on which side of the drawn contour it lies and how far off, in bins
+and in units of the drawn lesion's size (the root of its area). P(m | c), how annotators err, is counted on the noisy
+stream, with what the network expects in place of the truth (Dawid and Skene 1979, "Maximum Likelihood Estimation of
+Observer Error-Rates Using the EM Algorithm"; with a network for the prior, Bekker and Goldberger 2016, "Training Deep
 Neural-Networks Based on Unreliable Labels"). Theirs is one matrix of labels. The distance is what masks add to labels:
-annotators err by where they put the contour, so that background close to a drawn lesion is another thing than background
-far from it. Under masks that miss the rim, near background says little and far background much.
+annotators err by where they put the contour, so background close to a drawn lesion is another thing than background far
+from it. Under masks that miss the rim, near background says little and far background much.
 
 Masks (B, H, W) class ids, 0 background, 1 lesion, 255 = ignore; logits (B, 1, H, W), or (B, 2, H, W) of both classes;
 marks (B, H, W) int64 in [0, MARKS); counts (2, MARKS) float64, rows the expected class.
@@ -75,5 +75,5 @@ def _signed_distance(lesion: NDArray[np.bool_]) -> NDArray[np.float32]:
 def _lesion_logit(logits: Tensor) -> Tensor:
     """(B, H, W). Raises ValueError for more than two classes."""
     if logits.shape[1] > 2:
-        raise ValueError(f"logits of {logits.shape[1]} classes; labels are corrected between two, background and lesion")
+        raise ValueError(f"logits of {logits.shape[1]} classes; labels are corrected between background and lesion")
     return logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
