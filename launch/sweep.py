@@ -92,12 +92,14 @@ def share_machine(parallel: int, ranks: int) -> list[Place]:
 
 
 def state_of(child: Child, folder: Path) -> str:
-    """finished, failed, stopped (part of it is there) or new."""
+    """finished (its result is there), failed, stopped (part of it is there) or new."""
     run = folder / child.name
     if (run / "result.json").exists() and config_hash(load_config(run / "config.yaml")) == config_hash(child.config):
         return "finished"
     if status_file(child, folder).exists():
-        return json.loads(status_file(child, folder).read_text())["state"]
+        recorded = json.loads(status_file(child, folder).read_text())["state"]
+        if recorded != "finished":  # its folder may have been removed, to run it again
+            return recorded
     return "stopped" if (run / "config.yaml").exists() else "new"
 
 
@@ -120,6 +122,7 @@ def open_study(sweep: SweepConfig, children: list[Child], folder: Path, argument
         plan = {
             "name": sweep.name,
             "methods": list(sweep.methods),
+            "champion": sweep.champion,
             "noise": [noise.level for noise in sweep.noise],
             "clean_counts": list(sweep.clean_counts),
             "seeds": list(sweep.seeds),

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from distseg.config.load import config_hash, first_problem, load_config
@@ -26,6 +26,8 @@ class SweepConfig(Section):
     methods: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
     """What is compared, and `section.key=value` of each, for instance its own learning rate. The label is the method's
     name, or that of a variant which sets method.name itself."""
+    champion: str | None = None
+    """The method that the report holds against each other one."""
     noise: Annotated[tuple[NoiseConfig, ...], Field(min_length=1)]
     """The noise levels. The masks are drawn anew for every seed."""
     clean_counts: Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -39,6 +41,13 @@ class SweepConfig(Section):
         if len({repr(value) for value in values}) < len(values):
             raise ValueError("one of them is there twice")
         return values
+
+
+    @model_validator(mode="after")
+    def _champion_takes_part(self) -> Self:
+        if self.champion is not None and self.champion not in self.methods:
+            raise ValueError(f"champion {self.champion}: is none of methods ({', '.join(self.methods)})")
+        return self
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class Cell:
         """Over seeds, n − 1 in the denominator; None for one seed."""
         return float(self.of_seeds(score).std(ddof=1)) if len(self.runs) > 1 else None
 
+    def above(self, other: "Cell", score: str) -> bool:
+        """Whether the means are apart by more than both deviations together: the spreads over seeds do not touch."""
+        spread = (self.deviation(score) or 0.0) + (other.deviation(score) or 0.0)
+        return self.mean(score) - other.mean(score) > spread
+
     def against(self, other: "Cell", score: str) -> tuple[float, float, float, float] | None:
         """`paired_difference` of the images' scores, each averaged over the seeds that both have; None without any."""
         mine, theirs = ({run.seed: run for run in cell.runs} for cell in (self, other))
@@ -103,7 +108,7 @@ def write_report(study: Tracker, folder: Path) -> str:
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(cells, plan) | weight_maps(study, finished, plan)
-    texts = {"results.csv": results_csv(cells), "runs.csv": runs_csv(finished)}
+    texts = {"results.csv": results_csv(cells, plan["champion"]), "runs.csv": runs_csv(finished)}
     texts["report.html"] = page(plan, cells, missing, pictures)
     for name, text in texts.items():
         write_atomically(folder / name, text)
@@ -115,6 +120,8 @@ def write_report(study: Tracker, folder: Path) -> str:
     for name in (*texts, *pictures):
         study.log_file(folder / name, "report")
     lines = [terminal_table(cells)]
+    if plan["champion"]:
+        lines.append("\n" + verdict(cells, plan["champion"]))
     if missing:
         lines.append(f"\n{len(missing)} of {len(plan['children'])} runs have not finished: {', '.join(missing[:5])}")
     return "\n".join([*lines, f"\nreport          {folder / 'report.html'}"])
@@ -163,22 +170,46 @@ def make_cells(finished: Sequence[Finished], plan: Mapping[str, Any]) -> list[Ce
     return cells
 
 
-def results_csv(cells: Sequence[Cell]) -> str:
+def verdict(cells: Sequence[Cell], champion: str) -> str:
+    """Where the champion is above all others but the ceiling, outside the spread over seeds, and where it is not."""
+    settings = list(dict.fromkeys((cell.noise, cell.clean_count) for cell in cells if cell.method == champion))
+    at = {(cell.noise, cell.clean_count, cell.method): cell for cell in cells}
+    short: dict[tuple[str, int], list[str]] = {}
+    for noise, clean_count in settings:
+        ours = at[noise, clean_count, champion]
+        for cell in cells:
+            rival = (cell.noise, cell.clean_count) == (noise, clean_count) and cell.method not in (champion, CEILING)
+            if rival and not ours.above(cell, "dice"):
+                short.setdefault((noise, clean_count), []).append(f"{cell.method} ({_plus_minus(cell, 'dice')})")
+    told = [
+        f"{champion} is above every other method but the {CEILING}, by more than the deviations over seeds of both "
+        f"together, in {len(settings) - len(short)} of {len(settings)} settings."
+    ]
+    for (noise, clean_count), rivals in short.items():
+        ours = _plus_minus(at[noise, clean_count, champion], "dice")
+        told.append(f"Not at {noise}, K = {clean_count}: {ours} against {', '.join(rivals)}.")
+    return "\n".join(told)
+
+
+def results_csv(cells: Sequence[Cell], champion: str | None = None) -> str:
     """One row a cell, figures at full precision."""
     out = io.StringIO(newline="")
     rows = csv.writer(out, lineterminator="\n")
     scores = ("dice", "jaccard", "sensitivity", "specificity")
     header = ["noise", "clean_count", "method", "seeds"]
     header += [f"{score}_{part}" for score in scores for part in ("mean", "sd")]
-    rows.writerow([*header, *(f"dice_minus_{REFERENCE}{part}" for part in ("", "_low", "_high", "_p"))])
-    reference = {(c.noise, c.clean_count): c for c in cells if c.method == REFERENCE}
+    references = [REFERENCE, *([champion] if champion else [])]
+    header += [f"dice_minus_{name}{part}" for name in references for part in ("", "_low", "_high", "_p")]
+    rows.writerow(header)
+    at = {(c.noise, c.clean_count, c.method): c for c in cells}
     for cell in cells:
         row = [cell.noise, cell.clean_count, cell.method, len(cell.runs)]
         for score in scores:
             row += [cell.mean(score), "" if cell.deviation(score) is None else cell.deviation(score)]
-        base = reference.get((cell.noise, cell.clean_count))
-        test = cell.against(base, "dice") if base and base is not cell else None
-        rows.writerow([*row, *(test or [""] * 4)])
+        for name in references:
+            base = at.get((cell.noise, cell.clean_count, name))
+            row += (cell.against(base, "dice") if base and base is not cell else None) or [""] * 4
+        rows.writerow(row)
     return out.getvalue()
 
 
@@ -281,13 +312,14 @@ def page(
         f"<title>{html.escape(plan['name'])}</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(plan['name'])}</h1>",
         f"<p>{len(plan['children']) - len(missing)} of {len(plan['children'])} runs; seeds {seeds}. Test scores are "
-        "means over images at threshold 0.5 of the last step's network; ± is the standard deviation over seeds. The "
-        "difference is that of Dice to "
-        f"<code>{REFERENCE}</code> at the same noise level, image by image (each image's Dice averaged over the seeds "
+        "means over images at threshold 0.5 of the last step's network; ± is the standard deviation over seeds. "
+        "Differences are of Dice at the same noise level, image by image (each image's Dice averaged over the seeds "
         "first), with a 95&nbsp;% interval and a two-sided p from 10,000 resamples of the test images; p is not "
         "corrected for the number of comparisons, and knows nothing of the spread over seeds. The best mean other than "
         f"{CEILING} is bold.</p>",
     ]
+    if plan["champion"]:
+        parts += [f"<p>{html.escape(line)}</p>" for line in verdict(cells, plan["champion"]).splitlines()]
     if missing:
         parts.append(
             f"<p class=warn>{len(missing)} runs have not finished and are left out: "
@@ -295,7 +327,7 @@ def page(
         )
     for noise in plan["noise"]:
         for clean_count in plan["clean_counts"]:
-            parts.append(_html_table(noise, clean_count, cells))
+            parts.append(_html_table(noise, clean_count, cells, plan["champion"]))
     for name, (caption, picture) in pictures.items():
         encoded = base64.b64encode(picture if isinstance(picture, bytes) else _png(picture)).decode()
         parts.append(
@@ -325,25 +357,30 @@ h2 { font-size: 1.05rem; margin: 1.2rem 0 0.2rem } .warn { color: #9C3A00 }
 """
 
 
-def _html_table(noise: str, clean_count: int, cells: Sequence[Cell]) -> str:
-    here = [cell for cell in cells if cell.noise == noise and cell.clean_count == clean_count]
+def _html_table(noise: str, clean_count: int, cells: Sequence[Cell], champion: str | None) -> str:
+    here = {cell.method: cell for cell in cells if cell.noise == noise and cell.clean_count == clean_count}
     if not here:
         return ""
-    best = max((cell for cell in here if cell.method != CEILING), key=lambda c: c.mean("dice"), default=None)
-    base = next((cell for cell in here if cell.method == REFERENCE), None)
+    best = max((cell for cell in here.values() if cell.method != CEILING), key=lambda c: c.mean("dice"), default=None)
+    references = [REFERENCE, *([champion] if champion else [])]
+    columns = "".join(f"<th>Dice − {html.escape(name)}<th>p" for name in references)
     lines = [
-        f"<h2>{html.escape(noise)}, K = {clean_count}</h2><table><tr><th>method<th>test Dice<th>Jaccard"
-        f"<th>Dice − {REFERENCE}<th>p<th>seeds</tr>"
+        f"<h2>{html.escape(noise)}, K = {clean_count}</h2>"
+        f"<table><tr><th>method<th>test Dice<th>Jaccard{columns}<th>seeds</tr>"
     ]
-    for cell in here:
-        test = cell.against(base, "dice") if base and base is not cell else None
-        difference = f"{test[0]:+.3f} [{test[1]:+.3f}, {test[2]:+.3f}]<td>{test[3]:.2g}" if test else "–<td>–"
+    for cell in here.values():
         dice = f"<b>{_plus_minus(cell, 'dice')}</b>" if cell is best else _plus_minus(cell, "dice")
+        columns = "".join(_html_difference(cell, here.get(name)) for name in references)
         lines.append(
-            f"<tr><td>{html.escape(cell.method)}<td>{dice}<td>{_plus_minus(cell, 'jaccard')}<td>{difference}"
+            f"<tr><td>{html.escape(cell.method)}<td>{dice}<td>{_plus_minus(cell, 'jaccard')}{columns}"
             f"<td>{len(cell.runs)}</tr>"
         )
     return "\n".join([*lines, "</table>"])
+
+
+def _html_difference(cell: Cell, base: Cell | None) -> str:
+    test = cell.against(base, "dice") if base and base is not cell else None
+    return f"<td>{test[0]:+.3f} [{test[1]:+.3f}, {test[2]:+.3f}]<td>{test[3]:.2g}" if test else "<td>–<td>–"
 
 
 def _plus_minus(cell: Cell, score: str) -> str:

@@ -92,6 +92,12 @@ def test_a_mistake_is_one_line_that_names_the_key(write, changes: dict, said: st
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_champion_that_does_not_take_part_is_refused(write) -> None:
+    assert load_sweep(write(champion="with_clean"))[0].champion == "with_clean"
+    with pytest.raises(UserError, match=r"champion finetune: is none of methods \(noisy_only, "):
+        load_sweep(write(champion="finetune"))
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 def test_every_experiment_loads(path: Path) -> None:
     _, children = load_sweep(path, ["data.root=/data"])

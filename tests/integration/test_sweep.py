@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,11 @@ def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not
     assert sorted((r.data.tags["method"], r.data.tags["clean_count"], r.data.tags["seed"]) for r in nested) == [
         ("pixel_reweight", "4", "0"), ("pixel_reweight", "4", "1"), ("t_loss", "any", "0"), ("t_loss", "any", "1"),
     ]  # fmt: skip
+
+    # Whoever removes a child's folder wants it to run again.
+    shutil.rmtree(folder / on_the_way.pop())
+    listed = run([*command, "--list"], tmp_path).stdout
+    assert (listed.count("finished"), listed.count("new")) == (3, 1)
 
 
 @pytest.mark.parametrize(
