@@ -1,5 +1,6 @@
 """The trainer under ZeRO-3 beside the trainer that shards nothing: updates, figures, and ranks with unequal batches."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,22 @@ from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import Trainer, update
 
 pytestmark = pytest.mark.slow
+METHODS = (
+    {"name": "pixel_reweight", "virtual_lr": 0.1, "initial_weight": 1.0},
+    {"name": "label_correction", "warm_up": 0.0},
+)
 SCORED = 9
 """Of 20: on two ranks 4 and 5, in batches of 4."""
 
 
 def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
     out = {}
-    for stage, norm in ((0, "batch"), (3, "batch")):
+    for method, stage in itertools.product(METHODS, (0, 3)):
         config = Config.model_validate({
             "name": "t",
             "data": {"root": root, "image_size": 16, "clean_count": 4, "pipeline": "torch", "noise": {"kind": "box"}},
-            "model": {"width": 4, "depth": 1, "norm": norm},
-            "method": {"virtual_lr": 0.1, "initial_weight": 1.0},
+            "model": {"width": 4, "depth": 1, "norm": "batch"},
+            "method": method,
             "train": {"steps": 2, "batch_size": 2, "clean_batch_size": 2, "accumulation": 2},
             "optim": {"lr": 0.05},
             "deepspeed": {"zero_stage": stage},
@@ -30,7 +35,7 @@ def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
         trainer = Trainer(config, Path(folder), runtime)
         for step in range(2):
             batches, diagnostics = trainer.method.draw(step, diagnose=True)
-            key = f"{norm}.{stage}.{step}"
+            key = f"{method['name']}.{stage}.{step}"
             out[f"{key}.loss"], _ = update(trainer.engine, trainer.method, batches, 0.05, runtime.shard.world_size)
             out |= {f"{key}.{name}": value for name, value in diagnostics.items()}
             out[f"{key}.figure"] = torch.from_numpy(trainer.draw(batches[0], "caption"))
@@ -43,9 +48,9 @@ def test_sharded_training_is_training(drawn_data: Path, tmp_path: Path) -> None:
     ranks = run_ranks(train, 2, str(drawn_data), str(tmp_path))
     for actual in ranks:
         for key, value in actual.items():
-            norm, stage, rest = key.split(".", 2)
+            method, stage, rest = key.split(".", 2)
             if stage == "3":
-                expected = actual[f"{norm}.0.{rest}"]
+                expected = actual[f"{method}.0.{rest}"]
                 if rest.endswith("figure"):
                     assert (value != expected).float().mean() < 0.01, key
                 elif rest.endswith("counts"):
