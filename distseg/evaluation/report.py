@@ -16,6 +16,8 @@ from distseg.evaluation.metrics import IGNORE, confusion, image_scores
 # Okabe and Ito's colours, which colour-blind readers tell apart, with a purple and a grey: first masks, then runs.
 _TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
 _RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7F7F", "#8C510A", "#66C2A5", "#000000")
+_MARKERS = ("o", "s", "^", "v")
+"""The next one where names outnumber colours."""
 _MOST_ROWS = 6
 _DPI = 120
 # Inches.
@@ -148,11 +150,12 @@ def line_charts(
 ) -> np.ndarray:
     """Small charts side by side, one a title: series of (x, mean, deviation) by name, the legend to the right.
 
-    A name has one colour throughout; deviations are drawn as bars where they are above 0. Where x are words they stand
-    in the order in which they come. Returns (h, w, 3) uint8.
+    A name has one colour and marker throughout; deviations are drawn as bars where they are above 0. Where x are words
+    they stand in the order in which they come. Returns (h, w, 3) uint8.
     """
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     colour = _colours(names)
+    marker = {name: _MARKERS[place // len(_RUNS) % len(_MARKERS)] for place, name in enumerate(names)}
     width, height, left = 2.9, 2.3, 0.6
     whole = left + len(panels) * (width + 0.25) + _legend_width(names)
     figure = _figure(whole, _MARGIN + _TITLE + height + 0.5)
@@ -167,7 +170,7 @@ def line_charts(
             if words:  # beside each other, that their bars can be told apart
                 xs = [words.index(x) + 0.5 * (number / max(1, len(series) - 1) - 0.5) for x in xs]
             style = {"color": colour[name], "label": name, "markersize": 4, "linewidth": 0 if words else 1.3}
-            axes.errorbar(xs, means, deviations, marker="o", elinewidth=1, capsize=2, **style)
+            axes.errorbar(xs, means, deviations, marker=marker[name], elinewidth=1, capsize=2, **style)
         if words:
             axes.set_xticks(range(len(words)), words)
             axes.set_xlim(-0.5, len(words) - 0.5)

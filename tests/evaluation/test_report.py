@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.evaluation.report import comparison_figure, contact_sheet, curves, panel, results_table, save_png
+from distseg.evaluation.report import (
+    comparison_figure,
+    contact_sheet,
+    curves,
+    line_charts,
+    panel,
+    results_table,
+    save_png,
+)
 
 SIDE = 32
 BLUE = (0, 0, 255)
@@ -127,6 +135,18 @@ def test_curves_draw_a_line_per_run_and_nothing_for_a_run_without_validation():
     assert has_colour(one, first)
     assert not has_colour(one, second)
     assert curves({}).shape[2] == 3
+
+
+def test_where_names_outnumber_colours_markers_tell_them_apart():
+    names = [f"method {letter}" for letter in "abcdefghijkl"]
+
+    def chart(drawn: str) -> np.ndarray:
+        series = {name: [(0.0, 0.5, 0.0)] if name == drawn else [] for name in names}
+        return line_charts({"K": series}, "x", "y")[:, :400]  # without the legend
+
+    first, eleventh = chart(names[0]), chart(names[10])
+    assert has_colour(first, (0x00, 0x72, 0xB2)) and has_colour(eleventh, (0x00, 0x72, 0xB2))
+    assert (first != eleventh).any()
 
 
 def test_comparison_has_a_column_per_method():
