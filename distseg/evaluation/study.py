@@ -349,7 +349,8 @@ def terminal_table(cells: Sequence[Cell]) -> str:
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 0.3rem 0 1.5rem } td, th { padding: 0.15rem 0.9rem; text-align: right; white-space: nowrap }
+table { border-collapse: collapse; margin: 0.3rem 0 1.5rem }
+td, th { padding: 0.15rem 0.9rem; text-align: right; white-space: nowrap }
 th { border-bottom: 1px solid #999; font-weight: 600 }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 figure { margin: 2rem 0 } figcaption { font-weight: 600; margin-bottom: 0.4rem } img { max-width: 100% }
