@@ -77,9 +77,9 @@ class Cell:
         return float(self.of_seeds(score).std(ddof=1)) if len(self.runs) > 1 else None
 
     def above(self, other: "Cell", score: str) -> bool:
-        """Whether the means are apart by more than both deviations together: the spreads over seeds do not touch."""
-        spread = (self.deviation(score) or 0.0) + (other.deviation(score) or 0.0)
-        return self.mean(score) - other.mean(score) > spread
+        """Whether the means are apart by more than both deviations together, which one seed does not tell."""
+        spreads = (self.deviation(score), other.deviation(score))
+        return None not in spreads and self.mean(score) - other.mean(score) > sum(spreads)
 
     def against(self, other: "Cell", score: str) -> tuple[float, float, float, float] | None:
         """`paired_difference` of the images' scores, each averaged over the seeds that both have; None without any."""
@@ -104,11 +104,11 @@ def write_report(study: Tracker, folder: Path) -> str:
     finished, missing = collect(study, plan)
     if not finished:
         raise UserError(f"study {plan['name']}: none of its {len(plan['children'])} runs has finished; run it first")
-    cells = make_cells(finished, plan)
+    cells, champion = make_cells(finished, plan), plan.get("champion")
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(cells, plan) | weight_maps(study, finished, plan)
-    texts = {"results.csv": results_csv(cells, plan["champion"]), "runs.csv": runs_csv(finished)}
+    texts = {"results.csv": results_csv(cells, champion), "runs.csv": runs_csv(finished)}
     texts["report.html"] = page(plan, cells, missing, pictures)
     for name, text in texts.items():
         write_atomically(folder / name, text)
@@ -120,8 +120,8 @@ def write_report(study: Tracker, folder: Path) -> str:
     for name in (*texts, *pictures):
         study.log_file(folder / name, "report")
     lines = [terminal_table(cells)]
-    if plan["champion"]:
-        lines.append("\n" + verdict(cells, plan["champion"]))
+    if champion:
+        lines.append("\n" + verdict(cells, champion))
     if missing:
         lines.append(f"\n{len(missing)} of {len(plan['children'])} runs have not finished: {', '.join(missing[:5])}")
     return "\n".join([*lines, f"\nreport          {folder / 'report.html'}"])
@@ -198,7 +198,7 @@ def results_csv(cells: Sequence[Cell], champion: str | None = None) -> str:
     scores = ("dice", "jaccard", "sensitivity", "specificity")
     header = ["noise", "clean_count", "method", "seeds"]
     header += [f"{score}_{part}" for score in scores for part in ("mean", "sd")]
-    references = [REFERENCE, *([champion] if champion else [])]
+    references = _references(champion)
     header += [f"dice_minus_{name}{part}" for name in references for part in ("", "_low", "_high", "_p")]
     rows.writerow(header)
     at = {(c.noise, c.clean_count, c.method): c for c in cells}
@@ -318,8 +318,8 @@ def page(
         "corrected for the number of comparisons, and knows nothing of the spread over seeds. The best mean other than "
         f"{CEILING} is bold.</p>",
     ]
-    if plan["champion"]:
-        parts += [f"<p>{html.escape(line)}</p>" for line in verdict(cells, plan["champion"]).splitlines()]
+    if champion := plan.get("champion"):
+        parts += [f"<p>{html.escape(line)}</p>" for line in verdict(cells, champion).splitlines()]
     if missing:
         parts.append(
             f"<p class=warn>{len(missing)} runs have not finished and are left out: "
@@ -327,7 +327,7 @@ def page(
         )
     for noise in plan["noise"]:
         for clean_count in plan["clean_counts"]:
-            parts.append(_html_table(noise, clean_count, cells, plan["champion"]))
+            parts.append(_html_table(noise, clean_count, cells, champion))
     for name, (caption, picture) in pictures.items():
         encoded = base64.b64encode(picture if isinstance(picture, bytes) else _png(picture)).decode()
         parts.append(
@@ -363,7 +363,7 @@ def _html_table(noise: str, clean_count: int, cells: Sequence[Cell], champion: s
     if not here:
         return ""
     best = max((cell for cell in here.values() if cell.method != CEILING), key=lambda c: c.mean("dice"), default=None)
-    references = [REFERENCE, *([champion] if champion else [])]
+    references = _references(champion)
     columns = "".join(f"<th>Dice − {html.escape(name)}<th>p" for name in references)
     lines = [
         f"<h2>{html.escape(noise)}, K = {clean_count}</h2>"
@@ -377,6 +377,11 @@ def _html_table(noise: str, clean_count: int, cells: Sequence[Cell], champion: s
             f"<td>{len(cell.runs)}</tr>"
         )
     return "\n".join([*lines, "</table>"])
+
+
+def _references(champion: str | None) -> list[str]:
+    """What differences are taken to."""
+    return list(dict.fromkeys([REFERENCE, *([champion] if champion else [])]))
 
 
 def _html_difference(cell: Cell, base: Cell | None) -> str:

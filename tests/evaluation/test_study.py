@@ -120,6 +120,14 @@ def test_a_lead_within_the_seeds_spread_is_none() -> None:
     assert "against pixel_reweight" in verdict(list(by_method.values()), "union")
 
 
+def test_one_seed_has_no_spread_to_be_above() -> None:
+    study = Dictionary()
+    study.children = [child for child in study.children if child["tags"]["seed"] == "0"]
+    finished, _ = collect(study, json.loads(study.read_text("plan.json")))
+    cells = make_cells(finished, json.loads(study.read_text("plan.json")))
+    assert "in 0 of 4 settings" in verdict(cells, "pixel_reweight")
+
+
 def test_what_has_not_finished_is_left_out_and_named(tmp_path: Path) -> None:
     study = Dictionary()
     study.add("pixel_reweight", "box", "4", 2, np.full(len(IDS), 1.0), status="KILLED", name="cut off")
