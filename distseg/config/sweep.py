@@ -96,34 +96,36 @@ def load_sweep(path: Path, overrides: list[str] | None = None) -> tuple[SweepCon
     except ValidationError as error:
         raise UserError(f"sweep {path}: {first_problem(error, SweepConfig)}") from None
 
+    configs = {label: _config_of(path, sweep, overrides or [], label) for label in sweep.methods}
     children: dict[str, Child] = {}
     for seed in sweep.seeds:
         for noise in sweep.noise:
             for clean_count in sweep.clean_counts:
-                for method in sweep.methods:
-                    child = _child(path, sweep, overrides or [], method, noise, clean_count, seed)
+                for label, config in configs.items():
+                    child = _child(label, config, noise, clean_count, min(sweep.clean_counts), seed)
                     children.setdefault(child.name, child)
     return sweep, list(children.values())
 
 
-def _child(
-    path: Path, sweep: SweepConfig, overrides: list[str], label: str, noise: NoiseConfig, clean_count: int, seed: int
-) -> Child:
+def _config_of(path: Path, sweep: SweepConfig, overrides: list[str], label: str) -> Config:
+    """What the children of one method share."""
     settings = [*sweep.settings, *sweep.methods[label], *overrides]
     if not any(item.startswith("method.name=") for item in settings):
         settings.append(f"method.name={label}")
-    base = path.parent / sweep.base
     try:
-        config = load_config(base, [*settings, "name=child", f"seed={seed}", f"data.clean_count={clean_count}"])
+        return load_config(path.parent / sweep.base, [*settings, "name=child"])
     except UserError as error:
         raise UserError(f"sweep {path}: methods.{label}: {error}") from None
+
+
+def _child(label: str, config: Config, noise: NoiseConfig, clean_count: int, fewest: int, seed: int) -> Child:
     method: MethodConfig = config.method
     level = noise if method.needs_noisy else NoiseConfig()
-    count = clean_count if method.needs_clean else min(sweep.clean_counts)
+    count = clean_count if method.needs_clean else fewest
     data = config.data.model_copy(
         update={"noise": level.model_copy(update={"seed": seed if method.needs_noisy else 0}), "clean_count": count}
     )
-    config = config.model_copy(update={"data": data})
+    config = config.model_copy(update={"data": data, "seed": seed})
     noise_name = level.level if method.needs_noisy else ANY
     count_name = count if method.needs_clean else ANY
     readable = f"{label}-{noise_name}-k{count_name}-s{seed}"
