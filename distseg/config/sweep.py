@@ -42,7 +42,6 @@ class SweepConfig(Section):
             raise ValueError("one of them is there twice")
         return values
 
-
     @model_validator(mode="after")
     def _champion_takes_part(self) -> Self:
         if self.champion is not None and self.champion not in self.methods:

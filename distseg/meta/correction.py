@@ -48,9 +48,11 @@ def trusting_counts(device: torch.device) -> Tensor:
 def expected_counts(logits: Tensor, masks: Tensor, marks: Tensor) -> Tensor:
     """How many of the valid pixels of each mark the network expects to be of each class: Σ p_c [m]."""
     valid = valid_pixels(masks)
-    lesion = torch.where(valid, _lesion_logit(logits).sigmoid(), 0.0).double()
+    lesion = torch.where(valid, _lesion_logit(logits).sigmoid(), 0.0)
+    # Mark by mark: a weighted bincount adds in no fixed order on a GPU, and a resumed run must give the same bits.
     here = [valid & (marks == mark) for mark in range(MARKS)]
-    of_mark, of_lesion = torch.stack([h.sum() for h in here]), torch.stack([(lesion * h).sum() for h in here])
+    of_mark = torch.stack([pixels.sum() for pixels in here])
+    of_lesion = torch.stack([(lesion * pixels).sum(dtype=torch.float64) for pixels in here])
     return torch.stack([of_mark - of_lesion, of_lesion])
 
 

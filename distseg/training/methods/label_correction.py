@@ -22,7 +22,7 @@ class LabelCorrection(Method):
         self.noisy_count, self.accumulation = parts.config.train.batch_size, parts.config.train.accumulation
         self.mixed_from, self.clean_from = parts.warm_until, parts.clean_from
         self.clean_share, self.sum_over_ranks = parts.config.method.clean_share, parts.sum_over_ranks
-        self.step, self.diagnosing, self.truths, self.diagnostics = 0, False, [], {}
+        self.step, self.diagnosing, self.marks, self.truths, self.diagnostics = 0, False, [], [], {}
         self.counts = trusting_counts(parts.device)
         """(2, MARKS), the same on every rank; before anything is known, what was drawn is the truth."""
         self.new_counts = torch.zeros_like(self.counts)
@@ -30,13 +30,17 @@ class LabelCorrection(Method):
         self.wrong = torch.zeros(3, dtype=torch.float64, device=parts.device)
 
     def draw(self, step: int, diagnose: bool) -> tuple[list[WeightedBatch], Diagnostics]:
-        """The diagnostics are there after `finish_step`: which labels are corrected follows from the logits."""
-        self.step, self.diagnosing, self.truths, self.diagnostics = step, diagnose, [], {}
+        """The diagnostics are there after `finish_step`: which labels are corrected follows from the logits.
+
+        Marks are found here, on the host, so that nothing waits for a GPU once the network runs.
+        """
+        self.step, self.diagnosing, self.marks, self.truths, self.diagnostics = step, diagnose, [], [], {}
         if step >= self.clean_from:
             clean = batches_of(self.clean, step, self.accumulation)
             return evenly_weighted(clean, self.sum_over_ranks), self.diagnostics
         noisy = batches_of(self.noisy, step, self.accumulation)
         weighted = evenly_weighted(noisy, self.sum_over_ranks)
+        self.marks = [marks_of(batch.masks) for batch in noisy]
         if diagnose:
             self.truths = [batch.true_masks for batch in noisy]
         if step >= self.mixed_from:
@@ -53,7 +57,7 @@ class LabelCorrection(Method):
 
     def _labels(self, logits: Tensor, drawn: Tensor) -> Tensor:
         """What to learn from noisy images, (B, H, W); and counts for the steps to come."""
-        marks = marks_of(drawn)
+        marks = self.marks.pop(0)
         self.new_counts += expected_counts(logits, drawn, marks)
         labels = corrected(logits, drawn, marks, self.counts) if self.step >= self.mixed_from else drawn
         if self.truths:
