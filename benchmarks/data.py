@@ -40,12 +40,12 @@ from measure import describe_machine, take_turns
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
-from distseg.config import AugmentConfig, DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
+from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.decode import read_image, read_mask, read_resized_image, read_resized_mask
 from distseg.data.manifest import Sample, read_samples
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
+from distseg.distributed.ranks import ShardSpec
 
 ROOT = Path(__file__).parents[1]
 SETS = ("isic_original", "isic2017_128")
@@ -104,9 +104,7 @@ class PlainDataset(Dataset):
 def plain_batches(samples: list[Sample], arguments: argparse.Namespace) -> Iterator[object]:
     # Epochs in one sampler, so that no worker is idle or started anew at the end of a small set.
     order = [i for epoch in range(64) for i in np.random.default_rng(epoch).permutation(len(samples))]
-    loader = DataLoader(
-        PlainDataset(samples, arguments.size), batch_size=arguments.batch, sampler=order, num_workers=2
-    )
+    loader = DataLoader(PlainDataset(samples, arguments.size), batch_size=arguments.batch, sampler=order, num_workers=2)
     yield from loader
 
 
@@ -242,7 +240,7 @@ def measure_waiting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def train_and_wait(arguments: argparse.Namespace) -> None:
     """One rank of `measure_waiting`: the trainer's own steps, from the first, less ten to warm up."""
-    from distseg.config import load_config
+    from distseg.config.load import load_config
     from distseg.distributed.runtime import start_runtime, stop_runtime
     from distseg.training.trainer import Trainer, update
 

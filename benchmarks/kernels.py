@@ -126,17 +126,21 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 entries = {name: functions[case] for name, functions in own.items() if case in functions}
                 entries["copy"] = lambda source=source, target=target: target.copy_(source)
                 seconds = take_turns(entries, arguments.rounds, arguments.device, flush)
-                rows.append({
-                    "case": case,
-                    "size": size,
-                    "channels": channels,
-                    "bytes": moved,
-                    "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-                    "over_copy": quartiles(seconds["ours"], seconds["copy"]),
-                    "speedup": {
-                        name: quartiles(seconds[name], seconds["ours"]) for name in contenders[1:] if name in seconds
-                    },
-                })
+                rows.append(
+                    {
+                        "case": case,
+                        "size": size,
+                        "channels": channels,
+                        "bytes": moved,
+                        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+                        "over_copy": quartiles(seconds["ours"], seconds["copy"]),
+                        "speedup": {
+                            name: quartiles(seconds[name], seconds["ours"])
+                            for name in contenders[1:]
+                            if name in seconds
+                        },
+                    }
+                )
                 print(show_row(rows[-1]), flush=True)
     return rows
 

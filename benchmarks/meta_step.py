@@ -25,7 +25,7 @@ import torch
 from measure import describe_machine, take_turns
 
 from distseg.meta import PixelReweighter
-from distseg.models import UNet
+from distseg.models.unet import UNet
 from distseg.ops import weighted_loss
 
 PASSES = {"plain": 3, "forward": 9, "reverse": 11, "finite": 8}

@@ -44,10 +44,10 @@ from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
 from distseg.meta import PixelReweighter
 from distseg.meta.weights import uniform_weights
-from distseg.models import UNet
-from distseg.optim import build_optimizer
+from distseg.methods.step import Method, WeightedBatch
+from distseg.models.unet import UNet
+from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 KINDS, MODES = ("plain", "weighted"), ("weak", "strong")
@@ -110,12 +110,14 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
     device, world = runtime.device, runtime.shard.world_size
     torch.manual_seed(0)
     model = UNet(options["width"], options["depth"], "group").to(device)
-    config = Config.model_validate({
-        "name": "scaling",
-        "data": {"root": "."},
-        "train": {"steps": 1, "batch_size": options["batch"]},
-        "deepspeed": {"zero_stage": options["zero_stage"]},
-    })
+    config = Config.model_validate(
+        {
+            "name": "scaling",
+            "data": {"root": "."},
+            "train": {"steps": 1, "batch_size": options["batch"]},
+            "deepspeed": {"zero_stage": options["zero_stage"]},
+        }
+    )
     shadow = shadow_of(model)
     optimizer, _ = build_optimizer(list(model.parameters()), config.optim)
     engine = build_engine(model, optimizer, config)

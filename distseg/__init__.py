@@ -1,6 +1,6 @@
 """distseg: train segmentation networks from many unreliable masks and a few expert ones.
 
-    from distseg import PixelReweighter, weighted_loss
+from distseg import PixelReweighter, weighted_loss
 """
 
 import importlib

@@ -16,8 +16,8 @@ import torch
 
 from distseg.data.checks import usable_samples
 from distseg.data.noise import corrupt
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, evaluation_batches
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
 from distseg.evaluation.report import comparison_figure, results_table, save_png, seeds_table
 from distseg.tracking import jsonl

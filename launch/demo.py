@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distseg.data.synthetic import write_dataset
 from distseg.errors import UserError
-from distseg.testing.dermoscopy import write_dataset
 from distseg.testing.launcher import train_command, train_environment
 
 METHODS = ("noisy_only", "pixel_reweight")

@@ -17,7 +17,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from distseg.config import Config, load_config
+from distseg.config.load import load_config
+from distseg.config.schema import Config
 from distseg.data.cache import write_cache
 from distseg.data.checks import check_splits, find_bad_files, problems_table
 from distseg.data.decode import read_image, read_mask

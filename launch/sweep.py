@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from distseg.config import Config, dump_config, load_config
-from distseg.config.load import config_hash
+from distseg.config.load import config_hash, dump_config, load_config
+from distseg.config.schema import Config
 from distseg.config.sweep import Child, SweepConfig, load_sweep
 from distseg.errors import UserError
 from distseg.files import write_atomically
@@ -183,9 +183,7 @@ def lock_one(waiting: list[Child], folder: Path) -> IO[str] | None:
 class Running:
     """A child's process. It inherits its lock, which is free again once the process is gone, however it went."""
 
-    def __init__(
-        self, child: Child, folder: Path, study: Study, ranks: int, place: Place, lock: IO[str]
-    ) -> None:
+    def __init__(self, child: Child, folder: Path, study: Study, ranks: int, place: Place, lock: IO[str]) -> None:
         self.child, self.folder, self.lock, self.began = child, folder, lock, time.monotonic()
         tracking = child.config.tracking.model_copy(
             update={"uri": study.uri, "parent_run": study.run_id, "tags": child.config.tracking.tags | child.tags}

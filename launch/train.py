@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from distseg.config import load_config
+from distseg.config.load import load_config
 from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, UserError
 

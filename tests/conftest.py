@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distseg.testing.dermoscopy import write_dataset
+from distseg.data.synthetic import write_dataset
 from distseg.testing.launcher import train_command, train_environment
 
 ROOT = Path(__file__).parents[1]

@@ -1,15 +1,1 @@
-"""What an experiment is: see schema.py for the keys."""
-
-from distseg.config.load import changed_keys, dump_config, flatten_config, load_config
-from distseg.config.schema import AugmentConfig, Config, DataConfig, NoiseConfig
-
-__all__ = [
-    "AugmentConfig",
-    "Config",
-    "DataConfig",
-    "NoiseConfig",
-    "changed_keys",
-    "dump_config",
-    "flatten_config",
-    "load_config",
-]
+"""What an experiment is: schema.py joins the sections of every room, load.py reads them."""

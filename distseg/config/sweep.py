@@ -10,8 +10,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from distseg.config.load import config_hash, first_problem, load_config
-from distseg.config.schema import Config, Count, MethodConfig, NoiseConfig, Section
+from distseg.config.schema import Config
+from distseg.data.config import NoiseConfig
 from distseg.errors import UserError
+from distseg.methods.config import MethodConfig
+from distseg.section import Count, Section
 
 ANY = "any"
 """The noise level or clean count of a child that does not depend on it, and stands for all of them."""

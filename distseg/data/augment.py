@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distseg.config import AugmentConfig
+from distseg.data.config import AugmentConfig
 from distseg.data.seeding import generator
 
 # Of the ISIC training images, RGB in [0, 1]; from the released code of Mirikharaji et al. 2019.

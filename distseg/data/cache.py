@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distseg.config import DataConfig
+from distseg.data.config import DataConfig
 from distseg.data.decode import read_resized_image, read_resized_mask
 from distseg.data.manifest import Problem, Sample
 from distseg.errors import UserError

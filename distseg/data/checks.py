@@ -6,8 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from distseg.config import DataConfig
 from distseg.data.cache import open_cache
+from distseg.data.config import DataConfig
 from distseg.data.decode import check_image, check_mask
 from distseg.data.manifest import SPLITS, Problem, Sample, first_of, survey
 from distseg.errors import BadFileError, UserError

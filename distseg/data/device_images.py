@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distseg.config import DataConfig
+from distseg.data.config import DataConfig
 from distseg.data.manifest import Sample
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from distseg.config import DataConfig
+from distseg.data.config import DataConfig
 from distseg.data.seeding import stable_hash
 from distseg.errors import UserError
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distseg.config import NoiseConfig
+from distseg.data.config import NoiseConfig
 from distseg.data.decode import read_image, read_mask
 from distseg.data.manifest import Sample
 from distseg.data.seeding import generator, stable_hash
@@ -125,9 +125,7 @@ def unsupervised(image: NDArray[np.uint8]) -> Mask:
         return np.zeros((height, width), np.uint8)
     _, dark = cv2.threshold(blue, 0, 1, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     count, labels = cv2.connectedComponents(dark, connectivity=8)
-    rows, columns = (
-        np.exp(-(((np.arange(side) + 0.5) / side - 0.5) ** 2) / (2 * 0.2**2)) for side in (height, width)
-    )
+    rows, columns = (np.exp(-(((np.arange(side) + 0.5) / side - 0.5) ** 2) / (2 * 0.2**2)) for side in (height, width))
     counted = np.bincount(labels.ravel(), np.outer(rows, columns).ravel(), count)
     return (labels == 1 + int(np.argmax(counted[1:]))).astype(np.uint8)
 

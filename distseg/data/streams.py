@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distseg.config import DataConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform, draw_transform, identity_transform
 from distseg.data.cache import open_cache
+from distseg.data.config import DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
 from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader, taken_by_a_thread
 from distseg.data.seeding import generator
-from distseg.data.sharding import ShardSpec
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
 
 Labels = Literal["noisy", "true"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distseg.data.sharding import ShardSpec
+from distseg.distributed.ranks import ShardSpec
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE = 5.0

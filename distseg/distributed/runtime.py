@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distseg.data.sharding import ShardSpec
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

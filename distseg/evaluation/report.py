@@ -186,9 +186,7 @@ def line_charts(
             axes.sharey(shared)
             axes.tick_params(labelleft=False)
     by_label = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if by_label:
         figure.axes[-1].legend(

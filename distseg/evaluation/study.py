@@ -282,9 +282,7 @@ def draw(cells: Sequence[Cell], plan: Mapping[str, Any]) -> dict[str, tuple[str,
     return pictures
 
 
-def weight_maps(
-    study: Tracker, finished: Sequence[Finished], plan: Mapping[str, Any]
-) -> dict[str, tuple[str, bytes]]:
+def weight_maps(study: Tracker, finished: Sequence[Finished], plan: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
     """For each noise level the first and the last training panel of one run whose weights were diagnosed."""
     pictures = {}
     for place, level in enumerate(plan["noise"]):

@@ -171,9 +171,7 @@ def joined(maps: Sequence[WeightMap], masks: Sequence[Tensor]) -> WeightMap:
     return WeightMap(torch.cat(positive), scale, level)
 
 
-def detection_histogram(
-    alignments: Sequence[Tensor], masks: Sequence[Tensor], true_masks: Sequence[Tensor]
-) -> Tensor:
+def detection_histogram(alignments: Sequence[Tensor], masks: Sequence[Tensor], true_masks: Sequence[Tensor]) -> Tensor:
     """(2, 65536) int64: how many rightly (row 0) and wrongly (row 1) labelled pixels have each value of U in bfloat16.
 
     Histograms of ranks and micro-batches add up, so that a global AUROC costs one small reduction and no gathering.
@@ -227,4 +225,3 @@ def _sums(
         wrong_mass, wrong_count = (weights * wrong).sum((1, 2), dtype=torch.float64), wrong.sum((1, 2))
     numbers = (mass, squares, count, zeros, torch.ones_like(mass), zero_images, wrong_mass, wrong_count)
     return torch.stack([number.sum().double() for number in numbers])
-

@@ -4,8 +4,8 @@ import importlib
 
 from torch import nn
 
-from distseg.config.schema import ModelConfig
 from distseg.errors import UserError
+from distseg.models.config import ModelConfig
 from distseg.models.unet import UNet
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distseg.config.schema import OptimConfig
 from distseg.errors import UserError
+from distseg.optim.config import OptimConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> tuple[Optimizer, str]:

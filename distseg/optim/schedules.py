@@ -2,7 +2,7 @@
 
 import math
 
-from distseg.config.schema import OptimConfig
+from distseg.optim.config import OptimConfig
 
 WARM_UP = 0.3
 START, END = 1 / 25, 1e-4

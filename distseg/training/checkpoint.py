@@ -29,15 +29,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from distseg.config import Config, load_config
-from distseg.data.sharding import ShardSpec
+from distseg.config.load import load_config
+from distseg.config.schema import Config
 from distseg.distributed.collectives import decided_by_main, gather_bytes
 from distseg.distributed.engine import load_module_state, load_optimizer_state, module_state, optimizer_state
+from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.files import write_atomically
-from distseg.models import build_model
-from distseg.training.methods import Method
+from distseg.methods.step import Method
+from distseg.models.registry import build_model
 
 FORMAT = 2
 

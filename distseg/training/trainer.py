@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distseg.config import Config, changed_keys, dump_config, load_config
+from distseg.config.load import changed_keys, dump_config, load_config
+from distseg.config.schema import Config
 from distseg.data.checks import usable_samples
 from distseg.data.manifest import Sample, split_clean
 from distseg.data.noise import write_noisy_masks
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, broadcast_buffers, main_rank_first, sum_over_ranks
@@ -32,6 +32,7 @@ from distseg.distributed.engine import (
     skip_update_if,
     skipped_by_engine,
 )
+from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.evaluator import evaluate
@@ -39,13 +40,15 @@ from distseg.evaluation.metrics import counts_csv, summarise
 from distseg.evaluation.report import panel, save_png
 from distseg.files import write_atomically
 from distseg.meta import PixelReweighter
-from distseg.models import build_model
-from distseg.optim import build_optimizer, learning_rate
+from distseg.methods.registry import build_method
+from distseg.methods.step import Method, Parts, WeightedBatch
+from distseg.models.registry import build_model
+from distseg.optim.optimizers import build_optimizer
+from distseg.optim.schedules import learning_rate
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker
 from distseg.training.checkpoint import load_checkpoint, load_network, save_checkpoint
 from distseg.training.guard import Guard, not_finite
-from distseg.training.methods import Method, Parts, WeightedBatch, build_method
 
 TEST_COUNTS = "test_counts.csv"
 """What result.json sums up: true and false positives and negatives of each test image."""

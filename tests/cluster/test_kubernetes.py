@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distseg.config import load_config
+from distseg.config.load import load_config
 from distseg.distributed.runtime import free_port
 from distseg.testing.launcher import train_environment
 

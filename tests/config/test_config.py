@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from distseg.config import Config, changed_keys, dump_config, flatten_config, load_config
+from distseg.config.load import changed_keys, dump_config, flatten_config, load_config
+from distseg.config.schema import Config
 from distseg.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distseg.config import load_config
-from distseg.config.load import config_hash
+from distseg.config.load import config_hash, load_config
 from distseg.config.sweep import load_sweep
 from distseg.errors import UserError
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from distseg.config import AugmentConfig
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, draw_transform, identity_transform
+from distseg.data.config import AugmentConfig
 
 STRONG = AugmentConfig(
     flip=True,

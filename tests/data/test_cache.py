@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.config import AugmentConfig, DataConfig
 from distseg.data import cache as cache_module
 from distseg.data.cache import open_cache, write_cache
 from distseg.data.checks import usable_samples
+from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.manifest import Problem, read_samples
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, UserError
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from bad_files import write_bad_data
 
-from distseg.config import DataConfig
 from distseg.data.checks import usable_samples
+from distseg.data.config import DataConfig
 from distseg.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.config import AugmentConfig, DataConfig
 from distseg.data.augment import draw_transform
+from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
 from distseg.data.manifest import Sample, read_samples
 from distseg.data.reader import PixelReader
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Request, Stream
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distseg.config import AugmentConfig, DataConfig, NoiseConfig
 from distseg.data.checks import find_bad_files
+from distseg.data.config import AugmentConfig, DataConfig, NoiseConfig
 from distseg.data.manifest import read_samples, split_clean
 from distseg.data.noise import write_noisy_masks
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.distributed.ranks import ShardSpec
 
 pytestmark = [
     pytest.mark.data,

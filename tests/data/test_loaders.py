@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import max_pool2d
 
-from distseg.config import AugmentConfig
 from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.config import AugmentConfig
 from distseg.data.decode import read_image, read_resized_image
 from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader

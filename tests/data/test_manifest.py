@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distseg.config import DataConfig
 from distseg.data.checks import check_splits, find_bad_files, usable_samples
+from distseg.data.config import DataConfig
 from distseg.data.manifest import Sample, read_samples, split_clean
 from distseg.errors import UserError
 

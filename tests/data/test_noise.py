@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from distseg.config import DataConfig, NoiseConfig
+from distseg.data.config import DataConfig, NoiseConfig
 from distseg.data.decode import read_mask
 from distseg.data.manifest import read_samples, split_clean
 from distseg.data.noise import boundary, box, corrupt, markov, polygon, unsupervised, write_noisy_masks
@@ -269,7 +269,7 @@ def test_mixed_annotators_share_the_samples_and_keep_their_hands():
 
 DIGEST = """
 import hashlib, numpy as np, cv2
-from distseg.config import NoiseConfig
+from distseg.data.config import NoiseConfig
 from distseg.data.noise import corrupt
 mask = cv2.ellipse(np.zeros((90, 130), np.uint8), (60, 40), (35, 22), 20, 0, 360, 1, -1)
 image = np.random.default_rng(1).integers(0, 256, (90, 130, 3)).astype(np.uint8)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distseg.config import AugmentConfig, DataConfig
+from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.manifest import read_samples, split_clean
 from distseg.data.reader import PixelReader, taken_by_a_thread
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, Stream, evaluation_batches
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, UserError
 
 CPU = torch.device("cpu")

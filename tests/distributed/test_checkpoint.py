@@ -16,10 +16,10 @@ from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.errors import UserError
 from distseg.meta.weights import uniform_weights
-from distseg.optim import build_optimizer
+from distseg.methods.step import Method, WeightedBatch
+from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 GLOBAL, SIZE = 8, 8
@@ -41,13 +41,15 @@ class Dropped(nn.Module):
 
 
 def configure(optimizer: str, stage: int, world_size: int, **train) -> Config:
-    return Config.model_validate({
-        "name": "test",
-        "data": {"root": "."},
-        "train": {"steps": 9, "batch_size": GLOBAL // world_size, "clean_batch_size": GLOBAL // world_size} | train,
-        "optim": {"name": optimizer, "momentum": 0.9, "lr": 0.05, "implementation": "torch"},
-        "deepspeed": {"zero_stage": stage},
-    })
+    return Config.model_validate(
+        {
+            "name": "test",
+            "data": {"root": "."},
+            "train": {"steps": 9, "batch_size": GLOBAL // world_size, "clean_batch_size": GLOBAL // world_size} | train,
+            "optim": {"name": optimizer, "momentum": 0.9, "lr": 0.05, "implementation": "torch"},
+            "deepspeed": {"zero_stage": stage},
+        }
+    )
 
 
 def build(config: Config):

@@ -8,7 +8,7 @@ from torch import nn
 from distseg.config.schema import Config
 from distseg.distributed.engine import build_engine, deepspeed_config, gradients_put_away, shadow_of
 from distseg.errors import UserError
-from distseg.optim import build_optimizer
+from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))

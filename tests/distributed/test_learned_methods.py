@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from distseg.config.schema import Config, MethodConfig, TrainConfig
+from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.meta.estimators import one_process
@@ -11,10 +11,12 @@ from distseg.meta.placement import Whole
 from distseg.meta.reweighter import stateless
 from distseg.meta.weight_net import WeightNet, hypergradient
 from distseg.meta.weights import uniform_weights
+from distseg.methods.config import MethodConfig
+from distseg.methods.label_correction import LabelCorrection
+from distseg.methods.step import Parts
+from distseg.methods.t_loss import TLoss
 from distseg.testing.ranks import run_ranks
-from distseg.training.methods import Parts
-from distseg.training.methods.label_correction import LabelCorrection
-from distseg.training.methods.t_loss import TLoss
+from distseg.training.config import TrainConfig
 
 CONFIG = Config.model_validate({"name": "x", "data": {"root": "."}, "train": {"steps": 1}, "optim": {"lr": 0.05}})
 

@@ -26,10 +26,10 @@ from distseg.meta import PixelReweighter
 from distseg.meta.estimators import mean_gradient
 from distseg.meta.placement import Whole
 from distseg.meta.reweighter import stateless
+from distseg.methods.step import Method, WeightedBatch
 from distseg.ops import weighted_loss
-from distseg.optim import build_optimizer
+from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 SIZE, GLOBAL_NOISY, GLOBAL_CLEAN = 16, 8, 8
@@ -150,13 +150,15 @@ def ranked_model(runtime, dtype: torch.dtype, norm: str) -> nn.Module:
 def engine_for(runtime, stage: int, accumulation: int, dtype: torch.dtype, norm: str):
     """DeepSpeed's engine, the shadow of its module, and where its parameters are."""
     batch_size = GLOBAL_NOISY // (accumulation * runtime.shard.world_size)
-    config = Config.model_validate({
-        "name": "test",
-        "data": {"root": "."},
-        "train": {"steps": len(ESTIMATORS), "accumulation": accumulation, "batch_size": batch_size},
-        "optim": {"name": "sgd", "momentum": 0.0, "lr": LR},
-        "deepspeed": {"zero_stage": stage},
-    })
+    config = Config.model_validate(
+        {
+            "name": "test",
+            "data": {"root": "."},
+            "train": {"steps": len(ESTIMATORS), "accumulation": accumulation, "batch_size": batch_size},
+            "optim": {"name": "sgd", "momentum": 0.0, "lr": LR},
+            "deepspeed": {"zero_stage": stage},
+        }
+    )
     model = ranked_model(runtime, dtype, norm)
     shadow = shadow_of(model)
     optimizer, _ = build_optimizer(model.parameters(), config.optim)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch
+from distseg.distributed.ranks import ShardSpec
 from distseg.evaluation.evaluator import evaluate
 
 COUNT, SIDE = 11, 5

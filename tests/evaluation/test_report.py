@@ -223,8 +223,6 @@ def test_contact_sheet_has_a_column_a_level_and_draws_each_levels_contour():
     picture = contact_sheet([image], [true], {"box": [true], "moved": [noisy]})
     columns, (top, bottom) = tiles(picture)
     assert len(columns) == 3
-    yellow = [
-        np.argwhere((picture[top:bottom, left:right] == (240, 228, 66)).all(axis=2)) for left, right in columns
-    ]
+    yellow = [np.argwhere((picture[top:bottom, left:right] == (240, 228, 66)).all(axis=2)) for left, right in columns]
     assert len(yellow[0]) == 0
     assert 0 < yellow[1].mean() < (bottom - top) / 2 < yellow[2].mean()

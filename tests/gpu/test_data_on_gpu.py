@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn.functional import max_pool2d
 
-from distseg.config import AugmentConfig, DataConfig
 from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages
 from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Batch, Request, Stream
+from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError
 
 pytestmark = [

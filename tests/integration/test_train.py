@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distseg.config import load_config
+from distseg.config.load import load_config
 from distseg.testing.launcher import train_command, train_environment
 from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import Trainer
@@ -108,8 +108,7 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path:
         for key in expected:
             assert expected[key].equal(actual[key]), f"{name}: {key}"
     expected, actual = (
-        [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(end.parents[1])]
-        for end in ends
+        [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(end.parents[1])] for end in ends
     )
     assert actual == expected
 

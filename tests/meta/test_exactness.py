@@ -6,7 +6,7 @@ from oracle import IGNORE, double_backward, normalised
 from torch import Tensor, nn
 
 from distseg import PixelReweighter
-from distseg.models import UNet
+from distseg.models.unet import UNet
 
 EXACT = ["forward", "reverse"]
 

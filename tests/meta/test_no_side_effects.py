@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg import PixelReweighter, weighted_loss
-from distseg.models import UNet
+from distseg.models.unet import UNet
 
 ESTIMATORS = ["forward", "reverse", "finite"]
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg import PixelReweighter, weighted_loss
-from distseg.models import UNet
+from distseg.models.unet import UNet
 
 SIZE, STEPS, NOISY, CLEAN = 16, 60, 8, 4
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from distseg.config.schema import ModelConfig
 from distseg.errors import UserError
-from distseg.models import UNet, build_model
+from distseg.models.config import ModelConfig
+from distseg.models.registry import build_model
+from distseg.models.unet import UNet
 
 
 def test_the_papers_network_has_its_number_of_parameters() -> None:

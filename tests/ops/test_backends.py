@@ -64,7 +64,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     files = subprocess.run(
         ["git", "ls-files", "distseg", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     for file in files:
         if (ROOT / file).exists():
@@ -81,7 +84,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_build_without_compiler_leaves_a_working_package(sources: Path, environment: dict[str, str]) -> None:
     built = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=sources, env=os.environ | environment, capture_output=True, text=True, timeout=120,
+        cwd=sources,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert built.returncode == 0, built.stderr
     assert not list((sources / "distseg").glob("_C*"))

@@ -3,9 +3,10 @@ import sys
 import pytest
 import torch
 
-from distseg.config.schema import OptimConfig
 from distseg.errors import UserError
-from distseg.optim import build_optimizer, learning_rate
+from distseg.optim.config import OptimConfig
+from distseg.optim.optimizers import build_optimizer
+from distseg.optim.schedules import learning_rate
 
 STEPS = 300
 

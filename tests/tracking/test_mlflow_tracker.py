@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distseg.config import Config, dump_config, flatten_config
+from distseg.config.load import dump_config, flatten_config
+from distseg.config.schema import Config
 from distseg.tracking.mlflow import MlflowTracker
 
 
@@ -60,7 +61,10 @@ def test_a_run_and_its_resumption(store, tmp_path, capfd):
     assert run.data.metrics == {"train/loss": 0.75}
     tags = run.data.tags
     assert (tags["method"], tags["noise"], tags["clean_count"], tags["seed"]) == (
-        "pixel_reweight", "polygon(3)", "50", "7",
+        "pixel_reweight",
+        "polygon(3)",
+        "50",
+        "7",
     )
     assert tags["version.torch"]
     files = {file.path for file in client.list_artifacts(run_id)}
@@ -101,7 +105,7 @@ import json, logging, os, socket, sys, time
 from pathlib import Path
 import numpy as np
 import mlflow
-from distseg.config import Config
+from distseg.config.schema import Config
 from distseg.tracking.mlflow import MlflowTracker
 
 logging.basicConfig()  # a program that shows the warnings of its libraries

@@ -9,10 +9,10 @@ from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.meta.weights import uniform_weights
-from distseg.optim import build_optimizer
+from distseg.methods.step import Method, WeightedBatch
+from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.training.guard import Diverged, Guard
-from distseg.training.methods import Method, WeightedBatch
 from distseg.training.trainer import update
 
 SIZE = 8

@@ -8,26 +8,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distseg.config.schema import Config, MethodConfig
+from distseg.config.schema import Config
 from distseg.data.manifest import Sample, read_samples, split_clean
-from distseg.data.sharding import ShardSpec
 from distseg.data.streams import Stream
+from distseg.distributed.ranks import ShardSpec
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
+from distseg.methods.config import MethodConfig
+from distseg.methods.learned import Learned
+from distseg.methods.registry import METHODS, build_method
+from distseg.methods.step import Method, Parts, WeightedBatch
 from distseg.ops import weighted_loss
-from distseg.training.methods import METHODS, Method, Parts, WeightedBatch, build_method
-from distseg.training.methods.learned import Learned
 
 STEPS = 10
 
 
 def config_for(root: Path, name: str, **method) -> Config:
-    return Config.model_validate({
-        "name": "x",
-        "data": {"root": str(root), "image_size": 16, "clean_count": 4, "pipeline": "torch"},
-        "method": {"name": name, **method},
-        "train": {"steps": STEPS, "batch_size": 4, "clean_batch_size": 3, "accumulation": 2},
-    })
+    return Config.model_validate(
+        {
+            "name": "x",
+            "data": {"root": str(root), "image_size": 16, "clean_count": 4, "pipeline": "torch"},
+            "method": {"name": name, **method},
+            "train": {"steps": STEPS, "batch_size": 4, "clean_batch_size": 3, "accumulation": 2},
+        }
+    )
 
 
 @pytest.fixture
@@ -62,9 +66,7 @@ def drawn_ids(method: Method, step: int) -> list[str]:
     return [i for weighted in method.draw(step, diagnose=False)[0] for i in weighted.batch.ids]
 
 
-@pytest.mark.parametrize(
-    "name", sorted(METHODS.keys() - {"meta_weight_net"})
-)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"meta_weight_net"}))
 def test_weights_are_a_mean_over_the_micro_batches(build, name: str) -> None:
     method, *_ = build(name)
     batches, _ = method.draw(0, diagnose=False)

@@ -23,15 +23,23 @@ SCORED = 9
 def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
     out = {}
     for method, stage in itertools.product(METHODS, (0, 3)):
-        config = Config.model_validate({
-            "name": "t",
-            "data": {"root": root, "image_size": 16, "clean_count": 4, "pipeline": "torch", "noise": {"kind": "box"}},
-            "model": {"width": 4, "depth": 1, "norm": "batch"},
-            "method": method,
-            "train": {"steps": 2, "batch_size": 2, "clean_batch_size": 2, "accumulation": 2},
-            "optim": {"lr": 0.05},
-            "deepspeed": {"zero_stage": stage},
-        })
+        config = Config.model_validate(
+            {
+                "name": "t",
+                "data": {
+                    "root": root,
+                    "image_size": 16,
+                    "clean_count": 4,
+                    "pipeline": "torch",
+                    "noise": {"kind": "box"},
+                },
+                "model": {"width": 4, "depth": 1, "norm": "batch"},
+                "method": method,
+                "train": {"steps": 2, "batch_size": 2, "clean_batch_size": 2, "accumulation": 2},
+                "optim": {"lr": 0.05},
+                "deepspeed": {"zero_stage": stage},
+            }
+        )
         trainer = Trainer(config, Path(folder), runtime)
         for step in range(2):
             batches, diagnostics = trainer.method.draw(step, diagnose=True)

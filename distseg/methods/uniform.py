@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from distseg.data.streams import Stream
 from distseg.meta.weights import Diagnostics
-from distseg.training.methods.step import Method, Parts, WeightedBatch, evenly_weighted, joined_batches
+from distseg.methods.step import Method, Parts, WeightedBatch, evenly_weighted, joined_batches
 
 
 class Uniform(Method):

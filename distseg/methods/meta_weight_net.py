@@ -13,9 +13,9 @@ from distseg.meta.placement import Whole
 from distseg.meta.reweighter import stateless
 from distseg.meta.weight_net import Hypergradient, WeightNet, hypergradient
 from distseg.meta.weights import Diagnostics, WeightMap, auroc, detection_histogram
+from distseg.methods.learned import Learned
+from distseg.methods.step import Method, Parts, WeightedBatch
 from distseg.ops import valid_pixels
-from distseg.training.methods.learned import Learned
-from distseg.training.methods.step import Method, Parts, WeightedBatch
 
 
 class MetaWeightNet(Method):

@@ -18,13 +18,13 @@ and, for the robust losses, in ℓ. `draw(step)` yields this rank's micro-batche
 
 from collections.abc import Callable
 
-from distseg.training.methods.generalised_cross_entropy import GeneralisedCrossEntropy
-from distseg.training.methods.label_correction import LabelCorrection
-from distseg.training.methods.meta_weight_net import MetaWeightNet
-from distseg.training.methods.reweighted import image_reweight, pixel_reweight
-from distseg.training.methods.step import Method, Parts, WeightedBatch
-from distseg.training.methods.t_loss import TLoss
-from distseg.training.methods.uniform import clean_only, finetune, noisy_only, oracle, union
+from distseg.methods.generalised_cross_entropy import GeneralisedCrossEntropy
+from distseg.methods.label_correction import LabelCorrection
+from distseg.methods.meta_weight_net import MetaWeightNet
+from distseg.methods.reweighted import image_reweight, pixel_reweight
+from distseg.methods.step import Method, Parts, WeightedBatch
+from distseg.methods.t_loss import TLoss
+from distseg.methods.uniform import clean_only, finetune, noisy_only, oracle, union
 
 METHODS: dict[str, Callable[[Parts], Method]] = {
     "noisy_only": noisy_only,

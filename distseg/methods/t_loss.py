@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distseg.meta.weights import Diagnostics, WeightMap
+from distseg.methods.learned import Learned
+from distseg.methods.step import Parts, WeightedBatch
+from distseg.methods.uniform import Uniform
 from distseg.ops.robust import student_t_loss
-from distseg.training.methods.learned import Learned
-from distseg.training.methods.step import Parts, WeightedBatch
-from distseg.training.methods.uniform import Uniform
 
 
 class TLoss(Uniform):

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
+from distseg.data.synthetic import draw_lesion, write_dataset
 from distseg.errors import UserError
 from distseg.testing import dermoscopy
-from distseg.testing.dermoscopy import draw_lesion, write_dataset
 
 COUNTS = {"train": 4, "val": 1, "test": 2}
 SIZE = 48

@@ -2,7 +2,7 @@
 
 from distseg.meta import PixelReweighter
 from distseg.meta.weights import Diagnostics
-from distseg.training.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
+from distseg.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
 
 
 class Reweighted(Method):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distseg.meta.correction import corrected, expected_counts, marks_of, trusting_counts
 from distseg.meta.weights import Diagnostics, WeightMap
+from distseg.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
 from distseg.ops import valid_pixels, weighted_loss
-from distseg.training.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
 
 MEMORY = 0.9
 """What the counts keep of themselves in a step: they remember about ten."""

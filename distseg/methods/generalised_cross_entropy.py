@@ -7,9 +7,9 @@ Zhang and Sabuncu 2018, "Generalized Cross Entropy Loss for Training Deep Neural
 from torch import Tensor
 
 from distseg.meta.weights import WeightMap
+from distseg.methods.step import Parts
+from distseg.methods.uniform import Uniform
 from distseg.ops.robust import generalised_cross_entropy
-from distseg.training.methods.step import Parts
-from distseg.training.methods.uniform import Uniform
 
 
 class GeneralisedCrossEntropy(Uniform):

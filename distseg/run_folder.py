@@ -1,0 +1,54 @@
+"""What a run leaves on the disk, and under which names: the only module that knows them.
+
+runs/NAME/config.yaml          the resolved config
+          metrics.jsonl        one line a logged step
+          result.json          final figures, once the run is done
+          test_counts.csv      true and false positives and negatives of each test image
+          mlflow_run_id        the id of its MLflow run
+          checkpoints/         distseg/training/checkpoint.py
+          figures/             training panels along the steps
+          noisy_masks/         the noisy stream's masks, where they are simulated
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def test_counts(self) -> Path:
+        return self.path / "test_counts.csv"
+
+    @property
+    def mlflow_run_id(self) -> Path:
+        return self.path / "mlflow_run_id"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def noisy_masks(self) -> Path:
+        return self.path / "noisy_masks"
+
+    def figure(self, step: int) -> Path:
+        return self.figures / f"step_{step:08d}.png"

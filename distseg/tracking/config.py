@@ -1,0 +1,19 @@
+"""The `tracking` section of a config."""
+
+from pydantic import Field
+
+from distseg.section import Section
+
+
+class TrackingConfig(Section):
+    mlflow: bool = True
+    uri: str | None = None
+    """default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder."""
+    experiment: str = "distseg"
+    system_metrics: bool = True
+    log_model: bool = False
+    """Also log the network of the last step, as an exported graph with signature and input example."""
+    parent_run: str | None = None
+    """MLflow id of the run that this one is nested under."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Further tags, over those that follow from the config."""

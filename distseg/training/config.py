@@ -1,0 +1,37 @@
+"""The `train` section of a config."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distseg.section import Count, Section
+
+
+class TrainConfig(Section):
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the noisy stream; every method gets the same number of steps."""
+    batch_size: Count = 6
+    clean_batch_size: Count = 6
+    """Both per rank and micro-batch. A run may be resumed with others if their products with accumulation and the
+    number of ranks, the images of a step, stay what they were."""
+    accumulation: Count = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
+    log_every: Count = 10
+    validate_every: Count | None = None
+    """Steps between validations; default: ten times a run."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: at each validation."""
+    keep_checkpoints: Count = 2
+    """The newest ones that stay, beside the one of the best validation."""
+    max_bad_steps: Count = 5
+    """A run stops after so many steps in a row whose loss or gradient is not finite; each of them is skipped."""
+    figure_every: Count | None = None
+    """Steps between weight-map figures; default: at each validation."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of steps and epochs")
+        return self
