@@ -242,7 +242,8 @@ def train_and_wait(arguments: argparse.Namespace) -> None:
     """One rank of `measure_waiting`: the trainer's own steps, from the first, less ten to warm up."""
     from distseg.config.load import load_config
     from distseg.distributed.runtime import start_runtime, stop_runtime
-    from distseg.training.trainer import Trainer, update
+    from distseg.training.train_step import train_step
+    from distseg.training.trainer import Trainer
 
     runtime = start_runtime()
     root = f"data.root={arguments.data / 'isic2017_128'}"
@@ -252,8 +253,7 @@ def train_and_wait(arguments: argparse.Namespace) -> None:
         for step in range(10 + arguments.steps):
             if step == 10:
                 started, waited = time.perf_counter(), sum(stream.waited for stream in trainer.streams)
-            batches, _ = trainer.method.draw(step, diagnose=False)
-            update(trainer.engine, trainer.method, batches, config.optim.lr, runtime.shard.world_size)
+            train_step(trainer.engine, trainer.method, step, config.optim.lr)
         seconds = time.perf_counter() - started
         waited = sum(stream.waited for stream in trainer.streams) - waited
         trainer.close()

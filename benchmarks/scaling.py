@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,17 +39,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
 from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
 from distseg.meta import PixelReweighter
-from distseg.meta.weights import uniform_weights
-from distseg.methods.step import Method, WeightedBatch
+from distseg.meta.weights import WeightMap, uniform_weights
 from distseg.models.unet import UNet
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.trainer import update
+from distseg.testing.steps import GivenSteps
+from distseg.training.train_step import train_step
 
 KINDS, MODES = ("plain", "weighted"), ("weak", "strong")
 COLLECTIVES = ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
@@ -133,14 +133,12 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
 
         noisy, clean = batch(), batch()
 
-        def step() -> None:
+        def weigh() -> list[WeightMap]:
             if kind == "weighted":
-                weights = reweighter.weigh([noisy], [clean])
-            else:
-                weights = uniform_weights([noisy[1]], sum_over_ranks, noisy[0].dtype)
-            update(engine, Method(), [WeightedBatch(Batch(*noisy, noisy[1], ()), *weights)], 1e-4, world)
+                return reweighter.weigh([noisy], [clean])
+            return uniform_weights([noisy[1]], sum_over_ranks, noisy[0].dtype)
 
-        return step
+        return partial(train_step, engine, GivenSteps([noisy[0]], [noisy[1]], weigh), 0, 1e-4)
 
     steps = {f"{kind}.{mode}": build_step(kind, mode) for kind in KINDS for mode in MODES}
     seconds = take_turns(steps, options["rounds"], device.type, dist.barrier)

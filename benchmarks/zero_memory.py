@@ -30,15 +30,14 @@ from measure import describe_machine
 from torch import Tensor, nn
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.meta import PixelReweighter
-from distseg.methods.step import Method, WeightedBatch
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
+from distseg.testing.steps import GivenSteps
 from distseg.testing.tensors import AliveTensors
-from distseg.training.trainer import update
+from distseg.training.train_step import train_step
 
 SIDE = 8
 LEAN = Path(__file__).parents[1] / "configs" / "deepspeed" / "zero3_lean.json"
@@ -96,8 +95,7 @@ def measure(
             return reweighter.weigh([(images, masks)], [(images.flip(3), masks.flip(2))])
 
         def learn(weights) -> None:
-            batch = Batch(images, masks, masks, ())
-            update(engine, Method(), [WeightedBatch(batch, w) for w in weights], 1e-4, runtime.shard.world_size)
+            train_step(engine, GivenSteps([images], [masks], lambda: weights), 0, 1e-4)
 
         learn(weigh())
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present resident set

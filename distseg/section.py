@@ -1,6 +1,6 @@
 """What every section of a config is: typed, frozen, and an unknown key is an error."""
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,3 +11,9 @@ Range = tuple[float, float]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def kinds_of(annotation: Any) -> dict[str, type[Section]]:
+    """The members of a union of sections that differ by their `kind`, by that word; empty for another annotation."""
+    members = [member for member in get_args(annotation) if isinstance(member, type) and issubclass(member, Section)]
+    return {member.model_fields["kind"].default: member for member in members if "kind" in member.model_fields}

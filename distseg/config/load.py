@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from distseg.config.schema import Config
 from distseg.errors import UserError
+from distseg.section import kinds_of
 
 CHANGEABLE = (
     "data.memory",
@@ -101,9 +102,10 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     """The first of a validation's problems in one line that names the key and the mend; the others are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
+    path, section = _place(first["loc"], root)
+    key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        text = f"{key}: unknown key{_suggestion(first['loc'], root)}"
+        text = f"{key}: unknown key{_suggestion(path[-1], section)}"
     elif first["type"] == "missing":
         text = f"{key}: required; add {key}=VALUE"
     else:
@@ -115,17 +117,33 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _suggestion(location: tuple[str | int, ...], root: type[BaseModel]) -> str:
-    section = root
-    for part in location[:-1]:
-        if isinstance(part, str):  # numbers count the items of a list of sections
-            section = _section_in(section.model_fields[part].annotation)
-    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+def _suggestion(key: str, section: type[BaseModel]) -> str:
+    close = difflib.get_close_matches(key, section.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"
 
 
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section that a field holds, alone or in a list, optional or not."""
-    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        annotation = get_args(annotation)[0]
+def _place(location: tuple[str | int, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """The dotted path of a problem and the section that its last key is in, from where pydantic says that it is.
+
+    pydantic names the chosen member of a union in between, which is no key; numbers count the items of a list.
+    """
+    path: list[str] = []
+    section, inside = root, root
+    for part in location:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif (chosen := kinds_of(inside).get(part)) is not None:
+            inside = section = chosen
+        else:
+            path.append(part)
+            section = _section_in(inside) or section
+            field = section.model_fields.get(part)
+            inside = field.annotation if field else None
+    return path, section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone or in a list, optional or not; None for a plain value or a union."""
+    while annotation is not None and not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = next(iter(get_args(annotation)), None)
     return annotation

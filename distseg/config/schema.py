@@ -36,8 +36,8 @@ class Config(Section):
             )
         if self.data.clean_count == 0 and self.method.needs_clean:
             raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
-        if self.method.name == "meta_weight_net" and self.deepspeed.zero_stage == 3:
-            raise ValueError("deepspeed.zero_stage 3: meta_weight_net needs whole parameters; set it to 2 or less")
-        if self.method.name == "union" and self.train.batch_size % 2:
+        if self.method.weighting.kind == "learned" and self.deepspeed.zero_stage == 3:
+            raise ValueError("deepspeed.zero_stage 3: learned weights need whole parameters; set it to 2 or less")
+        if self.method.phases.kind == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
         return self

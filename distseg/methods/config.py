@@ -1,78 +1,133 @@
-"""The `method` section of a config."""
+"""The `method` section of a config: a preset's name, and the four parts that it is made of.
+
+    method: {name: finetune, loss: {kind: generalised_cross_entropy, q: 0.5}}
+
+A part's key may be written without the part, `method.q=0.5` for `method.loss.q=0.5`. A key that no part of the method
+has is an error.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distseg.section import Fraction, Section
+from distseg.methods.labels.corrected import CorrectedConfig
+from distseg.methods.labels.drawn import DrawnConfig
+from distseg.methods.losses.cross_entropy import CrossEntropyConfig
+from distseg.methods.losses.generalised_cross_entropy import GeneralisedCrossEntropyConfig
+from distseg.methods.losses.t_loss import TLossConfig
+from distseg.methods.phases import NoisyConfig, PhasesConfig
+from distseg.methods.presets import PRESETS
+from distseg.methods.weighting.aligned import AlignedConfig
+from distseg.methods.weighting.learned import LearnedConfig
+from distseg.methods.weighting.uniform import UniformConfig
+from distseg.section import Section, kinds_of
 
-_PHASES: dict[str, dict[str, float]] = {
-    "finetune": {"clean_phase": 0.3},
-    "label_correction": {"warm_up": 0.3, "clean_phase": 0.2},
-}
+# The registry of the parts: a new one is added to its line.
+WeightingConfig = Annotated[UniformConfig | AlignedConfig | LearnedConfig, Field(discriminator="kind")]
+LossConfig = Annotated[CrossEntropyConfig | GeneralisedCrossEntropyConfig | TLossConfig, Field(discriminator="kind")]
+LabelsConfig = Annotated[DrawnConfig | CorrectedConfig, Field(discriminator="kind")]
 
 
 class MethodConfig(Section):
-    name: Literal[
-        "noisy_only",
-        "clean_only",
-        "union",
-        "finetune",
-        "image_reweight",
-        "pixel_reweight",
-        "label_correction",
-        "meta_weight_net",
-        "generalised_cross_entropy",
-        "t_loss",
-        "oracle",
-    ] = "pixel_reweight"
-    """What each does: distseg/methods/registry.py."""
-    estimator: Literal["forward", "reverse", "finite"] = "forward"
-    granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
-    """pixel | patch(k) | image. `image_reweight` always uses image."""
-    transform: Literal["clamp", "root", "sign"] = "clamp"
-    """pixel_reweight: what counts where the alignment U is above 0: U itself, as in the paper, its root, or 1."""
-    normalise: Literal["batch", "image"] = "batch"
-    warm_up: Fraction = 0.0
-    """image_reweight, pixel_reweight, label_correction: the first part of the steps, spent on the noisy images as they
-    are, with equal weights; 0.3 of label_correction and 0 of the others, unless set."""
-    clean_phase: Fraction = 0.0
-    """These three and finetune: the last part of the steps, spent on the clean images alone; 0.3 of finetune, 0.2 of
-    label_correction and 0 of the others, unless set."""
-    include_clean: bool = False
-    """image_reweight, pixel_reweight: between warm-up and clean phase, also learn from the clean batch."""
-    clean_share: Fraction = 0.5
-    """include_clean, and label_correction: how much of the loss is the mean clean one; the rest is the noisy one."""
-    on_zero: Literal["skip", "uniform"] = "skip"
-    virtual_lr: Annotated[float, Field(gt=0)] = 0.1
-    """α, the size of the virtual SGD step that weights are derived through; it does not matter where the step starts at
-    weights of 0, as the paper's does."""
-    initial_weight: Annotated[float, Field(ge=0)] = 0.0
-    """image_reweight and pixel_reweight: the sum of the weights that the virtual step starts with, the same on every
-    valid pixel of the global batch."""
-    q: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """generalised_cross_entropy: between cross-entropy (towards 0) and the mean absolute error (1)."""
-    weight_lr: Annotated[float, Field(gt=0)] = 1e-3
-    """meta_weight_net: the rate of the net that maps losses to weights."""
+    name: Literal[tuple(PRESETS)] = "pixel_reweight"  # type: ignore[valid-type]
+    """The preset that the parts start from (distseg/methods/presets.py)."""
+    phases: PhasesConfig = NoisyConfig()
+    """Which images a step takes, and when."""
+    weighting: WeightingConfig = UniformConfig()
+    """How much each noisy pixel counts."""
+    loss: LossConfig = CrossEntropyConfig()
+    """What a labelled pixel costs."""
+    labels: LabelsConfig = DrawnConfig()
+    """Which label a noisy pixel is given."""
 
     @model_validator(mode="before")
     @classmethod
-    def _phases_of_the_method(cls, values: Any) -> Any:
+    def _parts_of_the_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        phases = {"warm_up": 0.0, "clean_phase": 0.0} | _PHASES.get(values.get("name", ""), {})
-        return values | {name: default for name, default in phases.items() if values.get(name) is None}
+        preset = PRESETS.get(values.get("name", cls.model_fields["name"].default), {})
+        parts = {part: _over(part, preset.get(part, {}), values.get(part)) for part in _PARTS}
+        rest = {key: value for key, value in values.items() if key not in _PARTS}
+        for key in [key for key in rest if key not in cls.model_fields]:
+            if homes := _homes_of(key):
+                value = rest.pop(key)
+                if value is not None:
+                    part = _home_in(key, homes, parts)
+                    parts[part] = {**parts[part], key: value}
+        return rest | parts
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        if self.warm_up + self.clean_phase > 1:
-            raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
+    def _parts_fit(self) -> Self:
+        phases, weighting = self.phases, self.weighting
+        if phases.kind != "noisy" and weighting.kind != "uniform":
+            raise ValueError(
+                f"phases {phases.kind}: weights of kind {weighting.kind} are of noisy images that come by themselves; "
+                "set phases.kind=noisy or weighting.kind=uniform"
+            )
+        if not phases.takes_noisy and self.labels.kind != "drawn":
+            raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set labels.kind=drawn")
+        if phases.kind == "noisy" and phases.warm_up and not self._has_a_main_phase:
+            raise ValueError(
+                f"warm_up {phases.warm_up}: nothing would change after it; set phases.warm_up=0, or weights, labels or "
+                "clean images for the steps after it"
+            )
+        if self.loss.kind == "t_loss" and weighting.by_pixel:
+            raise ValueError(
+                "loss t_loss: takes one weight an image; set weighting.kind=uniform or weighting.granularity=image"
+            )
         return self
 
     @property
+    def _has_a_main_phase(self) -> bool:
+        return self.weighting.kind != "uniform" or self.labels.kind != "drawn" or self.phases.include_clean
+
+    @property
     def needs_clean(self) -> bool:
-        return self.name not in ("noisy_only", "generalised_cross_entropy", "t_loss", "oracle")
+        return self.phases.takes_clean or self.weighting.needs_clean
 
     @property
     def needs_noisy(self) -> bool:
-        return self.name not in ("clean_only", "oracle")
+        return self.phases.takes_noisy
+
+
+_PARTS = ("phases", "weighting", "loss", "labels")
+
+
+def _kind_of(part: str, values: Any) -> str:
+    """The kind of a part that is given as a mapping; its default where the mapping does not say."""
+    default: str = MethodConfig.model_fields[part].default.kind
+    return values.get("kind", default) if isinstance(values, dict) else default
+
+
+def _over(part: str, preset: dict[str, Any], given: Any) -> Any:
+    """A part as given, over the preset's where both are of one kind; a word alone is a kind."""
+    preset = {"kind": _kind_of(part, None)} | preset
+    if given is None:
+        return preset
+    if isinstance(given, str):
+        given = {"kind": given}
+    if not isinstance(given, dict) or given.get("kind", preset["kind"]) != preset["kind"]:
+        return given
+    return preset | {key: value for key, value in given.items() if value is not None}
+
+
+def _homes_of(key: str) -> list[tuple[str, str]]:
+    """(part, kind) of every part that has a key of this name."""
+    return [
+        (part, kind)
+        for part in _PARTS
+        for kind, member in kinds_of(MethodConfig.model_fields[part].annotation).items()
+        if key in member.model_fields and key != "kind"
+    ]
+
+
+def _home_in(key: str, homes: list[tuple[str, str]], parts: dict[str, Any]) -> str:
+    """The part that the key belongs to; ValueError where the method's part is of a kind without it."""
+    for part, kind in homes:
+        if _kind_of(part, parts[part]) == kind:
+            return part
+    part, kind = homes[0]
+    raise ValueError(
+        f"{key} is a key of {part}: {kind}, and this method has {part}: {_kind_of(part, parts[part])}; remove it "
+        f"(method.{key}=null takes it back), or set method.{part}.kind={kind}"
+    )

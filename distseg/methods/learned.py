@@ -1,41 +1,51 @@
 """Parameters that a method learns beside the network's, with an Adam of their own."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Learned:
-    """A few tensors under Adam (Kingma and Ba 2015): fed with the same gradients, every rank makes the same step."""
+    """A small module under Adam (Kingma and Ba 2015): fed with the same gradients, every rank makes the same step."""
 
-    def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float = 0.0) -> None:
-        self.parameters = list(parameters)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, weight_decay=weight_decay)
+    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
+        self.module = module
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        for parameter in module.parameters():  # from zero, so that the state is whole before the first step
+            slots = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = slots | {"step": torch.zeros((), device=parameter.device)}
 
-    def step(self, gradients: Sequence[Tensor], lr: float | None = None) -> None:
-        """One update; a gradient that is not finite counts as 0, since one bad batch must not end what is learned."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = torch.where(gradient.isfinite().all(), gradient, 0.0).to(parameter.dtype)
+    def stepped(self, gradients: Sequence[Tensor], lr: float | None = None) -> "Learned":
+        """A copy that is one update further; at the rate `lr`, if it is given."""
+        ahead = copy.deepcopy(self)
+        for parameter, gradient in zip(ahead.module.parameters(), gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
         if lr is not None:
-            self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
+            ahead.optimizer.param_groups[0]["lr"] = lr
+        ahead.optimizer.step()
+        ahead.optimizer.zero_grad()
+        return ahead
+
+    def adopt(self, ahead: "Learned", unless: Tensor) -> None:
+        """Become `ahead`, unless the scalar `unless` is true or some of it is not finite. The host does not wait."""
+        new = ahead.state_dict()
+        finite = torch.stack([value.isfinite().all() for value in new.values()]).all()
+        for name, value in self._state().items():
+            value.copy_(torch.where(finite & ~unless, new[name], value))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`{"0.parameter": …, "0.exp_avg": …, …}`, flat; a parameter that no step has moved has no averages yet."""
-        state = {}
-        for index, parameter in enumerate(self.parameters):
-            state[f"{index}.parameter"] = parameter.detach().clone()
-            slots = self.optimizer.state.get(parameter, {})
-            state |= {f"{index}.{name}": value.detach().clone() for name, value in slots.items()}
-        return state
+        """`{"NAME.parameter": …, "NAME.exp_avg": …, "NAME.exp_avg_sq": …, "NAME.step": …, …}`; copies."""
+        return {name: value.clone() for name, value in self._state().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for index, parameter in enumerate(self.parameters):
-            own = {key.removeprefix(f"{index}."): v for key, v in state.items() if key.startswith(f"{index}.")}
-            with torch.no_grad():
-                parameter.copy_(own.pop("parameter"))
-            # Adam keeps its counter on the CPU.
-            self.optimizer.state[parameter] = {
-                name: (value if name == "step" else value.to(parameter.device)).clone() for name, value in own.items()
-            }
+        for name, value in self._state().items():
+            value.copy_(state[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            state[f"{name}.parameter"] = parameter.detach()
+            state |= {f"{name}.{slot}": value for slot, value in self.optimizer.state[parameter].items()}
+        return state

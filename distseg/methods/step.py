@@ -1,114 +1,113 @@
-"""What a method is to the trainer, and what it is built from."""
+"""One training step of a method: what is shown to the network, what it costs, and what the method learns from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from distseg.config.schema import Config
-from distseg.data.manifest import Sample
-from distseg.data.streams import Batch, Stream
-from distseg.meta import PixelReweighter
+from distseg.data.streams import Batch
 from distseg.meta.estimators import SumOverRanks
-from distseg.meta.weights import Diagnostics, WeightMap, joined, uniform_weights
-from distseg.ops import weighted_loss
+from distseg.meta.weights import Diagnostics, WeightMap
+from distseg.methods.part import LabelModel, Loss, Weighed, Weighting
+from distseg.ops import valid_pixels
 
 
 @dataclass(frozen=True)
-class WeightedBatch:
-    """One rank's micro-batch and its weight map; the weights of a step sum to 1 over micro-batches and ranks."""
+class MicroBatch:
+    """This rank's images of one forward pass, the noisy ones first, and the weights of their pixels."""
 
     batch: Batch
+    """Its masks are as drawn."""
     weights: WeightMap
+    """The weights of a step sum to 1 over micro-batches and ranks."""
+    noisy: int = 0
+    """How many of the images are noisy ones, whose labels a label model may correct."""
+    bins: Tensor | None = None
+    """Of the noisy ones' drawn masks; None without a label model."""
+    labels: Tensor | None = None
+    """Of the noisy ones, where they had to be known before the pass; None where they follow from its logits."""
 
 
-class Method:
-    """A step: where its images come from, the weight of each pixel, and the loss that the weights are of."""
+class Step:
+    """Made by `Method.begin`. `loss` may be called any number of times; only `finish` changes the method."""
 
-    def draw(self, step: int, diagnose: bool) -> tuple[list[WeightedBatch], Diagnostics]:
-        """The step's micro-batches, and what is to be said of their weights; true masks serve only to `diagnose`."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: Loss,
+        sum_over_ranks: SumOverRanks,
+        *,
+        weighting: Weighting | None = None,
+        weighed: Weighed | None = None,
+        label_model: LabelModel | None = None,
+        correct: bool = False,
+        diagnose: bool = False,
+    ) -> None:
+        self.micro_batches = micro_batches
+        self._loss, self._sum_over_ranks = loss, sum_over_ranks
+        self._weighting, self._weighed = weighting, weighed
+        self._label_model, self._correct, self._diagnose = label_model, correct, diagnose
+        # By micro-batch, so that a second call of `loss` replaces what the first one found.
+        self._loss_evidence: dict[int, Tensor] = {}
+        self._label_evidence: dict[int, Tensor] = {}
+        self._wrong: dict[int, Tensor] = {}
 
-    def loss(self, logits: Tensor, masks: Tensor, weights: WeightMap) -> Tensor:
-        """Σ W·ℓ of one micro-batch, a scalar, from logits (B, C, H, W) and masks (B, H, W)."""
-        return weighted_loss(logits, masks, *weights)
+    def loss(self, index: int, logits: Tensor, scale: float = 1.0) -> Tensor:
+        """scale · Σ W·ℓ of micro-batch `index`, a scalar, from its logits (B, C, H, W).
 
-    def finish_step(self, lr: float) -> None:
-        """After the network's update at rate `lr`: what the method itself learns."""
+        The factor goes into the weights, which spares the gradient of the loss a pass.
+        """
+        micro = self.micro_batches[index]
+        labels = self._labels(index, logits.detach()) if self._label_model and micro.noisy else micro.batch.masks
+        loss, evidence = self._loss.terms(logits, labels, micro.weights.times(scale))
+        if evidence is not None:
+            self._loss_evidence[index] = evidence / scale
+        return loss
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the method has learned, the same on every rank, by name; empty for most."""
-        return {}
+    def finish(self, skipped: Tensor, lr: float) -> Diagnostics:
+        """Let the method learn from the step, unless it was skipped; diagnostics are 0-dim tensors by name.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        skipped: a boolean scalar on the device, the same on every rank; nothing here waits for it. Every rank calls
+        this once, after `loss` of every micro-batch. One reduction over ranks, if anything is learned at all.
+        """
+        diagnostics: Diagnostics = {}
+        if self._weighting and self._weighed:
+            diagnostics |= self._weighed.diagnostics
+            diagnostics |= self._weighting.learn(self._weighed.evidence, skipped, lr)
+        found = [self._loss_evidence, self._label_evidence, self._wrong]
+        loss_evidence, label_evidence, wrong = self._summed([list(each.values()) for each in found])
+        if loss_evidence is not None:
+            diagnostics |= self._loss.learn(loss_evidence, skipped, lr)
+        if self._label_model and label_evidence is not None:
+            diagnostics |= self._label_model.learn(label_evidence, skipped, lr)
+        if wrong is not None:
+            known, drawn, learned = wrong
+            diagnostics |= {"noise_rate": drawn / known, "corrected_noise_rate": learned / known}
+        return diagnostics
 
+    def _summed(self, found: Sequence[list[Tensor]]) -> list[Tensor | None]:
+        """Each list of vectors added up over micro-batches and ranks, in one reduction; None for an empty list."""
+        own = [torch.stack(vectors).sum(0) for vectors in found if vectors]
+        sums = iter(self._sum_over_ranks(torch.cat(own)).split([len(each) for each in own]) if own else ())
+        return [next(sums) if vectors else None for vectors in found]
 
-class BuildReweighter(Protocol):
-    def __call__(self, granularity: str, transform: str = ...) -> PixelReweighter: ...
-
-
-class OpenStream(Protocol):
-    def __call__(self, name: str, samples: Sequence[Sample], labels: str, batch_size: int) -> Stream: ...
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a method may be built from."""
-
-    config: Config
-    noisy: Sequence[Sample]
-    clean: Sequence[Sample]
-    steps: int
-    open_stream: OpenStream
-    reweighter: BuildReweighter
-    sum_over_ranks: SumOverRanks
-    device: torch.device
-
-    @property
-    def warm_until(self) -> int:
-        """The step that the warm-up ends before."""
-        return round(self.steps * self.config.method.warm_up)
-
-    @property
-    def clean_from(self) -> int:
-        """The step that the clean phase starts with."""
-        return round(self.steps * (1 - self.config.method.clean_phase))
-
-    def noisy_stream(self, size: int | None = None) -> Stream:
-        return self.open_stream("noisy", self.noisy, "noisy", size or self.config.train.batch_size)
-
-    def clean_stream(self, size: int) -> Stream:
-        return self.open_stream("clean", self.clean, "true", size)
-
-
-def batches_of(stream: Stream, step: int, accumulation: int) -> list[Batch]:
-    """This rank's micro-batches of a step."""
-    return [stream.batch(step, micro) for micro in range(accumulation)]
+    def _labels(self, index: int, logits: Tensor) -> Tensor:
+        """What to learn from, (B, H, W): the noisy images' labels by the label model, the clean ones' as they are."""
+        micro, model = self.micro_batches[index], self._label_model
+        logits, drawn = logits[: micro.noisy], micro.batch.masks[: micro.noisy]
+        self._label_evidence[index] = model.evidence(logits, drawn, micro.bins)
+        if not self._correct:
+            labels = drawn
+        else:
+            labels = model.labels(logits, drawn, micro.bins) if micro.labels is None else micro.labels
+        if self._diagnose:
+            self._wrong[index] = _wrong_pixels(drawn, labels, micro.batch.true_masks[: micro.noisy])
+        return torch.cat([labels, micro.batch.masks[micro.noisy :]])
 
 
-def evenly_weighted(batches: Sequence[Batch], sum_over_ranks: SumOverRanks) -> list[WeightedBatch]:
-    """The micro-batches of a step with the same weight on every valid pixel."""
-    weights = uniform_weights([b.masks for b in batches], sum_over_ranks, batches[0].images.dtype)
-    return [WeightedBatch(b, w) for b, w in zip(batches, weights, strict=True)]
-
-
-def mixed(noisy: WeightedBatch, clean: WeightedBatch, clean_share: float) -> WeightedBatch:
-    """Both as one micro-batch, the noisy images first; the clean ones have `clean_share` of the weight."""
-    maps = [noisy.weights.times(1 - clean_share), clean.weights.times(clean_share)]
-    weights = joined(maps, [noisy.batch.masks, clean.batch.masks])
-    return WeightedBatch(joined_batches([noisy.batch, clean.batch]), weights)
-
-
-def joined_batches(batches: Sequence[Batch]) -> Batch:
-    """Several micro-batches as one."""
-    if len(batches) == 1:
-        return batches[0]
-    return Batch(
-        images=torch.cat([b.images for b in batches]),
-        masks=torch.cat([b.masks for b in batches]),
-        true_masks=torch.cat([b.true_masks for b in batches]),
-        ids=tuple(i for b in batches for i in b.ids),
-    )
+def _wrong_pixels(drawn: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
+    """(3,) float64: pixels of known truth, those drawn wrong, and those that are wrong in `labels`."""
+    known = valid_pixels(drawn) & valid_pixels(truth)
+    counts = [known.sum(), (known & (drawn != truth)).sum(), (known & (labels != truth)).sum()]
+    return torch.stack(counts).double()

@@ -37,7 +37,7 @@ from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.files import write_atomically
-from distseg.methods.step import Method
+from distseg.methods.method import Method
 from distseg.models.registry import build_model
 
 FORMAT = 2

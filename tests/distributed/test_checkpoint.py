@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,18 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.errors import UserError
 from distseg.meta.weights import uniform_weights
-from distseg.methods.step import Method, WeightedBatch
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
+from distseg.testing.steps import GivenSteps
 from distseg.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from distseg.training.trainer import update
+from distseg.training.train_step import train_step
 
 GLOBAL, SIZE = 8, 8
+NOTHING_LEARNED = GivenSteps([], [], list)
 CASES = [("sgd", 0), ("adam", 1), ("sgd", 2), ("adam", 3)]
 """Of the run that writes: optimiser and ZeRO stage."""
 
@@ -66,11 +67,8 @@ def train(engine, config: Config, runtime, steps: range) -> None:
         masks = torch.randint(0, 2, (GLOBAL, SIZE, SIZE), generator=generator, dtype=torch.uint8)
         mine = runtime.shard.micro_batch(0, 0, 1, config.train.batch_size)
         own = slice(mine.start, mine.stop)
-        weights = uniform_weights([masks[own]], sum_over_ranks, torch.float32)
-        update(
-            engine, Method(), [WeightedBatch(Batch(images[own], masks[own], masks[own], ()), weights[0])], 0.05,
-            runtime.shard.world_size,
-        )  # fmt: skip
+        weigh = partial(uniform_weights, [masks[own]], sum_over_ranks, torch.float32)
+        train_step(engine, GivenSteps([images[own]], [masks[own]], weigh), step, 0.05)
 
 
 def whole_state(engine, runtime) -> dict[str, torch.Tensor]:
@@ -97,7 +95,7 @@ def write_and_go_on(runtime, folder: str) -> dict[str, torch.Tensor]:
         engine = build(config)
         train(engine, config, runtime, range(3))
         target = Path(folder, f"{optimizer}{stage}")
-        assert save_checkpoint(target, engine, Method(), {"step": 3}, config, runtime, best=False)
+        assert save_checkpoint(target, engine, NOTHING_LEARNED, {"step": 3}, config, runtime, best=False)
         out |= {f"{optimizer}{stage} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
         train(engine, config, runtime, range(3, 6))
         out |= {f"{optimizer}{stage} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
@@ -109,7 +107,9 @@ def read_and_go_on(runtime, folder: str, stages: list[int]) -> dict[str, torch.T
     for (optimizer, written), stage in zip(CASES, stages, strict=True):
         config = configure(optimizer, stage, runtime.shard.world_size)
         engine = build(config)
-        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, Method(), config, runtime) == {"step": 3}
+        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, NOTHING_LEARNED, config, runtime) == {
+            "step": 3
+        }
         out |= {f"{optimizer}{written} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
         train(engine, config, runtime, range(3, 6))
         out |= {f"{optimizer}{written} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
@@ -149,9 +149,9 @@ def refuse(runtime, folder: str) -> dict[str, torch.Tensor]:
     ):
         config = configure("sgd", 0, 1, **train_keys)
         with pytest.raises(UserError, match=said):
-            load_checkpoint(Path(folder, "sgd0"), None, Method(), config, runtime)
+            load_checkpoint(Path(folder, "sgd0"), None, NOTHING_LEARNED, config, runtime)
     config = configure("sgd", 0, 1, accumulation=2, batch_size=4, clean_batch_size=4)
-    assert load_checkpoint(Path(folder, "sgd0"), build(config), Method(), config, runtime) == {"step": 3}
+    assert load_checkpoint(Path(folder, "sgd0"), build(config), NOTHING_LEARNED, config, runtime) == {"step": 3}
     return {}
 
 
@@ -216,11 +216,13 @@ def keep_some(runtime, folder: str) -> dict[str, torch.Tensor]:
     config = configure("sgd", 0, 1, keep_checkpoints=2)
     engine = build(config)
     for step in (1, 2, 3, 4):
-        assert save_checkpoint(Path(folder), engine, Method(), {"step": step}, config, runtime, best=step == 1)
+        assert save_checkpoint(Path(folder), engine, NOTHING_LEARNED, {"step": step}, config, runtime, best=step == 1)
     assert sorted(p.name for p in Path(folder).iterdir()) == [
         "best", "last", "step_00000001", "step_00000003", "step_00000004",
     ]  # fmt: skip
-    after_a_return_to_2 = save_checkpoint(Path(folder), engine, Method(), {"step": 3}, config, runtime, best=False)
+    after_a_return_to_2 = save_checkpoint(
+        Path(folder), engine, NOTHING_LEARNED, {"step": 3}, config, runtime, best=False
+    )
     assert after_a_return_to_2
     assert sorted(p.name for p in Path(folder).glob("step*")) == ["step_00000001", "step_00000003"]
     return {}
@@ -245,7 +247,7 @@ def fill_the_disk(runtime, folder: str) -> dict[str, torch.Tensor]:
     engine = build(config)
     ballast, checkpoints = Path(folder, "ballast"), Path(folder, "checkpoints")
     train(engine, config, runtime, range(1))
-    outcomes = [save_checkpoint(checkpoints, engine, Method(), {"step": 1}, config, runtime, best=False)]
+    outcomes = [save_checkpoint(checkpoints, engine, NOTHING_LEARNED, {"step": 1}, config, runtime, best=False)]
     torch.distributed.barrier()
     if runtime.is_main:
         with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
@@ -254,7 +256,7 @@ def fill_the_disk(runtime, folder: str) -> dict[str, torch.Tensor]:
         with ballast.open("r+b") as file:
             file.truncate(ballast.stat().st_size - 8192)  # some files fit, and not all
     torch.distributed.barrier()
-    outcomes.append(save_checkpoint(checkpoints, engine, Method(), {"step": 2}, config, runtime, best=False))
+    outcomes.append(save_checkpoint(checkpoints, engine, NOTHING_LEARNED, {"step": 2}, config, runtime, best=False))
     torch.distributed.barrier()  # the main rank takes away what was written
     assert find_checkpoint(checkpoints) == checkpoints / "step_00000001"
     assert not list(checkpoints.glob("*.part"))
@@ -262,7 +264,7 @@ def fill_the_disk(runtime, folder: str) -> dict[str, torch.Tensor]:
     if runtime.is_main:
         ballast.unlink()
     torch.distributed.barrier()
-    outcomes.append(save_checkpoint(checkpoints, engine, Method(), {"step": 3}, config, runtime, best=False))
+    outcomes.append(save_checkpoint(checkpoints, engine, NOTHING_LEARNED, {"step": 3}, config, runtime, best=False))
     torch.distributed.barrier()
     assert find_checkpoint(checkpoints) == checkpoints / "step_00000003"
     assert outcomes == [True, False, True]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
 from distseg.distributed.differentiable import gather
@@ -26,11 +25,11 @@ from distseg.meta import PixelReweighter
 from distseg.meta.estimators import mean_gradient
 from distseg.meta.placement import Whole
 from distseg.meta.reweighter import stateless
-from distseg.methods.step import Method, WeightedBatch
 from distseg.ops import weighted_loss
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
-from distseg.training.trainer import update
+from distseg.testing.steps import GivenSteps
+from distseg.training.train_step import train_step
 
 SIZE, GLOBAL_NOISY, GLOBAL_CLEAN = 16, 8, 8
 LR = 0.05
@@ -216,8 +215,8 @@ def train_under_deepspeed(runtime) -> Named:
             with gradients_put_away(engine):
                 noisy, maps, weights = weigh(reweighter, runtime, accumulation, step, torch.float32)
             yield f"{case}:{step}.weights", weights
-            batches = [WeightedBatch(Batch(x, y, y, ()), w) for (x, y), w in zip(noisy, maps, strict=True)]
-            update(engine, Method(), batches, LR, runtime.shard.world_size)
+            images, masks = zip(*noisy, strict=True)
+            train_step(engine, GivenSteps(images, masks, lambda maps=maps: maps), step, LR)
             for name, value in whole_again(placement.trainable(), placement, shadow).items():
                 yield f"{case}:{step}.parameter.{name}", value
             for name, buffer in shadow.named_buffers():

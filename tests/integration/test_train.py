@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distseg.config.load import load_config
+from distseg.errors import UserError
+from distseg.methods.presets import PRESETS
 from distseg.testing.launcher import train_command, train_environment
 from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import Trainer
@@ -153,18 +155,23 @@ def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-METHODS = ["noisy_only", "clean_only", "union", "finetune", "image_reweight", "meta_weight_net", "t_loss", "oracle"]
-
-
-def train_each(runtime, config: str, folder: str) -> dict[str, Tensor]:
-    for method in METHODS:
-        overrides = [f"method.name={method}", "tracking.mlflow=false", "train.steps=4", "data.pipeline=torch"]
-        result = Trainer(load_config(Path(config), overrides), Path(folder, method), runtime).run(resume=False)
-        assert result["method"] == method
+def train_each(runtime, config: str, folder: str, methods: list[str], stage: int) -> dict[str, Tensor]:
+    for method in methods:
+        overrides = [f"method.name={method}", f"deepspeed.zero_stage={stage}", "tracking.mlflow=false", "train.steps=4"]
+        loaded = load_config(Path(config), [*overrides, "data.pipeline=torch", "train.validate_every=4"])
+        result = Trainer(loaded, Path(folder, method), runtime).run(resume=False)
+        assert result["method"] == method and result["steps"] == 4
     return {}
 
 
-def test_every_method_trains(small: Path, tmp_path: Path) -> None:
-    run_ranks(train_each, 1, str(small), str(tmp_path))
-    for method in METHODS:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_method_trains(small: Path, tmp_path: Path, stage: int) -> None:
+    """At every ZeRO stage that it allows; a stage that it does not is refused."""
+    needs_whole_parameters = ["meta_weight_net"] if stage == 3 else []
+    for method in needs_whole_parameters:
+        with pytest.raises(UserError, match=r"deepspeed\.zero_stage 3"):
+            load_config(small, [f"method.name={method}", "deepspeed.zero_stage=3"])
+    methods = [name for name in PRESETS if name not in needs_whole_parameters]
+    run_ranks(train_each, 1, str(small), str(tmp_path), methods, stage)
+    for method in methods:
         assert json.loads((tmp_path / method / "result.json").read_text())["steps"] == 4

@@ -1,19 +1,20 @@
 """A step that is not finite on one rank changes nothing on any, at every ZeRO stage."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.meta.weights import uniform_weights
-from distseg.methods.step import Method, WeightedBatch
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
+from distseg.testing.steps import GivenSteps
 from distseg.training.guard import Diverged, Guard
-from distseg.training.trainer import update
+from distseg.training.train_step import train_step
 
 SIZE = 8
 
@@ -48,7 +49,7 @@ def state_of(engine, runtime) -> dict[str, torch.Tensor]:
 
 
 def skip(runtime, cases: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
-    rank, world_size = runtime.shard.rank, runtime.shard.world_size
+    rank = runtime.shard.rank
     for optimizer_name, stage in cases:
         config = Config.model_validate({
             "name": "test", "data": {"root": "."}, "train": {"steps": 1, "batch_size": 2},
@@ -67,9 +68,8 @@ def skip(runtime, cases: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
             if rank == 1 and kind == "infinite gradient":
                 images[0] = 9
             masks = torch.ones(2, SIZE, SIZE, dtype=torch.uint8)
-            weights = uniform_weights([masks], sum_over_ranks, torch.float32)[0]
-            batch = WeightedBatch(Batch(images, masks, masks, ()), weights)
-            _, bad = update(engine, Method(), [batch], 0.1, world_size)
+            given = GivenSteps([images], [masks], partial(uniform_weights, [masks], sum_over_ranks, torch.float32))
+            bad = train_step(engine, given, step, 0.1).bad
             case = f"{optimizer_name}, ZeRO {stage}, step {step}, rank {rank}"
             if kind == "nan loss":
                 assert bad[:-1].tolist() == [0, 1], case

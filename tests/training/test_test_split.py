@@ -40,7 +40,7 @@ def train(runtime, roots: list[str], folder: str) -> dict[str, torch.Tensor]:
         kept = {k: v for k, v in result.items() if isinstance(v, float | int) and "second" not in k}
         out |= {f"{number}.{name}": torch.tensor(float(value)) for name, value in kept.items()}
         out |= {f"{number}.{name}": p.detach().clone() for name, p in run.model.state_dict().items()}
-        out[f"{number}.best"] = torch.tensor(int((run.checkpoints / "best").read_text()[5:]))
+        out[f"{number}.best"] = torch.tensor(int((run.folder.checkpoints / "best").read_text()[5:]))
     splits = {"val": 0, "test": 1}
     return out | {"scored": torch.tensor([(splits[split], step) for split, step in scored])}
 

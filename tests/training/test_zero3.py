@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distseg.config.schema import Config
 from distseg.testing.ranks import run_ranks
-from distseg.training.trainer import Trainer, update
+from distseg.training.train_step import train_step
+from distseg.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 METHODS = (
@@ -42,11 +43,11 @@ def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
         )
         trainer = Trainer(config, Path(folder), runtime)
         for step in range(2):
-            batches, diagnostics = trainer.method.draw(step, diagnose=True)
+            outcome = train_step(trainer.engine, trainer.method, step, 0.05, diagnose=True)
             key = f"{method['name']}.{stage}.{step}"
-            out[f"{key}.loss"], _ = update(trainer.engine, trainer.method, batches, 0.05, runtime.shard.world_size)
-            out |= {f"{key}.{name}": value for name, value in diagnostics.items()}
-            out[f"{key}.figure"] = torch.from_numpy(trainer.draw(batches[0], "caption"))
+            out[f"{key}.loss"] = outcome.loss
+            out |= {f"{key}.{name}": value for name, value in outcome.diagnostics.items()}
+            out[f"{key}.figure"] = torch.from_numpy(trainer.draw(outcome.step.micro_batches[0], "caption"))
             out[f"{key}.counts"] = torch.from_numpy(trainer.score(trainer.splits.noisy[:SCORED]))
         assert "parameters" in trainer.rehearse() and trainer.parameter_count > 1000
     return out

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.meta.estimators import one_process
@@ -12,13 +11,13 @@ from distseg.meta.reweighter import stateless
 from distseg.meta.weight_net import WeightNet, hypergradient
 from distseg.meta.weights import uniform_weights
 from distseg.methods.config import MethodConfig
-from distseg.methods.label_correction import LabelCorrection
-from distseg.methods.step import Parts
-from distseg.methods.t_loss import TLoss
+from distseg.methods.context import Context
+from distseg.methods.losses.t_loss import TLoss
+from distseg.methods.method import build_method
+from distseg.methods.step import MicroBatch, Step
 from distseg.testing.ranks import run_ranks
-from distseg.training.config import TrainConfig
 
-CONFIG = Config.model_validate({"name": "x", "data": {"root": "."}, "train": {"steps": 1}, "optim": {"lr": 0.05}})
+NO = torch.tensor(False)
 
 
 def batch(seed: int, count: int):
@@ -37,22 +36,18 @@ def learn(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     hyper = hypergradient(stateless(model, Whole(model)), parameters, net, noisy, clean, 0.3, total)
     out = {f"hypergradient.{i}": g for i, g in enumerate(hyper.by_parameter)}
 
-    parts = Parts(CONFIG, (), (), 1, lambda *_: None, lambda _: None, total, torch.device("cpu"))
-    method = TLoss(parts)
-    for step in range(3):
-        images, masks = (tensor[share] for tensor in batch(step, 4))
+    loss = TLoss(torch.device("cpu"))
+    for index in range(3):
+        images, masks = (tensor[share] for tensor in batch(index, 4))
         [weights] = uniform_weights([masks], total, torch.float64)
-        method.loss(images[:, :1], masks, weights.times(world_size))
-        method.finish_step(0.05)
-    return out | {f"t_loss.{name}": value for name, value in method.state_dict().items()}
+        step = Step([MicroBatch(Batch(images, masks, masks, ()), weights)], loss, total)
+        step.loss(0, images[:, :1], scale=world_size)
+        step.finish(NO, 0.05)
+    return out | {f"t_loss.{name}": value for name, value in loss.state_dict().items()}
 
 
 def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     """Loss, counts and diagnostics of three steps, with corrected labels from the second on."""
-    method_config = {"name": "label_correction", "warm_up": 0.25}
-    config = CONFIG.model_copy(update={
-        "method": MethodConfig.model_validate(method_config), "train": TrainConfig(steps=4, batch_size=4 // world_size)
-    })  # fmt: skip
 
     class Drawn:
         def __init__(self, seed: int) -> None:
@@ -60,19 +55,34 @@ def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
 
         def batch(self, step: int, micro: int) -> Batch:
             images, masks = (tensor[rank::world_size] for tensor in batch(self.seed + step, 4))
-            return Batch(images, masks, torch.where(masks == 255, 255, (images[:, 0] > 0).to(torch.uint8)), ())
+            return Batch(
+                images, masks, torch.where(masks == 255, 255, (images[:, 0] > 0).to(torch.uint8)), ("",) * len(masks)
+            )
 
-    def open_stream(name: str, *_) -> Drawn:
-        return Drawn({"noisy": 20, "clean": 30}[name])
-
-    method = LabelCorrection(Parts(config, (), (), 4, open_stream, None, total, torch.device("cpu")))
+    network = nn.Conv2d(3, 1, 1)
+    context = Context(
+        noisy=(),
+        clean=(),
+        steps=4,
+        batch_size=4 // world_size,
+        clean_batch_size=4 // world_size,
+        accumulation=1,
+        seed=0,
+        open_stream=lambda name, *_: Drawn({"noisy": 20, "clean": 30}[name]),
+        model=network,
+        placement=Whole(network),
+        sum_over_ranks=total,
+        begin_sum=None,
+        device=torch.device("cpu"),
+    )
+    config = MethodConfig.model_validate({"name": "label_correction", "warm_up": 0.25})
+    method = build_method(config, context)
     out = {}
-    for step in range(3):
-        [weighted], diagnostics = method.draw(step, diagnose=True)
-        logits = 3 * weighted.batch.images[:, :1]
-        out[f"{step}.loss"] = total(method.loss(logits, weighted.batch.masks, weighted.weights))
-        method.finish_step(0.05)
-        out |= {f"{step}.{name}": value for name, value in diagnostics.items()}
+    for index in range(3):
+        step = method.begin(index, diagnose=True)
+        [micro] = step.micro_batches
+        out[f"{index}.loss"] = total(step.loss(0, 3 * micro.batch.images[:, :1]))
+        out |= {f"{index}.{name}": value for name, value in step.finish(NO, 0.05).items()}
     return out | method.state_dict()
 
 
@@ -99,4 +109,4 @@ def test_two_ranks_learn_what_one_learns() -> None:
     for name, value in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-10, atol=1e-15)
-    assert expected["t_loss.0.parameter"].item() != 0
+    assert expected["t_loss.log_nu.parameter"].item() != 0

@@ -1,0 +1,61 @@
+"""What the parts of a method are built from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distseg.data.manifest import Sample
+from distseg.data.streams import Stream
+from distseg.meta.estimators import BeginSum, SumOverRanks
+from distseg.meta.placement import Placement
+from distseg.meta.reweighter import stateless
+
+
+class OpenStream(Protocol):
+    def __call__(self, name: str, samples: Sequence[Sample], labels: str, batch_size: int) -> Stream: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """The run that a method belongs to: its samples, its budget, and the network that the meta pass may look at."""
+
+    noisy: Sequence[Sample]
+    clean: Sequence[Sample]
+    steps: int
+    batch_size: int
+    """Images of a micro-batch on this rank; `clean_batch_size` is the number of clean ones beside noisy ones."""
+    clean_batch_size: int
+    accumulation: int
+    """Micro-batches a step."""
+    seed: int
+    open_stream: OpenStream
+    model: nn.Module
+    """The network without the engine's hooks, in training mode."""
+    placement: Placement
+    sum_over_ranks: SumOverRanks
+    begin_sum: BeginSum | None
+    device: torch.device
+    _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)
+
+    def noisy_stream(self, size: int | None = None) -> Stream:
+        return self._stream("noisy", self.noisy, "noisy", size or self.batch_size)
+
+    def clean_stream(self, size: int) -> Stream:
+        return self._stream("clean", self.clean, "true", size)
+
+    def true_stream(self) -> Stream:
+        """Every training image with its true mask."""
+        return self._stream("oracle", [*self.noisy, *self.clean], "true", self.batch_size)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) of images (B, 3, H, W): the network as it is, with no side effects."""
+        return stateless(self.model, self.placement)(self.placement.trainable(), images)
+
+    def _stream(self, name: str, samples: Sequence[Sample], labels: str, size: int) -> Stream:
+        if (name, size) not in self._streams:
+            self._streams[name, size] = self.open_stream(name, samples, labels, size)
+        return self._streams[name, size]

@@ -1,0 +1,1 @@
+"""Which label a noisy pixel is given: one file a kind, its config beside its code."""

@@ -1,0 +1,14 @@
+"""The labels of the noisy images as they were drawn."""
+
+from typing import Literal
+
+from distseg.methods.context import Context
+from distseg.section import Section
+
+
+class DrawnConfig(Section):
+    kind: Literal["drawn"] = "drawn"
+
+    def build(self, context: Context) -> None:
+        """No label model: the masks are the labels."""
+        return

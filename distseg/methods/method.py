@@ -1,0 +1,130 @@
+"""A method: phases × weighting × loss × label model. Every method is the same update, ∇ Σ W·ℓ over the global batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distseg.data.streams import Batch
+from distseg.meta.estimators import LabelledImages, SumOverRanks
+from distseg.meta.weights import WeightMap, joined, uniform_weights
+from distseg.methods.config import MethodConfig
+from distseg.methods.context import Context
+from distseg.methods.part import LabelModel, Loss, Part, Weighed, Weighting
+from distseg.methods.phases import Phases
+from distseg.methods.step import MicroBatch, Step
+
+
+def build_method(config: MethodConfig, context: Context) -> "Method":
+    return Method(
+        phases=config.phases.build(context, config.weighting.needs_clean),
+        weighting=config.weighting.build(context),
+        loss=config.loss.build(context),
+        label_model=config.labels.build(context),
+        accumulation=context.accumulation,
+        sum_over_ranks=context.sum_over_ranks,
+        logits_of=context.logits if config.weighting.needs_clean else None,
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """Makes steps. Between steps it keeps what `state_dict` holds and nothing else."""
+
+    phases: Phases
+    weighting: Weighting
+    loss: Loss
+    label_model: LabelModel | None
+    accumulation: int
+    sum_over_ranks: SumOverRanks
+    logits_of: Callable[[Tensor], Tensor] | None = None
+    """Of images, by the network as it is; None where weights do not depend on labels, which then follow the pass."""
+
+    def begin(self, index: int, diagnose: bool) -> Step:
+        """Step `index` (0-based); every rank makes it. `diagnose` adds diagnostics and changes nothing else."""
+        phase = self.phases.at(index)
+        noisy, clean = phase.batches(index, self.accumulation)
+        model = self.label_model if noisy else None
+        bins = [model.bins(batch.masks) if model else None for batch in noisy]
+        labels: list[Tensor | None] = [None] * len(noisy)
+        weighed = None
+        if phase.clean_share is None:
+            batches = [_joined(parts) for parts in _side_by_side(noisy, clean)]
+            maps = self._uniform(batches)
+        else:
+            if model and self.logits_of:
+                pairs = zip(noisy, bins, strict=True)
+                labels = [model.labels(self.logits_of(b.images), b.masks, found) for b, found in pairs]
+            weighed = self._weigh(noisy, labels, clean, diagnose)
+            batches, maps = noisy, weighed.maps
+            if phase.clean_share:
+                batches = [_joined(parts) for parts in _side_by_side(noisy, clean)]
+                maps = self._beside_clean(noisy, maps, clean, phase.clean_share)
+        micro_batches = [
+            MicroBatch(batch, weights, len(noisy[k].ids), bins[k], labels[k]) if noisy else MicroBatch(batch, weights)
+            for k, (batch, weights) in enumerate(zip(batches, maps, strict=True))
+        ]
+        return Step(
+            micro_batches,
+            self.loss,
+            self.sum_over_ranks,
+            weighting=self.weighting,
+            weighed=weighed,
+            label_model=model,
+            correct=phase.main,
+            diagnose=diagnose,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the parts have learned, the same on every rank, by `PART.NAME`; empty for most methods."""
+        return {f"{part}.{name}": value for part, each in self._parts() for name, value in each.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`; the tensors may be on any device."""
+        for part, each in self._parts():
+            prefix = f"{part}."
+            each.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def _parts(self) -> list[tuple[str, Part]]:
+        parts = [("weighting", self.weighting), ("loss", self.loss), ("labels", self.label_model)]
+        return [(name, part) for name, part in parts if part is not None]
+
+    def _uniform(self, batches: Sequence[Batch]) -> list[WeightMap]:
+        return uniform_weights([batch.masks for batch in batches], self.sum_over_ranks, batches[0].images.dtype)
+
+    def _weigh(
+        self, noisy: Sequence[Batch], labels: Sequence[Tensor | None], clean: Sequence[Batch], diagnose: bool
+    ) -> Weighed:
+        labelled: list[LabelledImages] = [
+            (batch.images, batch.masks if known is None else known) for batch, known in zip(noisy, labels, strict=True)
+        ]
+        truths = [batch.true_masks for batch in noisy] if diagnose else None
+        return self.weighting.weigh(labelled, [(batch.images, batch.masks) for batch in clean], truths)
+
+    def _beside_clean(
+        self, noisy: Sequence[Batch], maps: Sequence[WeightMap], clean: Sequence[Batch], share: float
+    ) -> list[WeightMap]:
+        """Of both streams' images, the clean ones evenly weighted and with `share` of the loss."""
+        even = self._uniform(clean)
+        return [
+            joined([weights.times(1 - share), clean_weights.times(share)], [batch.masks, clean_batch.masks])
+            for batch, weights, clean_batch, clean_weights in zip(noisy, maps, clean, even, strict=True)
+        ]
+
+
+def _side_by_side(noisy: Sequence[Batch], clean: Sequence[Batch]) -> list[tuple[Batch, ...]]:
+    """Per micro-batch, the batch of each stream that there is."""
+    return list(zip(*(batches for batches in (noisy, clean) if batches), strict=True))
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one, in their order."""
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(
+        images=torch.cat([batch.images for batch in batches]),
+        masks=torch.cat([batch.masks for batch in batches]),
+        true_masks=torch.cat([batch.true_masks for batch in batches]),
+        ids=tuple(i for batch in batches for i in batch.ids),
+    )

@@ -1,0 +1,129 @@
+"""Which images a step takes, and when: the training in phases.
+
+noisy   noisy images first as they are (warm_up), then under the method's weights and labels, beside the clean ones
+        if wished (include_clean), and the clean images alone last (clean_phase)
+clean   the clean images alone
+union   half noisy, half clean images in each batch
+truth   every training image with its true mask, the noisy stream's too
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distseg.data.streams import Batch, Stream
+from distseg.methods.context import Context
+from distseg.section import Fraction, Section
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where the images of a step come from."""
+
+    noisy: Stream | None = None
+    clean: Stream | None = None
+    clean_share: float | None = None
+    """Of the loss; None where every valid pixel of both streams counts the same."""
+    main: bool = False
+    """Whether the method's weights and labels are at work: else weights are uniform and labels as drawn."""
+
+    def batches(self, index: int, accumulation: int) -> tuple[list[Batch], list[Batch]]:
+        """This rank's micro-batches of step `index`: noisy ones and clean ones, either may be none."""
+        noisy, clean = (
+            [stream.batch(index, micro) for micro in range(accumulation)] if stream else []
+            for stream in (self.noisy, self.clean)
+        )
+        return noisy, clean
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A schedule: the first step of each phase, ascending, and the phase."""
+
+    schedule: tuple[tuple[int, Phase], ...]
+
+    def at(self, index: int) -> Phase:
+        return [phase for first, phase in self.schedule if first <= index][-1]
+
+
+class NoisyConfig(Section):
+    kind: Literal["noisy"] = "noisy"
+    warm_up: Fraction = 0.0
+    """The first part of the steps, spent on the noisy images as they are: uniform weights, labels as drawn."""
+    clean_phase: Fraction = 0.0
+    """The last part of the steps, spent on the clean images alone."""
+    include_clean: bool = False
+    """Between the two, also learn from a clean batch."""
+    clean_share: Fraction | None = None
+    """include_clean: how much of the loss is the mean clean one, 0.5 unless set; the rest is the noisy one."""
+
+    takes_noisy: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half_of_the_loss(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("include_clean") and values.get("clean_share") is None:
+            return values | {"clean_share": 0.5}
+        return values
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warm_up + self.clean_phase > 1:
+            raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
+        if self.clean_share is not None and not self.include_clean:
+            raise ValueError("clean_share applies where include_clean=true; set that, or clean_share=null")
+        return self
+
+    @property
+    def takes_clean(self) -> bool:
+        return self.include_clean or self.clean_phase > 0
+
+    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+        noisy = context.noisy_stream()
+        beside = self.include_clean or weights_need_clean
+        main = Phase(
+            noisy,
+            context.clean_stream(context.clean_batch_size) if beside else None,
+            self.clean_share or 0.0,
+            main=True,
+        )
+        schedule = [(0, Phase(noisy)), (round(context.steps * self.warm_up), main)]
+        if self.clean_phase:
+            clean = Phase(clean=context.clean_stream(context.batch_size))
+            schedule.append((round(context.steps * (1 - self.clean_phase)), clean))
+        return Phases(tuple(schedule))
+
+
+class CleanConfig(Section):
+    kind: Literal["clean"] = "clean"
+
+    takes_noisy: ClassVar[bool] = False
+    takes_clean: ClassVar[bool] = True
+
+    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+        return Phases(((0, Phase(clean=context.clean_stream(context.batch_size))),))
+
+
+class UnionConfig(Section):
+    kind: Literal["union"] = "union"
+
+    takes_noisy: ClassVar[bool] = True
+    takes_clean: ClassVar[bool] = True
+
+    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+        half = context.batch_size // 2
+        return Phases(((0, Phase(context.noisy_stream(half), context.clean_stream(half), main=True)),))
+
+
+class TruthConfig(Section):
+    kind: Literal["truth"] = "truth"
+
+    takes_noisy: ClassVar[bool] = False
+    takes_clean: ClassVar[bool] = False
+
+    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+        return Phases(((0, Phase(clean=context.true_stream())),))
+
+
+PhasesConfig = Annotated[NoisyConfig | CleanConfig | UnionConfig | TruthConfig, Field(discriminator="kind")]

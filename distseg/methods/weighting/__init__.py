@@ -1,0 +1,1 @@
+"""How much each noisy pixel counts: one file a kind, its config beside its code."""

@@ -1,0 +1,61 @@
+"""A pixel counts by how well its gradient agrees with the clean gradient at the present parameters.
+
+Per pixel: Mirikharaji, Yan, Hamarneh 2019, "Learning to Segment Skin Lesions from Noisy Annotations". Per image: Ren,
+Zeng, Yang, Urtasun 2018, "Learning to Reweight Examples for Robust Deep Learning".
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from distseg.meta import PixelReweighter
+from distseg.meta.estimators import LabelledImages
+from distseg.methods.context import Context
+from distseg.methods.part import Weighed, Weighting
+from distseg.section import Section
+
+
+class AlignedConfig(Section):
+    kind: Literal["aligned"] = "aligned"
+    estimator: Literal["forward", "reverse", "finite"] = "forward"
+    """forward (exact) | reverse (exact, the paper's double backward) | finite (for operators without forward mode)."""
+    granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
+    """pixel | patch(k) | image."""
+    transform: Literal["clamp", "root", "sign"] = "clamp"
+    """What counts where the alignment U is above 0: U itself, as in the paper, its root, or 1."""
+    normalise: Literal["batch", "image"] = "batch"
+    """The weights of the whole global batch sum to 1, or those of each image to 1/B."""
+    on_zero: Literal["skip", "uniform"] = "skip"
+    """Where no pixel has a weight: weight 0 for all, or the same for all."""
+    virtual_lr: Annotated[float, Field(gt=0)] = 0.1
+    """α, the size of the virtual SGD step that weights are derived through; it does not matter where the step starts at
+    weights of 0, as the paper's does."""
+    initial_weight: Annotated[float, Field(ge=0)] = 0.0
+    """The sum of the weights that the virtual step starts with, the same on every valid pixel of the global batch."""
+
+    needs_clean: ClassVar[bool] = True
+
+    @property
+    def by_pixel(self) -> bool:
+        return self.granularity != "image"
+
+    def build(self, context: Context) -> Weighting:
+        options = self.model_dump(exclude={"kind"})
+        reductions = {"sum_over_ranks": context.sum_over_ranks, "begin_sum": context.begin_sum}
+        return Aligned(PixelReweighter(context.model, placement=context.placement, **reductions, **options))
+
+
+class Aligned(Weighting):
+    def __init__(self, reweighter: PixelReweighter) -> None:
+        self.reweighter = reweighter
+
+    def weigh(
+        self,
+        noisy: Sequence[LabelledImages],
+        clean: Sequence[LabelledImages],
+        true_masks: Sequence[Tensor] | None,
+    ) -> Weighed:
+        maps = self.reweighter.weigh(noisy, clean, true_masks)
+        return Weighed(maps, self.reweighter.diagnostics)

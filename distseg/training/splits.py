@@ -1,0 +1,39 @@
+"""The samples of a run: the clean and the noisy ones of its training split, and those that it is scored on."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from distseg.data.checks import usable_samples
+from distseg.data.config import DataConfig
+from distseg.data.manifest import Sample, split_clean
+from distseg.data.noise import write_noisy_masks
+from distseg.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Splits:
+    clean: list[Sample]
+    noisy: list[Sample]
+    val: list[Sample]
+    test: list[Sample]
+    noise_rate: float
+    """Mean share of wrong pixels in the noisy stream's masks, NaN where their truth is not known."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What result.json says of them."""
+        rate = None if math.isnan(self.noise_rate) else self.noise_rate
+        return {"noise_rate": rate, "clean_count": len(self.clean)}
+
+
+def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool) -> Splits:
+    """Read and split the data, and write the noisy masks into `folder`; UserError for what is wrong with it.
+
+    check: whether to look into every file, which one rank does for all.
+    """
+    samples = usable_samples(config, seed, folder.path, check)
+    by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
+    clean, noisy = split_clean(by_split["train"], config.clean_count, seed)
+    noisy, noise_rate = write_noisy_masks(noisy, config.noise, folder.noisy_masks)
+    return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)

@@ -1,0 +1,97 @@
+"""The method section: presets, parts, and keys that do not apply."""
+
+from collections import Counter
+
+import pytest
+from pydantic import ValidationError
+
+from distseg.methods.config import MethodConfig
+from distseg.methods.presets import PRESETS
+from distseg.section import kinds_of
+
+PARTS = ("phases", "weighting", "loss", "labels")
+
+
+def method(**values) -> MethodConfig:
+    return MethodConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_a_round_trip(name: str) -> None:
+    config = method(name=name)
+    assert MethodConfig.model_validate(config.model_dump()) == config
+
+
+def test_presets_are_combinations_of_parts() -> None:
+    table = {name: tuple(getattr(method(name=name), part).kind for part in PARTS) for name in PRESETS}
+    assert table == {
+        "noisy_only": ("noisy", "uniform", "cross_entropy", "drawn"),
+        "clean_only": ("clean", "uniform", "cross_entropy", "drawn"),
+        "union": ("union", "uniform", "cross_entropy", "drawn"),
+        "finetune": ("noisy", "uniform", "cross_entropy", "drawn"),
+        "image_reweight": ("noisy", "aligned", "cross_entropy", "drawn"),
+        "pixel_reweight": ("noisy", "aligned", "cross_entropy", "drawn"),
+        "label_correction": ("noisy", "uniform", "cross_entropy", "corrected"),
+        "meta_weight_net": ("noisy", "learned", "cross_entropy", "drawn"),
+        "generalised_cross_entropy": ("noisy", "uniform", "generalised_cross_entropy", "drawn"),
+        "t_loss": ("noisy", "uniform", "t_loss", "drawn"),
+        "oracle": ("truth", "uniform", "cross_entropy", "drawn"),
+    }
+    assert method().name == "pixel_reweight"
+    assert (method(name="finetune").phases.clean_phase, method(name="label_correction").phases.warm_up) == (0.3, 0.3)
+    assert method(name="image_reweight").weighting.granularity == "image"
+
+
+def test_any_combination_can_be_written() -> None:
+    config = method(name="finetune", loss={"kind": "generalised_cross_entropy", "q": 0.5})
+    assert (config.phases.clean_phase, config.loss.q) == (0.3, 0.5)
+    config = method(name="pixel_reweight", labels="corrected", include_clean=True)
+    assert (config.weighting.kind, config.labels.kind, config.phases.clean_share) == ("aligned", "corrected", 0.5)
+    config = method(name="label_correction", weighting={"kind": "aligned", "estimator": "reverse"}, warm_up=0.1)
+    assert (config.weighting.estimator, config.phases.warm_up, config.phases.clean_phase) == ("reverse", 0.1, 0.2)
+
+
+def test_a_key_needs_no_part_before_it() -> None:
+    """And means one key: no two parts have keys of the same name."""
+    assert method(name="finetune", clean_phase=0.5) == method(name="finetune", phases={"clean_phase": 0.5})
+    assert method(estimator="finite") == method(weighting={"kind": "aligned", "estimator": "finite"})
+    parts = {
+        part: {
+            key
+            for member in kinds_of(MethodConfig.model_fields[part].annotation).values()
+            for key in member.model_fields
+            if key != "kind"
+        }
+        for part in PARTS
+    }
+    assert max(Counter(key for keys in parts.values() for key in keys).values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "noisy_only", "estimator": "reverse"}, "estimator is a key of weighting: aligned"),
+        ({"name": "noisy_only", "estimator": "reverse"}, "method.estimator=null takes it back"),
+        ({"name": "finetune", "q": 0.5}, "set method.loss.kind=generalised_cross_entropy"),
+        ({"name": "clean_only", "clean_phase": 0.5}, "this method has phases: clean"),
+        ({"name": "t_loss", "weighting": "aligned"}, "t_loss: takes one weight an image"),
+        ({"name": "clean_only", "labels": "corrected"}, "there are no noisy images to correct"),
+        ({"name": "union", "weighting": "aligned"}, "set phases.kind=noisy or weighting.kind=uniform"),
+        ({"name": "noisy_only", "warm_up": 0.2}, "nothing would change after it"),
+        ({"name": "noisy_only", "clean_share": 0.2}, "clean_share applies where include_clean=true"),
+        ({"warm_up": 0.6, "clean_phase": 0.5}, "more than all steps"),
+        ({"weighting": {"kind": "aligned", "q": 0.5}}, "Extra inputs are not permitted"),
+        ({"weighting": "nothing"}, "does not match any of the expected tags"),
+        ({"name": "pixels"}, "Input should be 'noisy_only'"),
+    ],
+)
+def test_what_does_not_apply_is_an_error(values: dict, said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        MethodConfig.model_validate(values)
+    assert said in str(caught.value)
+
+
+def test_null_takes_a_key_back() -> None:
+    assert method(name="noisy_only", estimator=None, clean_share=None) == method(name="noisy_only")
+    assert method(name="label_correction", warm_up=None).phases.warm_up == 0.3
+    assert method(name="label_correction", warm_up=0).phases.warm_up == 0
