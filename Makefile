@@ -30,6 +30,8 @@ cluster-packages:
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check --no-cache .
+	$(VENV)/bin/ruff format --no-cache --check .
+	$(RUN) -m mypy
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
