@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-slow test-slurm test-hostfile cluster-packages lint bench ui clean
+.PHONY: demo test test-faults test-slow test-slurm test-hostfile cluster-packages lint docs bench ui clean
 
 demo: $(INSTALLED)
 	$(RUN) launch/demo.py
@@ -30,6 +30,13 @@ cluster-packages:
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check --no-cache .
+	$(VENV)/bin/ruff format --no-cache --check .
+	$(RUN) -m mypy
+
+# The site, in site/: the table of keys from the schema, the API from the docstrings. A broken link is an error.
+docs: $(INSTALLED)
+	$(RUN) -m distseg.config.reference docs/keys.md
+	$(VENV)/bin/zensical build --clean --strict
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
@@ -47,8 +54,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch numpy
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dali,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dali,dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info distseg/*.so
+	rm -rf $(VENV) build demo site *.egg-info distseg/*.so

@@ -10,7 +10,8 @@ Range = tuple[float, float]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # The docstring below a field is its description in the table of keys (docs/keys.md).
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def kinds_of(annotation: Any) -> dict[str, type[Section]]:

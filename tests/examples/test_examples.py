@@ -1,0 +1,86 @@
+"""The examples run as their first lines say, and do what they say."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from distseg.distributed.runtime import free_port
+from distseg.testing.launcher import train_command, train_environment
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+
+
+def run(*command: str | Path) -> str:
+    """Standard output of a command, run in the repository's root with `examples` importable."""
+    environment = train_environment() | {
+        "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(ROOT))),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples") / "drawn"
+    run(sys.executable, "examples/drawn.py", folder)
+    return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run a script in this process, where torch is imported already; what it prints."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run_script(name: str) -> str:
+        dtype = torch.get_default_dtype()
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            torch.set_default_dtype(dtype)
+        return capsys.readouterr().out
+
+    return run_script
+
+
+def test_own_loop(run_here: Callable[[str], str]) -> None:
+    uniform, weighted = map(float, re.findall(r"Dice (\S+)", run_here("own_loop.py")))
+    assert weighted > uniform + 0.1
+
+
+def test_two_ranks_take_the_steps_of_one(run_here: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(printed: str) -> list[float]:
+        return [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    two = losses(run(*torchrun, "--master-port", str(free_port()), "examples/data_parallel.py"))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    one = losses(run_here("data_parallel.py"))
+    assert len(one) == 10
+    assert one[-1] < one[0]
+    assert two == pytest.approx(one, abs=2e-8)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_trains(config: Path, drawn: Path, tmp_path: Path) -> None:
+    arguments = ["--config", config, "--runs-dir", tmp_path, f"data.root={drawn}"]
+    run(*train_command(0, *map(str, arguments)))
+    [result] = tmp_path.glob("*/result.json")
+    assert '"test/dice"' in result.read_text()
+
+
+def test_every_example_is_named_where_newcomers_look() -> None:
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml") and path.name not in listed]
+    assert not missing
