@@ -66,9 +66,14 @@ def build_engine(model: nn.Module, optimizer: Optimizer, config: Config) -> Any:
     # DeepSpeed would compile this C++ op at every first start on a CPU and fail without a compiler; gloo does its work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
-    )
+    told = deepspeed_config(config)
+    deepspeed.init_distributed(dist_init_required=False)
+    if config.deepspeed.zero_stage == 3:
+        # DeepSpeed 0.19.8 would cut the parameters itself, by `dtype or float16 if fp16 is supported else bfloat16`: on
+        # a device with fp16, a GPU or a processor with AVX512-FP16, it passes the model's dtype on and refuses float64.
+        # The dtype serves tensors that are made inside the context, which is not entered here.
+        deepspeed.zero.Init(module=model, config_dict_or_path=told, dtype=torch.float32)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=told, dist_init_required=False)
     _keep_shards_once(engine.optimizer)
     state = _inner_optimizer(engine).state
     for part in _fragments(engine):
