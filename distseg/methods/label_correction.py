@@ -1,13 +1,14 @@
 """Noisy images first, then noisy images with corrected labels beside the clean ones, and clean images alone last.
 
-What is learned besides the network is how annotators err (distseg/meta/correction.py): counts over the last steps, from
+What is learned besides the network is how annotators err (distseg/labels): counts over the last steps, from
 the logits that the loss needs anyway. A step costs as much as an unweighted one of as many images.
 """
 
 import torch
 from torch import Tensor
 
-from distseg.meta.correction import corrected, expected_counts, marks_of, trusting_counts
+from distseg.labels.annotators import expected_counts, identity_prior, most_probable_labels
+from distseg.labels.distances import signed_distance_bins
 from distseg.meta.weights import Diagnostics, WeightMap
 from distseg.methods.step import Method, Parts, WeightedBatch, batches_of, evenly_weighted, mixed
 from distseg.ops import valid_pixels, weighted_loss
@@ -23,8 +24,8 @@ class LabelCorrection(Method):
         self.mixed_from, self.clean_from = parts.warm_until, parts.clean_from
         self.clean_share, self.sum_over_ranks = parts.config.method.clean_share, parts.sum_over_ranks
         self.step, self.diagnosing, self.marks, self.truths, self.diagnostics = 0, False, [], [], {}
-        self.counts = trusting_counts(parts.device)
-        """(2, MARKS), the same on every rank; before anything is known, what was drawn is the truth."""
+        self.counts = identity_prior(parts.device)
+        """(2, BINS), the same on every rank; before anything is known, what was drawn is the truth."""
         self.new_counts = torch.zeros_like(self.counts)
         """This rank's of the present step; so is `wrong`: pixels of known truth, those drawn and those left wrong."""
         self.wrong = torch.zeros(3, dtype=torch.float64, device=parts.device)
@@ -40,7 +41,7 @@ class LabelCorrection(Method):
             return evenly_weighted(clean, self.sum_over_ranks), self.diagnostics
         noisy = batches_of(self.noisy, step, self.accumulation)
         weighted = evenly_weighted(noisy, self.sum_over_ranks)
-        self.marks = [marks_of(batch.masks) for batch in noisy]
+        self.marks = [signed_distance_bins(batch.masks) for batch in noisy]
         if diagnose:
             self.truths = [batch.true_masks for batch in noisy]
         if step >= self.mixed_from:
@@ -59,7 +60,7 @@ class LabelCorrection(Method):
         """What to learn from noisy images, (B, H, W); and counts for the steps to come."""
         marks = self.marks.pop(0)
         self.new_counts += expected_counts(logits, drawn, marks)
-        labels = corrected(logits, drawn, marks, self.counts) if self.step >= self.mixed_from else drawn
+        labels = most_probable_labels(logits, drawn, marks, self.counts) if self.step >= self.mixed_from else drawn
         if self.truths:
             truth = self.truths.pop(0)
             known = valid_pixels(drawn) & valid_pixels(truth)
