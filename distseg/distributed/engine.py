@@ -32,10 +32,14 @@ UNSUPPORTED_ZERO_KEYS = frozenset({"offload_param", "zero_hpz_partition_size", "
 def shadow_of(model: nn.Module) -> nn.Module:
     """A twin of `model` that shares its parameters and buffers but none of the hooks that DeepSpeed will put on it.
 
-    Make it before `build_engine`. Meta passes run through the twin, so that the engine never sees them.
+    Make it before `build_engine`. Meta passes run through the twin, so that the engine never sees them. It has the
+    model's buffers at any time, also those that the model's modules assign anew.
     """
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, shared)
+    for module, of_twin in zip(model.modules(), twin.modules(), strict=True):
+        of_twin._buffers = module._buffers
+    return twin
 
 
 def sharded_parameters(shadow: nn.Module) -> ShardedParameters:

@@ -1,6 +1,7 @@
 """PixelReweighter: weight maps for any nn.Module, in anyone's own training loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -25,17 +26,36 @@ from distseg.meta.weights import (
 def stateless(module: nn.Module, placement: Placement) -> Network:
     """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient changes.
 
-    Buffers are cloned at each call; random numbers come from a fork of the streams, so that each pass of a step, and
-    the weighted step after it, drops the same units; autocast, which forward mode does not pass through, is off.
+    Buffers are cloned at each call, and attributes that the call assigns get their values back; random numbers come
+    from a fork of the streams, so that each pass of a step, and the weighted step after it, drops the same units;
+    autocast, which forward mode does not pass through, is off.
     """
 
     def network(parameters: Parameters, images: Tensor) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
         cuda = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices=cuda), torch.autocast(images.device.type, enabled=False):
+        with (
+            torch.random.fork_rng(devices=cuda),
+            torch.autocast(images.device.type, enabled=False),
+            attributes_kept(module),
+        ):
             return functional_call(module, (placement.operands(parameters), buffers), (images.contiguous(),))
 
     return network
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undo at the end what is assigned to attributes and buffers of the module and its children within."""
+    tables = [table for child in module.modules() for table in (vars(child), child._buffers)]
+    kept = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            if table.keys() != before.keys() or any(table[name] is not value for name, value in before.items()):
+                table.clear()
+                table.update(before)
 
 
 class PixelReweighter:
