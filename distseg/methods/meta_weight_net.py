@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distseg.meta.estimators import norm
+from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
-from distseg.meta.reweighter import stateless
 from distseg.meta.weight_net import Hypergradient, WeightNet, hypergradient
 from distseg.meta.weights import Diagnostics, WeightMap, auroc, detection_histogram
 from distseg.methods.learned import Learned
@@ -34,7 +34,7 @@ class MetaWeightNet(Method):
         noisy = [self.noisy.batch(step, micro) for micro in range(self.accumulation)]
         clean = [self.clean.batch(step, micro) for micro in range(self.accumulation)]
         hyper = hypergradient(
-            stateless(self.model, self.placement),
+            StatelessNetwork(self.model, self.placement),
             self.placement.trainable(),
             self.net,
             [(b.images, b.masks) for b in noisy],
