@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class BadFileError(UserError):
     """A file that cannot be used; as ranks read different files, the one that meets it tells."""
+
+
+class InvalidArgument(UserError, ValueError):
+    """A ValueError to those who call the library; in a run, one line that the user can act on."""

@@ -32,10 +32,14 @@ UNSUPPORTED_ZERO_KEYS = frozenset({"offload_param", "zero_hpz_partition_size", "
 def shadow_of(model: nn.Module) -> nn.Module:
     """A twin of `model` that shares its parameters and buffers but none of the hooks that DeepSpeed will put on it.
 
-    Make it before `build_engine`. Meta passes run through the twin, so that the engine never sees them.
+    Make it before `build_engine`. Meta passes run through the twin, so that the engine never sees them. It has the
+    model's buffers at any time, also those that the model's modules assign anew.
     """
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, shared)
+    for module, of_twin in zip(model.modules(), twin.modules(), strict=True):
+        of_twin._buffers = module._buffers
+    return twin
 
 
 def sharded_parameters(shadow: nn.Module) -> ShardedParameters:
@@ -66,9 +70,14 @@ def build_engine(model: nn.Module, optimizer: Optimizer, config: Config) -> Any:
     # DeepSpeed would compile this C++ op at every first start on a CPU and fail without a compiler; gloo does its work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
-    )
+    told = deepspeed_config(config)
+    deepspeed.init_distributed(dist_init_required=False)
+    if config.deepspeed.zero_stage == 3:
+        # DeepSpeed 0.19.8 would cut the parameters itself, by `dtype or float16 if fp16 is supported else bfloat16`: on
+        # a device with fp16, a GPU or a processor with AVX512-FP16, it passes the model's dtype on and refuses float64.
+        # The dtype serves tensors that are made inside the context, which is not entered here.
+        deepspeed.zero.Init(module=model, config_dict_or_path=told, dtype=torch.float32)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=told, dist_init_required=False)
     _keep_shards_once(engine.optimizer)
     state = _inner_optimizer(engine).state
     for part in _fragments(engine):

@@ -9,8 +9,9 @@ are normalised, so U is without it here.
 The virtual step may start elsewhere, at the same weight w₀ on every valid pixel. θ̂ is linear in W, so that U_p is still
 ⟨g, ∇_θ ℓ_p(θ)⟩, with g = ∇L_c taken at the fast weights θ̂(w₀); there α matters.
 
-Everything is a pure function of (network, parameters, batches). A `Network` maps (parameters, images) to logits and has
-no side effects; `Parameters` are the trainable tensors by name. Images (B, 3, H, W), masks and U (B, H, W).
+Everything is a pure function of (network, parameters, batches), see distseg/meta/network.py. What a network computes
+under `torch.no_grad()` or detaches is a constant to `reverse` and to `forward`. It is none to `finite`, which is
+not for such networks. Images (B, 3, H, W), masks and U (B, H, W).
 
 Where parameters are sharded (distseg/meta/placement.py), `Parameters` are this rank's shards, and so are gradients and
 fast weights: the network gathers, and its derivative by a shard has come back summed over the ranks. Nothing else
@@ -22,11 +23,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from distseg.meta.network import Forward, Network, Parameters, tangents_stop_with_gradients
 from distseg.ops import alignment, pixel_loss, valid_pixels, weighted_loss
 
-Parameters = dict[str, Tensor]
-Network = Callable[[Parameters, Tensor], Tensor]
 LabelledImages = tuple[Tensor, Tensor]
 SumOverRanks = Callable[[Tensor], Tensor]
 BeginSum = Callable[[Tensor], Callable[[], Tensor]]
@@ -91,9 +92,16 @@ def forward(network: Network, parameters: Parameters, gradient: Parameters, imag
 def logits_along(
     network: Network, parameters: Parameters, gradient: Parameters, images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """z and ż (B, C, H, W): the logits, and their Jacobian-vector product along g."""
-    primals = {name: _apart(theta) for name, theta in parameters.items()}
-    return torch.func.jvp(lambda theta: network(theta, images), (primals,), (gradient,))
+    """z and ż (B, C, H, W): the logits, and their Jacobian-vector product along g; constants to autograd."""
+
+    def with_tangents(forward: Forward) -> Tensor:
+        with tangents_stop_with_gradients():
+            return forward(images)
+
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(_apart(theta), gradient[name]) for name, theta in parameters.items()}
+        logits, tangents = forward_ad.unpack_dual(network.run(dual, with_tangents))
+    return logits.detach(), torch.zeros_like(logits) if tangents is None else tangents.detach()
 
 
 def reverse(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
@@ -104,17 +112,21 @@ def reverse(network: Network, parameters: Parameters, gradient: Parameters, imag
     Its value is never looked at, and not kept.
     """
     leaves = _leaves(parameters)
-    with torch.enable_grad():
-        for leaf in leaves.values():  # a hook, which autograd calls as soon as it has the leaf's gradient
-            leaf.register_hook(_PlaceOf.apply)
-        logits = network(leaves, images)
+    for leaf in leaves.values():  # a hook, which autograd calls as soon as it has the leaf's gradient
+        leaf.register_hook(_PlaceOf.apply)
+
+    def along_g(forward: Forward) -> Tensor:
+        logits = forward(images)
         weights = torch.zeros(masks.shape, dtype=logits.dtype, device=logits.device, requires_grad=True)
         loss = weighted_loss(logits, masks, weights)
         inner = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-    used = [(step, gradient[name]) for name, step in zip(leaves, inner, strict=True) if step.requires_grad]
-    steps, directions = zip(*used, strict=True)
-    (u,) = torch.autograd.grad(steps, weights, grad_outputs=directions)
-    return u
+        used = [(step, gradient[name]) for name, step in zip(leaves, inner, strict=True) if step.requires_grad]
+        steps, directions = zip(*used, strict=True)
+        (u,) = torch.autograd.grad(steps, weights, grad_outputs=directions)
+        return u
+
+    with torch.enable_grad():
+        return network.run(leaves, along_g)
 
 
 def finite(
@@ -150,11 +162,14 @@ def norm(tensors: Parameters, sum_over_shards: SumOverRanks = one_process) -> Te
 
 def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> Parameters:
     """The gradient of the loss summed over the valid pixels; 0 for a parameter that the network does not use."""
+    level = torch.ones(len(masks), device=masks.device)
+
+    def gradients(forward: Forward) -> tuple[Tensor, ...]:
+        loss = weighted_loss(forward(images), masks, level=level)
+        return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
     with torch.enable_grad():
-        every_pixel = torch.ones(len(masks), device=masks.device)
-        loss = weighted_loss(network(leaves, images), masks, level=every_pixel)
-    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, gradients, strict=True))
+        return dict(zip(leaves, network.run(leaves, gradients), strict=True))
 
 
 def _sums(left: Parameters, right: Parameters) -> Parameters:

@@ -5,10 +5,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from distseg.errors import InvalidArgument
 from distseg.meta import estimators
-from distseg.meta.estimators import BeginSum, LabelledImages, Network, Parameters, SumOverRanks, one_process
+from distseg.meta.estimators import BeginSum, LabelledImages, SumOverRanks, one_process
+from distseg.meta.network import Network, Parameters, StatelessNetwork, stopped_gradient
 from distseg.meta.placement import Placement, Whole
 from distseg.meta.weights import (
     TRANSFORMS,
@@ -22,22 +23,6 @@ from distseg.meta.weights import (
 )
 
 
-def stateless(module: nn.Module, placement: Placement) -> Network:
-    """`module` as a pure function of (trainable parameters, images): no buffer, RNG stream or gradient changes.
-
-    Buffers are cloned at each call; random numbers come from a fork of the streams, so that each pass of a step, and
-    the weighted step after it, drops the same units; autocast, which forward mode does not pass through, is off.
-    """
-
-    def network(parameters: Parameters, images: Tensor) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        cuda = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices=cuda), torch.autocast(images.device.type, enabled=False):
-            return functional_call(module, (placement.operands(parameters), buffers), (images.contiguous(),))
-
-    return network
-
-
 class PixelReweighter:
     """Weights every pixel of a noisy batch by how well its loss gradient agrees with the clean gradient.
 
@@ -48,7 +33,9 @@ class PixelReweighter:
     model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers,
         gradients, RNG streams and hooks on parameters are left alone. Frozen parameters are constants.
     estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
-        difference, for networks with operators that have no forward-mode formula).
+        difference, for networks with operators that have no forward-mode formula). `finite` cannot see where a network
+        stops gradients: its first call checks that the model does not, which takes two backward passes and waits for
+        the device.
     granularity, normalise, on_zero, transform: see WeightRule.
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
@@ -96,6 +83,7 @@ class PixelReweighter:
         self.rule = WeightRule(granularity, normalise, on_zero, transform)
         self.sum_over_ranks, self.begin_sum, self.sum_over_shards = sum_over_ranks, begin_sum, sum_over_shards
         self.diagnostics: Diagnostics = {}
+        self._unchecked = estimator == "finite"
 
     def __call__(
         self,
@@ -124,10 +112,12 @@ class PixelReweighter:
         """Weight maps of a step's noisy micro-batches, with g from all its clean ones: the same as one large batch."""
         for images, masks in (*noisy, *clean):
             _check(images, masks)
-        network = stateless(self.model, self.placement)
+        network = StatelessNetwork(self.model, self.placement)
         parameters = self.placement.trainable()
         masks = [labels for _, labels in noisy]
         with self.placement.saving_shards():
+            if self._unchecked:
+                self._check_derivatives(network, parameters, noisy[0][0])
             gradient = self._clean_gradient(network, parameters, noisy, clean)
 
             # U itself is needed for patches, for AUROC and for its transforms; else forward mode goes from logits to W⁺
@@ -158,6 +148,16 @@ class PixelReweighter:
             histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
         return weights
+
+    def _check_derivatives(self, network: Network, parameters: Parameters, images: Tensor) -> None:
+        """Raise InvalidArgument, on every rank, for a model whose differences are not its derivatives."""
+        stopped, whole = self.sum_over_ranks(stopped_gradient(network, parameters, images)).tolist()
+        if stopped > torch.finfo(next(iter(parameters.values())).dtype).eps * whole:
+            raise InvalidArgument(
+                "method.estimator finite: the network stops gradients (torch.no_grad, detach, .data or item), which "
+                "differences of its values do not see; use estimator=forward, or reverse"
+            )
+        self._unchecked = False
 
     def _clean_gradient(
         self,

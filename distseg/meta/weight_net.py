@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distseg.meta.estimators import LabelledImages, Network, Parameters, SumOverRanks, logits_along, mean_gradient
+from distseg.meta.estimators import LabelledImages, SumOverRanks, logits_along, mean_gradient
+from distseg.meta.network import Forward, Network, Parameters
 from distseg.ops import alignment, pixel_loss, valid_pixels, weighted_loss
 
 
@@ -60,7 +61,7 @@ def hypergradient(
 
     alignments, losses, surrogate = [], [], torch.zeros((), device=count.device)
     for images, masks in noisy:
-        logits, tangents = (tensor.detach() for tensor in logits_along(network, parameters, gradient, images))
+        logits, tangents = logits_along(network, parameters, gradient, images)
         alignments.append(alignment(logits, tangents, masks))  # 0 at ignored pixels
         losses.append(pixel_loss(logits, masks))
         with torch.enable_grad():
@@ -84,13 +85,17 @@ def _weighted_gradient(
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
     total = [torch.zeros_like(leaf) for leaf in leaves.values()]
     for images, masks in noisy:
-        with torch.enable_grad():
-            logits = network(leaves, images)
+
+        def gradients(forward: Forward, images: Tensor = images, masks: Tensor = masks) -> tuple[Tensor, ...]:
+            logits = forward(images)
             with torch.no_grad():
                 weights = net(pixel_loss(logits, masks))
             loss = weighted_loss(logits, masks, weights)
-        # A parameter that the network does not use has gradient 0.
-        torch._foreach_add_(total, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
+            # A parameter that the network does not use has gradient 0.
+            return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
+        with torch.enable_grad():
+            torch._foreach_add_(total, network.run(leaves, gradients))
     bucket = sum_over_ranks(torch.cat([tensor.flatten() for tensor in total]))
     parts = bucket.split([tensor.numel() for tensor in total])
     return {name: part.view_as(leaf) for part, (name, leaf) in zip(parts, leaves.items(), strict=True)}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from distseg.data.manifest import Sample
 from distseg.data.streams import Stream
 from distseg.meta.estimators import BeginSum, SumOverRanks
+from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Placement
-from distseg.meta.reweighter import stateless
 
 
 class OpenStream(Protocol):
@@ -53,7 +53,7 @@ class Context:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(B, C, H, W) of images (B, 3, H, W): the network as it is, with no side effects."""
-        return stateless(self.model, self.placement)(self.placement.trainable(), images)
+        return StatelessNetwork(self.model, self.placement)(self.placement.trainable(), images)
 
     def _stream(self, name: str, samples: Sequence[Sample], labels: str, size: int) -> Stream:
         if (name, size) not in self._streams:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distseg.distributed.engine import gradients_put_away, reduced_gradients, skip_update_if, skipped_by_engine
+from distseg.distributed.network_state import KeptBuffers
 from distseg.meta.weights import Diagnostics
 from distseg.methods.step import Step
 from distseg.training.guard import not_finite
@@ -40,8 +41,7 @@ def train_step(engine: Any, method: BeginsSteps, index: int, lr: float, diagnose
         step = method.begin(index, diagnose)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    buffers = list(engine.module.buffers())
-    before = [buffer.clone() for buffer in buffers]
+    buffers = KeptBuffers(engine.module)
     total = torch.zeros((), device=engine.device)
     for k, micro in enumerate(step.micro_batches):
         logits = engine(micro.batch.images)
@@ -57,6 +57,5 @@ def train_step(engine: Any, method: BeginsSteps, index: int, lr: float, diagnose
     if skipped_by_engine(engine):
         bad[-1] = 1
     skipped = bad.any()
-    for buffer, old in zip(buffers, before, strict=True):
-        buffer.copy_(torch.where(skipped, old, buffer))
+    buffers.restore_where(skipped)
     return Outcome(step, total / world_size, bad, step.finish(skipped, lr))

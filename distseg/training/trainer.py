@@ -19,6 +19,7 @@ from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
+from distseg.distributed.network_state import refuse_unsaved_state
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
@@ -95,6 +96,8 @@ class Trainer:
         self.config, self.folder, self.runtime = config, RunFolder(folder), runtime
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(runtime.device)
+        side = config.data.image_size
+        refuse_unsaved_state(self.model.train(), torch.zeros(2, 3, side, side, device=runtime.device))
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.distributed.engine import build_engine, deepspeed_config, gradients_put_away, shadow_of
+from distseg.distributed.engine import build_engine, deepspeed_config, gradients_put_away, module_state, shadow_of
 from distseg.errors import UserError
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
@@ -91,3 +91,26 @@ def test_zero3_holds_its_shards_once_and_no_gradients_between_steps() -> None:
         assert held["shared"].all() and len(held["shared"]) > 0
         assert held["bytes away"] == 0
         assert held["buffer"].eq(0).all() and len(held["buffer"]) >= 8 * 3 * 9 / 2
+
+
+def gathered_in_float64(runtime) -> dict[str, torch.Tensor]:
+    from deepspeed.accelerator import get_accelerator
+
+    out = {}
+    for fp16 in (False, True):
+        get_accelerator().is_fp16_supported = lambda fp16=fp16: fp16  # this machine's processor says one of the two
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 8, 3).double()
+        expected = model.weight.detach().clone()
+        config = config_with(zero_stage=3)
+        optimizer, _ = build_optimizer(model.parameters(), config.optim)
+        engine = build_engine(model, optimizer, config)
+        actual = module_state(engine)
+        out |= {f"error {fp16}": value - expected for name, value in actual.items() if name == "weight"}
+    return out
+
+
+def test_zero3_takes_float64_on_devices_with_and_without_half_precision_arithmetic() -> None:
+    first, _ = run_ranks(gathered_in_float64, 2)
+    for error in first.values():
+        assert error.dtype == torch.float64 and error.shape == (8, 3, 3, 3) and error.eq(0).all()

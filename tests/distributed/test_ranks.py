@@ -23,8 +23,8 @@ from distseg.distributed.engine import build_engine, gradients_put_away, shadow_
 from distseg.distributed.shards import ShardedParameters, cut
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import mean_gradient
+from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
-from distseg.meta.reweighter import stateless
 from distseg.ops import weighted_loss
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
@@ -136,7 +136,7 @@ def weigh(reweighter: PixelReweighter, runtime, accumulation: int, step: int, dt
 
 def clean_gradient(model: nn.Module, placement, runtime, accumulation: int, step: int, dtype: torch.dtype):
     _, clean = (micro_batches(pair, runtime, accumulation) for pair in global_batches(step, dtype))
-    network, parameters = stateless(model, placement), placement.trainable()
+    network, parameters = StatelessNetwork(model, placement), placement.trainable()
     return mean_gradient(network, parameters, clean, sum_over_ranks, placement.sharded)
 
 
@@ -189,7 +189,7 @@ def train_in_float64(runtime) -> Named:
         model = ranked_model(runtime, torch.float64, norm)
         shards = {name: cut(p) for name, p in model.named_parameters()}
         placement = ShardedParameters(lambda shards=shards: shards) if sharded else Whole(model)
-        network = stateless(model, placement)
+        network = StatelessNetwork(model, placement)
         case = f"{'shards' if sharded else 'whole'} {norm} {virtual} {accumulation}"
         for step, estimator in enumerate(ESTIMATORS):
             reweighter = reweighter_of(model, placement, estimator, virtual)

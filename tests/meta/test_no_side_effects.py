@@ -15,7 +15,8 @@ ESTIMATORS = ["forward", "reverse", "finite"]
 
 
 class Network(nn.Module):
-    """All that a pass could change: BatchNorm buffers, dropout's random numbers, a counter, frozen parameters."""
+    """All that a pass could change: BatchNorm buffers, dropout's random numbers, a counter, frozen parameters, and
+    what is assigned: a buffer, one that was not there yet, and attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,10 +26,16 @@ class Network(nn.Module):
         self.frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
         self.head = nn.Conv2d(4, 1, 1)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("level", torch.ones(()))
+        self.register_buffer("late", None)
+        self.count = 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls += 1
-        return self.head(self.frozen(self.body(images)))
+        features = self.frozen(self.body(images))
+        self.level = 0.9 * self.level + features.mean()
+        self.late, self.features, self.count = features, features, self.count + 1
+        return self.head(features)
 
 
 def batches(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,6 +55,9 @@ def state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict:
             "gradients": {name: p.grad for name, p in model.named_parameters()},
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
             "training": {name: module.training for name, module in model.named_modules()},
+            "buffers": {name: list(module._buffers) for name, module in model.named_modules()},
+            "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+            "count": getattr(model, "count", None),
             "optimiser": optimiser.state_dict(),
             "torch": torch.get_rng_state(),
             "numpy": np.random.get_state(),  # noqa: NPY002 - the legacy stream is the one to protect
@@ -78,6 +88,10 @@ def trained_a_step(model: nn.Module) -> torch.optim.Optimizer:
     images, masks, *_ = batches(seed=9)
     weighted_loss(model(images), masks, torch.full(masks.shape, 1 / masks.numel())).backward()
     optimiser.step()
+    if isinstance(model, Network):
+        model.level = model.level.detach()
+        del model.features
+        model.late = None
     return optimiser
 
 

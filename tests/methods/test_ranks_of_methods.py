@@ -6,8 +6,8 @@ from torch import nn
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.meta.estimators import one_process
+from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
-from distseg.meta.reweighter import stateless
 from distseg.meta.weight_net import WeightNet, hypergradient
 from distseg.meta.weights import uniform_weights
 from distseg.methods.config import MethodConfig
@@ -33,7 +33,7 @@ def learn(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     share = slice(rank, None, world_size)
     noisy, clean = ([tuple(t[share] for t in batch(seed, 4))] for seed in (1, 2))
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    hyper = hypergradient(stateless(model, Whole(model)), parameters, net, noisy, clean, 0.3, total)
+    hyper = hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, 0.3, total)
     out = {f"hypergradient.{i}": g for i, g in enumerate(hyper.by_parameter)}
 
     loss = TLoss(torch.device("cpu"))

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distseg.meta.correction import corrected, expected_counts, marks_of, trusting_counts
+from distseg.labels.annotators import expected_counts, identity_prior, most_probable_labels
+from distseg.labels.distances import signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
 from distseg.methods.part import LabelModel
@@ -28,14 +29,14 @@ class CorrectedConfig(Section):
 
 class Corrected(LabelModel):
     def __init__(self, device: torch.device) -> None:
-        self.counts = trusting_counts(device)
+        self.counts = identity_prior(device)
         """(2, BINS) float64, the same on every rank; before anything is known, what was drawn is the truth."""
 
     def bins(self, masks: Tensor) -> Tensor:
-        return marks_of(masks)
+        return signed_distance_bins(masks)
 
     def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
-        return corrected(logits, masks, bins, self.counts)
+        return most_probable_labels(logits, masks, bins, self.counts)
 
     def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
         return expected_counts(logits, masks, bins).flatten()

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distseg.meta.estimators import LabelledImages, norm
-from distseg.meta.reweighter import stateless
+from distseg.meta.network import StatelessNetwork
 from distseg.meta.weight_net import Hypergradient, WeightNet, hypergradient
 from distseg.meta.weights import Diagnostics, WeightMap, auroc, detection_histogram
 from distseg.methods.context import Context
@@ -41,7 +41,7 @@ class LossWeights(Weighting):
     """Needs whole parameters on every rank."""
 
     def __init__(self, context: Context, weight_lr: float, virtual_lr: float) -> None:
-        self.network, self.placement = stateless(context.model, context.placement), context.placement
+        self.network, self.placement = StatelessNetwork(context.model, context.placement), context.placement
         self.sum_over_ranks, self.virtual_lr = context.sum_over_ranks, virtual_lr
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)

@@ -1,0 +1,1 @@
+"""The label model: what a pixel's label most probably is."""
