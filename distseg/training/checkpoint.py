@@ -37,7 +37,7 @@ from distseg.distributed.engine import load_module_state, load_optimizer_state, 
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
-from distseg.files import flush, open_regular, read_regular, write_atomically
+from distseg.files import flush, open_regular, read_regular, remove_parts, write_atomically
 from distseg.methods.step import Method
 from distseg.models.registry import build_model
 
@@ -103,8 +103,7 @@ def save_checkpoint(
 
     def start() -> None:
         if shard.rank == 0:
-            for remains in folder.glob("*.part"):  # of a kill: a folder, or a pointer's file
-                shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
+            remove_parts(folder)
             aside.mkdir(parents=True)
 
     def write() -> None:
