@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distseg.config.load import load_config
 from distseg.distributed.ending import leave
-from distseg.errors import BadFileError, UserError
+from distseg.errors import BadFileError, StorageError, UserError
 
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: not done, and no fault of the run's."""
@@ -38,16 +38,17 @@ def main() -> int:
 def run(config, arguments: argparse.Namespace) -> int:
     # Late, so that a wrong key is told at once and not after the seconds that torch and DeepSpeed take to import.
     from distseg.distributed.collectives import FailedElsewhere
-    from distseg.distributed.lifeline import Lifeline
-    from distseg.distributed.runtime import start_runtime, stop_runtime
+    from distseg.distributed.runtime import set_arithmetic, start_runtime, stop_runtime
+    from distseg.distributed.watchdog import Watchdog
     from distseg.training.guard import Diverged
     from distseg.training.trainer import NotSaved, Preempted
 
+    set_arithmetic(config.train.deterministic, config.train.tf32)
     runtime = start_runtime()
-    lifeline = Lifeline(runtime.shard)
+    watchdog = Watchdog(runtime.shard)
     code = 1
     try:
-        train(config, arguments, runtime, lifeline)
+        train(config, arguments, runtime, watchdog)
         code = 0
     except (FailedElsewhere, UserError) as error:
         code = 2
@@ -57,20 +58,20 @@ def run(config, arguments: argparse.Namespace) -> int:
         code = PREEMPTED
         if runtime.is_main:
             print(f"{config.name}: {stop}", file=sys.stderr)
-    except (Diverged, NotSaved) as error:
+    except (Diverged, NotSaved, StorageError) as error:
         if runtime.is_main:
             print(f"error: {error}", file=sys.stderr)
     except RuntimeError:
-        if not lifeline.other_rank_ended():  # a collective that another rank has left fails here, too
+        if not watchdog.other_rank_ended():  # a collective that another rank has left fails here, too
             raise
-        code = lifeline.exit_code
+        code = watchdog.exit_code
     finally:
-        lifeline.close(0 if code == PREEMPTED else code)
+        watchdog.close(0 if code == PREEMPTED else code)
         stop_runtime()
     return code
 
 
-def train(config, arguments: argparse.Namespace, runtime, lifeline) -> None:
+def train(config, arguments: argparse.Namespace, runtime, watchdog) -> None:
     from distseg.distributed.collectives import main_rank_first
     from distseg.training.trainer import Trainer, earlier_result
 
@@ -83,7 +84,7 @@ def train(config, arguments: argparse.Namespace, runtime, lifeline) -> None:
     folder = arguments.runs_dir / config.name
     result = main_rank_first(lambda: earlier_result(config, folder, arguments.resume), runtime.device)
     if result is None:
-        result = Trainer(config, folder, runtime).run(arguments.resume is not None, lifeline.stop_agreed)
+        result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
     if runtime.is_main:
         print(f"{config.name}: test Dice {result['test/dice']:.3f}; {folder / 'result.json'}")
 

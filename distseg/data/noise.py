@@ -7,8 +7,6 @@ rounding decides.
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +21,7 @@ from distseg.data.decode import read_image, read_mask
 from distseg.data.manifest import Sample
 from distseg.data.seeding import generator, stable_hash
 from distseg.errors import UserError
+from distseg.files import write_atomically
 
 Mask = NDArray[np.uint8]
 """(H, W) uint8 in {0, 1}."""
@@ -176,7 +175,7 @@ def write_noisy_masks(samples: list[Sample], config: NoiseConfig, folder: Path) 
         true = read_mask(sample.mask)
         noisy = corrupt(true, config, sample.id, read_image(sample.image) if config.looks_at_image else None)
         path = folder / f"{sample.id}.png"
-        _write_aside(path, cv2.imencode(".png", noisy * 255)[1].tobytes())
+        write_atomically(path, cv2.imencode(".png", noisy * 255)[1].tobytes(), durable=False)  # can be drawn again
         return replace(sample, noisy_mask=path), _wrong_pixel_rate(noisy, true)
 
     with ThreadPoolExecutor() as pool:
@@ -187,7 +186,7 @@ def write_noisy_masks(samples: list[Sample], config: NoiseConfig, folder: Path) 
     rows.writerow(["id", "mask", "kind", "parameters", "seed", "wrong_pixel_rate"])
     for sample, rate in written:
         rows.writerow([sample.id, sample.noisy_mask.name, config.kind, parameters, config.seed, f"{rate:.6f}"])
-    _write_aside(folder / "manifest.csv", table.getvalue().encode())
+    write_atomically(folder / "manifest.csv", table.getvalue())
     return [sample for sample, _ in written], _mean(rate for _, rate in written)
 
 
@@ -254,15 +253,3 @@ def _wrong_pixel_rate(noisy: NDArray[np.uint8], true: NDArray[np.uint8]) -> floa
 def _mean(rates: Iterable[float]) -> float:
     values = list(rates)
     return float(np.mean(values)) if values else 0.0
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(aside).chmod(0o644)  # mkstemp's 0600 would hide the masks from those they are shared with
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from distseg.evaluation.metrics import IGNORE, confusion, image_scores
+from distseg.files import written_atomically
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, with a purple and a grey: first masks, then runs.
 _TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
@@ -212,9 +213,8 @@ def save_png(array: np.ndarray, path: Path) -> None:
     """Write an (h, w, 3) uint8 image as PNG, aside and renamed, so that a kill leaves the old file or the new one."""
     from matplotlib.image import imsave
 
-    aside = path.with_name(path.name + ".tmp")
-    imsave(aside, array, format="png")
-    aside.replace(path)
+    with written_atomically(path) as aside:
+        imsave(aside, array, format="png")
 
 
 def results_table(results: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:

@@ -1,5 +1,7 @@
 """The `tracking` section of a config."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from distseg.section import Section
@@ -11,6 +13,8 @@ class TrackingConfig(Section):
     """default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder."""
     experiment: str = "distseg"
     system_metrics: bool = True
+    patience: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds that the end of a run waits, in all, for what the store has not taken yet; training never waits."""
     log_model: bool = False
     """Also log the network of the last step, as an exported graph with signature and input example."""
     parent_run: str | None = None

@@ -10,19 +10,29 @@ import math
 import os
 import re
 import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from distseg.config.load import dump_config, flatten_config
 from distseg.config.schema import Config
 from distseg.errors import UserError
 from distseg.files import write_atomically
+from distseg.run_folder import RunFolder
+from distseg.tracking import jsonl
+from distseg.tracking.delivery import Delivery
+
+logger = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float | int | str | None]
 
 _VERSIONED = {
     "distseg": "distseg",
@@ -32,10 +42,21 @@ _VERSIONED = {
     "dali": "nvidia-dali-cuda130",
     "mlflow": "mlflow",
 }
-# MLflow retries for minutes by default. Two tries of five seconds bound what a dead server can cost a run.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-_PARAMS_PER_REQUEST = 100
+# MLflow retries for minutes by default, and for as long as a server asks it to.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+}
+_PARAMS_PER_REQUEST, _METRICS_PER_REQUEST = 100, 1000
 _LONGEST_VALUE = 6000
+_IMAGES_WAITING = 16
+"""Images are large: more of them do not wait for a slow server. The run's folder has them all."""
+_LOCK_SECONDS = 60
+PROMINENT = {"test/dice": "dice/test", "val/dice": "dice/val"}
+"""Logged under a second name: MLflow's pages order metrics by name, and show the first ones first."""
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+"""The tag of an experiment that has MLflow open it in the view for training runs."""
 
 
 class MlflowTracker:
@@ -46,72 +67,110 @@ class MlflowTracker:
     `run_folder/mlflow_run_id`, and a resumed training run continues the run of that id. Parameters are those of the
     first start (MLflow never changes one); `config.yaml` and the tags are those of the last.
 
-    Tracking never stops a training run: nothing here raises. The first failure is reported in one line on stderr, and
-    from then on every method returns at once.
+    Tracking never stops a training run, nor holds it up: nothing here raises, and all calls are made by a thread of
+    their own. `finish` waits for them, `config.tracking.patience` seconds at most. Metrics that the store does not take
+    wait in `metrics.jsonl`; they are sent, each once, when it answers again, at the end, or by the next start of the
+    run. A file is tried once; the run's folder has all of them. The first failure is told in one line.
     """
 
     def __init__(self, config: Config, run_folder: Path):
+        self._config = config
         self._uri = store_of(config)
-        self._run_folder = run_folder
-        self._system_monitor = None
-        self._failed = False
-        self._attempt(self._start, config)
+        self._folder = RunFolder(run_folder)
+        self._run_id: str | None = None
+        self._system_monitor: Any = None
+        self._delivered: set[tuple[str, int]] = set()
+        self._refused: set[str] = set()
+        self._behind = True
+        """Whether metrics.jsonl may hold what the store does not. At the start: what an earlier start left."""
+        self._uncertain = False
+        """Whether a call has failed, so that only the store knows what it has taken."""
+        self._told = False
+        self._room_for_images = threading.Semaphore(_IMAGES_WAITING)
+        _be_patient_and_quiet()
+        import mlflow  # noqa: F401  (seconds; here, and not while other threads import)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._delivery = Delivery(self._failed)
+        self._delivery.submit(self._start, until_it_succeeds=True)
+
+    def log_metrics(self, metrics: Metrics, step: int) -> None:
         """Log numbers at a step. Names may hold `/`, which groups charts, but none of `@ [ ] ( ) =`.
 
-        Values that are not finite are left out: MLflow would draw an infinity as 1.8e308.
+        Values that are not finite are left out: MLflow would draw an infinity as 1.8e308. Call it after the line is in
+        metrics.jsonl: what cannot be sent now is read from there.
         """
-        self._attempt(self._log_metrics, metrics, step)
+        if not self._delivery.submit(partial(self._log_metrics, dict(metrics), step), until_it_succeeds=True):
+            self._behind = True
 
     def log_image(self, array: np.ndarray, key: str, step: int) -> None:
         """Log an image (h, w, 3) uint8 under the slider `key`."""
-        self._attempt(lambda: self._client.log_image(self._run_id, array, key=key, step=step, synchronous=True))
+        if not self._room_for_images.acquire(blocking=False):
+            return
+
+        def log() -> None:
+            try:
+                self._client.log_image(self._run_id, array, key=key, step=step, synchronous=True)
+            finally:
+                self._room_for_images.release()
+
+        if not self._delivery.submit(log):
+            self._room_for_images.release()
 
     def log_artifact(self, path: Path) -> None:
         """Upload a file to the top of the run's artifacts."""
-        self._attempt(lambda: self._client.log_artifact(self._run_id, str(path)))
+        self._delivery.submit(lambda: self._client.log_artifact(self._run_id, str(path)))
 
-    def log_model(self, network, images: np.ndarray) -> None:
+    def log_model(self, network: Any, images: np.ndarray) -> None:
         """Upload a network (on the CPU, in evaluation mode) as `model/`, with signature and input example.
 
         The format is torch.export's archive, a graph and its tensors, no pickled code. `images` (B ≥ 2, 3, H, W)
         float32 are the example; the batch size stays free.
 
         `mlflow.pytorch.load_model("runs:/RUN_ID/model")` brings it back without distseg. Where the network cannot be
-        exported, that is told in one line.
+        exported, that is told in one line. The export is made here and not in the background.
         """
-        self._attempt(self._log_model, network, images)
+        folder = tempfile.TemporaryDirectory()
+
+        def upload() -> None:
+            with folder:
+                self._client.log_artifacts(self._run_id, f"{folder.name}/model", "model")
+
+        if _export(network, images, Path(folder.name) / "model"):
+            self._delivery.submit(upload)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the run: FAILED after an exception, KILLED where it was stopped and may be resumed."""
-        self._attempt(self._finish, status)
+        complete = self._delivery.close(partial(self._finish, status), self._config.tracking.patience)
+        if not complete and not self._told:
+            self._tell(f"no answer within tracking.patience, {self._config.tracking.patience:g} s")
 
-    def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
-        if self._failed:
-            return
-        try:
-            call(*arguments)
-        except Exception as error:
-            self._failed = True
-            reason = " ".join(str(error).split()) or type(error).__name__
-            print(
-                _without_password(
-                    f"mlflow: no more tracking of this run at {self._uri}; its metrics are in "
-                    f"{self._run_folder / 'metrics.jsonl'} ({reason[:500]})"
-                ),
-                file=sys.stderr,
-            )
+    def _failed(self, error: Exception) -> bool:
+        """Called by the delivery's thread; True for what trying again does not mend."""
+        for_good = isinstance(error, UserError)
+        if for_good or not self._told:
+            self._tell(" ".join(str(error).split()) or type(error).__name__, for_good)
+        return for_good
 
-    def _start(self, config: Config) -> None:
-        _be_patient_and_quiet()
+    def _tell(self, reason: str, for_good: bool = False) -> None:
+        self._told = True
+        then = "are not sent" if for_good else "wait there until it answers, or for the next start"
+        logger.warning(
+            "%s",
+            _without_password(
+                f"mlflow: no tracking of this run at {self._uri}; its metrics are in {self._folder.metrics} and {then} "
+                f"({reason[:500]})"
+            ),
+        )
 
-        from mlflow import MlflowClient
+    def _start(self) -> None:
+        """Everything here may be made again, after a failure half-way."""
         from mlflow.entities import Param, RunTag
 
-        self._client = MlflowClient(tracking_uri=self._uri)
-        run = self._resumed_run(config) or self._new_run(config)
+        config = self._config
+        self._client = _client(self._uri)
+        run = self._client.get_run(self._run_id) if self._run_id else self._resumed_run() or self._new_run()
         self._run_id = run.info.run_id
+        write_atomically(self._folder.mlflow_run_id, self._run_id + "\n")
 
         # A start that was killed half-way may have left some of the parameters.
         params = [
@@ -123,20 +182,24 @@ class MlflowTracker:
             self._client.log_batch(self._run_id, params=params[first : first + _PARAMS_PER_REQUEST], synchronous=True)
         tags = [RunTag(name, value) for name, value in _tags(config).items()]
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
-        self._client.log_text(self._run_id, _without_password(dump_config(config)), "config.yaml")
-
-        if config.tracking.system_metrics:
+        self._uncertain = bool(run.data.metrics)
+        self._send_waiting()
+        try:
+            self._client.log_text(self._run_id, _without_password(dump_config(config)), "config.yaml")
+        except Exception as error:  # metrics do not need the store of files
+            self._failed(error)
+        if config.tracking.system_metrics and self._system_monitor is None:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._system_monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self._uri)
             self._system_monitor.start()
 
-    def _resumed_run(self, config: Config):
+    def _resumed_run(self) -> Any:
         """The run that `mlflow_run_id` names, running again; None where there is none in this store."""
         from mlflow.exceptions import MlflowException
 
         try:
-            run_id = self._id_file.read_text().strip()
+            run_id = self._folder.mlflow_run_id.read_text().strip()
             run = self._client.get_run(run_id)
         except FileNotFoundError:
             return None
@@ -147,62 +210,118 @@ class MlflowTracker:
         if run.info.lifecycle_stage == "deleted":
             return None
         self._client.update_run(run_id, status="RUNNING")
-        if config.tracking.parent_run:
-            self._client.set_tag(run_id, "mlflow.parentRunId", config.tracking.parent_run)
+        if self._config.tracking.parent_run:
+            self._client.set_tag(run_id, "mlflow.parentRunId", self._config.tracking.parent_run)
         return run
 
-    def _new_run(self, config: Config):
+    def _new_run(self) -> Any:
         from mlflow.tracking.context.registry import resolve_tags
 
         # resolve_tags: who started what, for the columns of MLflow's table.
-        tags = resolve_tags() | {"mlflow.note.content": _description(config)}
-        if config.tracking.parent_run:
-            tags["mlflow.parentRunId"] = config.tracking.parent_run
-        experiment = _experiment(self._client, config.tracking.experiment)
-        run = self._client.create_run(experiment, None, tags, config.name)
-        aside = self._id_file.with_name(self._id_file.name + ".tmp")
-        aside.write_text(run.info.run_id + "\n")
-        aside.replace(self._id_file)
-        return run
+        tags = resolve_tags() | {"mlflow.note.content": _description(self._config)}
+        if self._config.tracking.parent_run:
+            tags["mlflow.parentRunId"] = self._config.tracking.parent_run
+        experiment = _experiment(self._client, self._config.tracking.experiment)
+        return self._client.create_run(experiment, None, tags, self._config.name)
 
-    @property
-    def _id_file(self) -> Path:
-        return self._run_folder / "mlflow_run_id"
+    def _log_metrics(self, metrics: Metrics, step: int) -> None:
+        self._send_waiting()
+        self._send([(step, metrics)])
 
-    def _log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def _send_waiting(self) -> None:
+        """Send what metrics.jsonl holds and the store does not."""
+        if self._uncertain:
+            self._delivered = self._taken()
+            self._uncertain = False
+        if self._behind:
+            self._behind = False
+            records = jsonl.read(self._folder.metrics) if self._folder.metrics.exists() else []
+            self._send([(record["step"], record) for record in records])
+
+    def _taken(self) -> set[tuple[str, int]]:
+        """The (name, step) of every metric that the store has of this run."""
+        names = self._client.get_run(self._run_id).data.metrics
+        return {
+            (name, point.step)
+            for name in names
+            if not name.startswith("system/")
+            for point in self._client.get_metric_history(self._run_id, name)
+        }
+
+    def _send(self, rows: Iterable[tuple[int, Metrics]]) -> None:
         from mlflow.entities import Metric
 
         now = round(time.time() * 1000)
-        finite = [Metric(name, value, now, step) for name, value in metrics.items() if math.isfinite(value)]
-        self._client.log_batch(self._run_id, metrics=finite, synchronous=True)
-
-    def _log_model(self, network, images: np.ndarray) -> None:
-        import mlflow.pytorch
-        import torch
-        from mlflow.models import infer_signature
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model"
+        points = [
+            Metric(name, value, now, step)
+            for step, metrics in rows
+            for name, value in _named(metrics)
+            if (name, step) not in self._delivered and name not in self._refused
+        ]
+        for first in range(0, len(points), _METRICS_PER_REQUEST):
+            sent = points[first : first + _METRICS_PER_REQUEST]
             try:
-                outputs = network(torch.from_numpy(images)).detach().numpy()
-                mlflow.pytorch.save_model(
-                    network,
-                    path,
-                    signature=infer_signature(images, outputs),
-                    input_example=images,
-                    serialization_format="pt2",
-                    pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
-                )
-            except Exception as error:
-                reason = " ".join(str(error).split())[:300]
-                print(f"mlflow: the network is not logged, it cannot be exported: {reason}", file=sys.stderr)
+                self._log_batch(sent)
+            except Exception:
+                self._uncertain = self._behind = True  # the store may have them, and not have said so
+                raise
+            self._delivered |= {(point.key, point.step) for point in sent}
+
+    def _log_batch(self, points: list[Any]) -> None:
+        """One request. A metric that MLflow refuses for its name is told once, and does not hold up the others."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_batch(self._run_id, metrics=points, synchronous=True)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if len(points) > 1:
+                for point in points:
+                    if point.key not in self._refused:
+                        self._log_batch([point])
                 return
-            self._client.log_artifacts(self._run_id, str(path), "model")
+            self._refused.add(points[0].key)
+            logger.warning("mlflow: no tracking of %r: %s", points[0].key, " ".join(str(error).split())[:300])
 
     def _finish(self, status: str) -> None:
+        self._send_waiting()
         self._client.set_terminated(self._run_id, status)
         if self._system_monitor is not None:
             self._system_monitor.finish()
+
+
+def _named(metrics: Metrics) -> Iterator[tuple[str, float]]:
+    """The finite numbers, some of them under two names."""
+    for name, value in metrics.items():
+        if name == "step" or isinstance(value, str | None) or not math.isfinite(value):
+            continue
+        yield name, value
+        if name in PROMINENT:
+            yield PROMINENT[name], value
+
+
+def _export(network: Any, images: np.ndarray, path: Path) -> bool:
+    """Write MLflow's model folder; whether the network could be exported."""
+    import mlflow.pytorch
+    import torch
+    from mlflow.models import infer_signature
+
+    try:
+        outputs = network(torch.from_numpy(images)).detach().numpy()
+        mlflow.pytorch.save_model(
+            network,
+            path,
+            signature=infer_signature(images, outputs),
+            input_example=images,
+            serialization_format="pt2",
+            pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        logger.warning("mlflow: the network is not logged, it cannot be exported: %s", reason)
+        return False
+    return True
 
 
 class Study:
@@ -334,11 +453,56 @@ def _told(uri: str, call: Callable[..., Any], *arguments: Any) -> Any:
         raise UserError(_without_password(told)) from None
 
 
-def _client(uri: str):
+def _client(uri: str) -> Any:
+    """MLflow's client of a store that is there, complete and of this version."""
     _be_patient_and_quiet()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    with _first_use(uri):
+        client = MlflowClient(tracking_uri=uri)
+        if _database_file(uri):
+            client.search_experiments(max_results=1)  # a new store is filled now, and by one process
+    return client
+
+
+@contextmanager
+def _first_use(uri: str) -> Iterator[None]:
+    """Alone with an sqlite store: processes that create one at once lose runs, and can ruin the file.
+
+    Raises UserError where the file cannot be made or written; MLflow would try for 100 seconds.
+    """
+    database = _database_file(uri)
+    if database is None:
+        yield
+        return
+    if database.is_dir():
+        raise UserError(f"{uri} names a folder; name a file in it, for instance {uri.rstrip('/')}/mlflow.db")
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with database.open("ab"):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{database} cannot be written ({reason}); set tracking.uri, or start in a folder that can be written to"
+        ) from None
+    lock = FileLock(database.with_name(f"{database.name}.lock"), timeout=_LOCK_SECONDS)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except Timeout:
+            raise
+        except OSError as error:  # a file system without locks
+            logger.warning(
+                "mlflow: %s cannot be locked (%s); start the first run of a new store alone", database, error
+            )
+        yield
+
+
+def _database_file(uri: str) -> Path | None:
+    """The file of an sqlite store; None for other stores, and for one in memory."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
+    return Path(match[1]) if match and match[1] != ":memory:" else None
 
 
 def _be_patient_and_quiet() -> None:
@@ -349,17 +513,25 @@ def _be_patient_and_quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _experiment(client, name: str) -> str:
+def _experiment(client: Any, name: str) -> str:
+    """The id of the experiment of this name, which is made where there is none. Raises UserError for a deleted one."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name)
+            return client.create_experiment(name, tags=dict([EXPERIMENT_KIND]))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another run that started just now
                 raise
             experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment {name!r} has been deleted in this store; set another name, or restore it with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    if EXPERIMENT_KIND[0] not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, *EXPERIMENT_KIND)
     return experiment.experiment_id
 
 
@@ -380,7 +552,7 @@ def _description(config: Config) -> str:
     tags = _tags(config)
     return (
         f"**{tags['method']}** on noise *{tags['noise']}*, K = {tags['clean_count']}, seed {tags['seed']}. "
-        f"{config.model.name} of width {config.model.width}, {config.data.image_size}×{config.data.image_size}, "
+        f"{config.model.name}, {config.data.image_size}×{config.data.image_size}, "
         f"{config.optim.name} at {config.optim.lr:g}."
     )
 

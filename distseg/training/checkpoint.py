@@ -3,8 +3,9 @@
     checkpoints/step_00000120/model.safetensors       parameters (fp32) and buffers, by name
                               method.safetensors      what the method has learned, for most of them nothing
                               rank_00000.safetensors  this rank's part of the optimiser state, and its RNG streams
-                              state.json              progress, images a step, size and SHA-256 of each file
-    checkpoints/last, best                            the name of a folder
+                              state.json              progress, ranks, images a step
+                              SHA256SUMS              of every other file, as `sha256sum --check` reads it
+    checkpoints/last, best                            the name of a folder; `last` may be set back by hand
 
 Every rank writes the part of the optimiser state that it owns, as runs of flattened parameters under the parameters'
 names: nothing is gathered, and any number of ranks at any ZeRO stage can read it again. Schedule and data position
@@ -14,18 +15,18 @@ read on another number of ranks with its buffers and the state of SGD.
 
 import hashlib
 import json
-import os
+import logging
+import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -36,24 +37,47 @@ from distseg.distributed.engine import load_module_state, load_optimizer_state, 
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
-from distseg.files import write_atomically
+from distseg.files import flush, open_regular, read_regular, remove_parts, write_atomically
 from distseg.methods.method import Method
 from distseg.models.registry import build_model
 
-FORMAT = 2
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
+STATE, SUMS = "state.json", "SHA256SUMS"
+SHARED_FILES = ("model.safetensors", "method.safetensors", STATE)
+"""Of each checkpoint, beside SUMS and one file a rank."""
+_LARGEST_TEXT = 2**24
+"""Bytes that are read of a text file: SHA256SUMS has about 100 a rank."""
+
+Natural = Annotated[StrictInt, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class StepSize:
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StepSize(_Strict):
     """Images that one step takes of each stream, over micro-batches and ranks. A run keeps them to its end."""
 
-    noisy: int
-    clean: int
+    noisy: Natural
+    clean: Natural
 
     @classmethod
     def of(cls, config: Config, shard: ShardSpec) -> "StepSize":
         per_image = config.train.accumulation * shard.world_size
-        return cls(config.train.batch_size * per_image, config.train.clean_batch_size * per_image)
+        return cls(noisy=config.train.batch_size * per_image, clean=config.train.clean_batch_size * per_image)
+
+
+class CheckpointState(_Strict):
+    """What state.json holds."""
+
+    format: StrictInt
+    world_size: Annotated[StrictInt, Field(ge=1)]
+    zero_stage: Natural
+    images_per_step: StepSize
+    images_seen: Natural
+    progress: dict[str, StrictBool | StrictInt | StrictFloat | StrictStr | None]
 
 
 def save_checkpoint(
@@ -75,47 +99,49 @@ def save_checkpoint(
     step, shard = progress["step"], runtime.shard
     target = folder / f"step_{step:08d}"
     aside = target.with_suffix(".part")
-    files: dict[str, dict[str, Any]] = {}
+    digests: dict[str, str] = {}
 
     def start() -> None:
         if shard.rank == 0:
-            for remains in folder.glob("*.part"):  # of a kill: a folder, or a pointer's file
-                shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
+            remove_parts(folder)
             aside.mkdir(parents=True)
 
     def write() -> None:
         name = f"rank_{shard.rank:05d}.safetensors"
-        files[name] = _write(aside / name, optimizer_state(engine, shard.rank) | _rng_streams())
+        digests[name] = _write(aside / name, optimizer_state(engine, shard.rank) | _rng_streams())
         state = module_state(engine)
         if shard.rank == 0:
-            files["model.safetensors"] = _write(aside / "model.safetensors", state)
-            files["method.safetensors"] = _write(aside / "method.safetensors", method.state_dict())
+            digests["model.safetensors"] = _write(aside / "model.safetensors", state)
+            digests["method.safetensors"] = _write(aside / "method.safetensors", method.state_dict())
 
     def commit() -> None:
         if shard.rank == 0:
-            described = {
-                "format": FORMAT,
-                "world_size": shard.world_size,
-                "zero_stage": config.deepspeed.zero_stage,
-                "images_per_step": asdict(StepSize.of(config, shard)),
-                "images_seen": step * StepSize.of(config, shard).noisy,
-                "progress": progress,
-                "files": files,
-            }
-            write_atomically(aside / "state.json", json.dumps(described, indent=2))
-            _flush(aside)
+            size = StepSize.of(config, shard)
+            state = CheckpointState(
+                format=FORMAT,
+                world_size=shard.world_size,
+                zero_stage=config.deepspeed.zero_stage,
+                images_per_step=size,
+                images_seen=step * size.noisy,
+                progress=progress,
+            )
+            content = json.dumps(state.model_dump(), indent=2).encode()
+            digests[STATE] = hashlib.sha256(content).hexdigest()
+            write_atomically(aside / STATE, content)
+            write_atomically(aside / SUMS, _sums_text(digests))
+            flush(aside)
             shutil.rmtree(target, ignore_errors=True)
             aside.replace(target)
-            _flush(folder)
-            write_atomically(folder / "last", target.name)
+            flush(folder)
+            _set_pointer(folder / "last", target.name)
             if best:
-                write_atomically(folder / "best", target.name)
-            _flush(folder)
+                _set_pointer(folder / "best", target.name)
+            flush(folder)
 
     written = _on_every_rank(start, runtime, aside) and _on_every_rank(write, runtime, aside)
     if written:
-        for part in gather_bytes(json.dumps(files).encode(), runtime.device):
-            files |= json.loads(part)
+        for part in gather_bytes(json.dumps(digests).encode(), runtime.device):
+            digests |= json.loads(part)
         written = _on_every_rank(commit, runtime, aside)
     if shard.rank == 0:
         if written:
@@ -146,24 +172,40 @@ def load_checkpoint(
     if step < 0:
         return None
     checkpoint = folder / f"step_{step:08d}"
-    state = json.loads((checkpoint / "state.json").read_text())
+    try:
+        return restore(checkpoint, engine, method, runtime)
+    except (OSError, SafetensorError) as error:  # on rank 0 it is whole
+        raise UserError(
+            f"checkpoint {checkpoint}: rank {shard.rank} cannot read it ({_one_line(error)}); "
+            "put the run's folder where every rank sees the same files"
+        ) from None
+
+
+def restore(checkpoint: Path, engine: Any, method: Method, runtime: Runtime) -> dict[str, Any]:
+    """Put a whole checkpoint into `engine`, `method` and the RNG streams, and return its progress.
+
+    The method gets its tensors on `runtime.device`; those of the engine go where the engine keeps them. Raises
+    UserError for that of another network, OSError or ValueError for a file that cannot be read.
+    """
+    state = _read_state(checkpoint)
     try:
         load_module_state(engine, load_file(checkpoint / "model.safetensors"))
     except RuntimeError as error:
-        raise UserError(f"checkpoint {checkpoint}: is of another network: {' '.join(str(error).split())}") from None
-    method.load_state_dict(load_file(checkpoint / "method.safetensors"))
+        raise UserError(f"checkpoint {checkpoint}: is of another network: {_one_line(error)}") from None
+    learned = load_file(checkpoint / "method.safetensors")
+    method.load_state_dict({name: tensor.to(runtime.device) for name, tensor in learned.items()})
     with ExitStack() as stack:
         parts = [
             stack.enter_context(safe_open(checkpoint / f"rank_{rank:05d}.safetensors", framework="pt"))
-            for rank in range(state["world_size"])
+            for rank in range(state.world_size)
         ]
         load_optimizer_state(engine, _SavedParts(parts))
-        # A rank that the run did not have takes the streams of one that it had.
-        streams = parts[shard.rank % len(parts)]
+        # A rank that the run did not have takes the streams of one that it had. Streams are restored from the host.
+        streams = parts[runtime.shard.rank % len(parts)]
         torch.set_rng_state(streams.get_tensor("rng.cpu"))
         if torch.cuda.is_available() and "rng.cuda" in streams.keys():  # noqa: SIM118  (a file, not a mapping)
             torch.cuda.set_rng_state(streams.get_tensor("rng.cuda"))
-    return state["progress"]
+    return dict(state.progress)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -172,9 +214,8 @@ def find_checkpoint(folder: Path) -> Path | None:
     Each damaged one on the way is named in a line on stderr. Raises UserError where none is whole.
     """
     candidates = _newest_first(folder)
-    pointer = folder / "last"
-    if pointer.exists() and (named := folder / pointer.read_text().strip()).name.startswith("step_"):
-        candidates = [path for path in candidates if path.name <= named.name]
+    if named := _pointed_at(folder / "last"):
+        candidates = [path for path in candidates if _step_of(path) <= _step_of(named)]
         if named not in candidates:
             candidates.insert(0, named)
     for index, checkpoint in enumerate(candidates):
@@ -182,7 +223,7 @@ def find_checkpoint(folder: Path) -> Path | None:
         if damage is None:
             return checkpoint
         before = ", trying the one before it" if index + 1 < len(candidates) else ""
-        print(f"warning: checkpoint {checkpoint} is damaged: {damage}{before}", file=sys.stderr)
+        logger.warning("warning: checkpoint %s is damaged: %s%s", checkpoint, damage, before)
     if candidates:
         raise UserError(f"{folder}: none of its checkpoints is whole; remove the run's folder and start it again")
     return None
@@ -198,7 +239,7 @@ def load_network(run: Path) -> tuple[Config, nn.Module]:
     try:
         network.load_state_dict(load_file(checkpoint / "model.safetensors"))
     except RuntimeError as error:
-        raise UserError(f"{checkpoint}: is of another network: {' '.join(str(error).split())}") from None
+        raise UserError(f"{checkpoint}: is of another network: {_one_line(error)}") from None
     return config, network
 
 
@@ -232,8 +273,8 @@ class _SavedParts:
 
 
 def _check_step_size(checkpoint: Path, config: Config, shard: ShardSpec) -> None:
-    before = json.loads((checkpoint / "state.json").read_text())["images_per_step"]
-    now = asdict(StepSize.of(config, shard))
+    before = _read_state(checkpoint).images_per_step.model_dump()
+    now = StepSize.of(config, shard).model_dump()
     splits = config.train.accumulation * shard.world_size
     for stream, key in (("noisy", "train.batch_size"), ("clean", "train.clean_batch_size")):
         if now[stream] == before[stream]:
@@ -251,24 +292,72 @@ def _check_step_size(checkpoint: Path, config: Config, shard: ShardSpec) -> None
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint on the disk; None if nothing is."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        if state["format"] != FORMAT:
-            return f"format {state['format']}, not {FORMAT}"
-        ranks = {f"rank_{rank:05d}.safetensors" for rank in range(state["world_size"])}
-        names = ranks | {"model.safetensors", "method.safetensors"}
-        if names != state["files"].keys():
-            return "state.json does not list its files"
-        for name, expected in state["files"].items():
-            path = checkpoint / name
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-            if _digest(path) != expected["sha256"]:
-                return f"{name} has another SHA-256 than state.json says"
-        if state["progress"]["step"] != _step_of(checkpoint):
-            return "state.json is of another step"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        digests = _read_sums(checkpoint / SUMS)
+        for name, expected in digests.items():
+            if _digest(checkpoint / name) != expected:
+                return f"{name} has another SHA-256 than {SUMS} says"
+        state = _read_state(checkpoint)
+        if len(digests) != state.world_size + len(SHARED_FILES):
+            return f"{SUMS} does not list the files of {state.world_size} ranks"
+        ranks = {f"rank_{rank:05d}.safetensors" for rank in range(state.world_size)}
+        if digests.keys() != ranks | set(SHARED_FILES):
+            return f"{SUMS} does not list its files"
+        if state.progress.get("step") != _step_of(checkpoint):
+            return f"{STATE} is of another step"
+    except (OSError, ValueError) as error:
+        return _one_line(error)
     return None
+
+
+def _read_state(checkpoint: Path) -> CheckpointState:
+    """Raises OSError where state.json cannot be read, ValueError where it is not what this version writes."""
+    content = read_regular(checkpoint / STATE, _LARGEST_TEXT)
+    try:
+        values = json.loads(content)
+        if isinstance(values, dict) and values.get("format") != FORMAT:
+            raise ValueError(f"{STATE} is of format {values.get('format')!r}, not {FORMAT}")
+        return CheckpointState.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{STATE}: {where}: {first['msg']}") from None
+    except RecursionError:
+        raise ValueError(f"{STATE}: nested too deeply") from None
+
+
+def _sums_text(digests: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file, by name. Raises OSError or ValueError where the file is not as `_sums_text` made it."""
+    text = read_regular(path, _LARGEST_TEXT).decode()
+    lines = re.findall(r"^([0-9a-f]{64})  ([a-z0-9_]+\.[a-z]+)$", text, re.MULTILINE)
+    digests = {name: digest for digest, name in lines}
+    if _sums_text(digests) != text:
+        raise ValueError(f"{path.name} is damaged")
+    return digests
+
+
+def _pointed_at(pointer: Path) -> Path | None:
+    """The checkpoint that `last` or `best` names; None without such a file or, with a warning, where it is damaged."""
+    try:
+        name = read_regular(pointer, 256).decode().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("warning: %s is damaged: %s; going by the folders beside it", pointer, _one_line(error))
+        return None
+    if not re.fullmatch(r"step_[0-9]{8,18}", name, re.ASCII):
+        logger.warning("warning: %s is damaged: it names no checkpoint; going by the folders beside it", pointer)
+        return None
+    return pointer.with_name(name)
+
+
+def _set_pointer(pointer: Path, name: str) -> None:
+    with suppress(OSError):
+        pointer.rmdir()  # an empty folder in its place
+    write_atomically(pointer, name)
 
 
 def _on_every_rank(task: Callable[[], None], runtime: Runtime, aside: Path) -> bool:
@@ -277,16 +366,16 @@ def _on_every_rank(task: Callable[[], None], runtime: Runtime, aside: Path) -> b
     try:
         task()
     except OSError as error:
-        reason = str(error)
+        reason = str(error.__cause__ or error)
     failed = torch.full((), float(bool(reason)), device=runtime.device)
     first = torch.full((), float(runtime.shard.rank if reason else runtime.shard.world_size), device=runtime.device)
     if runtime.shard.world_size > 1:
         dist.all_reduce(failed)
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if failed and first == runtime.shard.rank:
-        kept = aside.parent / "last"
-        last = f"{kept.read_text()} stays" if kept.exists() else "there is none yet"
-        print(f"warning: checkpoint {aside.stem} could not be written ({reason}); {last}", file=sys.stderr)
+        kept = _pointed_at(aside.parent / "last")
+        last = f"{kept.name} stays" if kept else "there is none yet"
+        logger.warning("warning: checkpoint %s could not be written (%s); %s", aside.stem, reason, last)
     return not failed
 
 
@@ -294,14 +383,15 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
     """Leave the newest `keep` checkpoints and the best; later ones are of a past that a damaged one has ended."""
     paths = _newest_first(folder)
     kept = [path for path in paths if _step_of(path) <= step][:keep]
-    best = (folder / "best").read_text().strip() if (folder / "best").exists() else None
+    best = _pointed_at(folder / "best")
     for path in paths:
-        if path not in kept and path.name != best:
+        if path not in kept and path != best:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit()), reverse=True)
+    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8,18}", path.name, re.ASCII))
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -315,25 +405,20 @@ def _rng_streams() -> dict[str, Tensor]:
     return streams
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write the tensors, flushed to the disk; returns the SHA-256 of the file."""
     # Copies, because ZeRO's parameters are views of one flat buffer and safetensors stores tensors that own their
     # memory.
     content = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_bytes(content)
+    flush(path)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

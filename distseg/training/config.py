@@ -18,6 +18,11 @@ class TrainConfig(Section):
     accumulation: Count = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
+    deterministic: bool = True
+    """On a GPU: the same bits from the same inputs, by slower operators where there is a choice. A warning names an
+    operator that has no deterministic form."""
+    tf32: bool = False
+    """On a GPU: multiply in TensorFloat-32, with 10 bits of mantissa in place of 23, in the meta pass as well."""
     log_every: Count = 10
     validate_every: Count | None = None
     """Steps between validations; default: ten times a run."""

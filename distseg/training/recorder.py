@@ -81,9 +81,10 @@ class RunRecorder:
             self._tracker.finish(status)
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write, or say once for each kind of file that it could not be written."""
         try:
             write()
         except OSError as error:
             if what not in self._told:
                 self._told.add(what)
-                logger.warning("%s: %s cannot be written (%s); the run goes on", self._folder.path, what, error)
+                logger.warning("%s; the run goes on without it", error)

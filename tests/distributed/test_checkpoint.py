@@ -1,11 +1,15 @@
 """A checkpoint of any number of ranks and ZeRO stage continues on any other; what the disk does to it."""
 
+import hashlib
 import json
+import os
+import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +18,14 @@ from torch import nn
 from distseg.config.schema import Config
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
+from distseg.distributed.ranks import ShardSpec
+from distseg.distributed.runtime import Runtime
 from distseg.errors import UserError
 from distseg.meta.weights import uniform_weights
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.testing.steps import GivenSteps
-from distseg.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from distseg.training.checkpoint import find_checkpoint, load_checkpoint, restore, save_checkpoint
 from distseg.training.train_step import train_step
 
 GLOBAL, SIZE = 8, 8
@@ -88,6 +94,19 @@ def whole_state(engine, runtime) -> dict[str, torch.Tensor]:
     return {key: value if key.startswith("model/") else sum_over_ranks(value) for key, value in state.items()}
 
 
+class Learned(GivenSteps):
+    """A method that keeps tensors between steps."""
+
+    def __init__(self) -> None:
+        super().__init__([], [], list)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"counts": torch.arange(6.0), "total": torch.tensor(3)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert state.keys() == self.state_dict().keys()
+
+
 def write_and_go_on(runtime, folder: str) -> dict[str, torch.Tensor]:
     out = {}
     for optimizer, stage in CASES:
@@ -95,7 +114,7 @@ def write_and_go_on(runtime, folder: str) -> dict[str, torch.Tensor]:
         engine = build(config)
         train(engine, config, runtime, range(3))
         target = Path(folder, f"{optimizer}{stage}")
-        assert save_checkpoint(target, engine, NOTHING_LEARNED, {"step": 3}, config, runtime, best=False)
+        assert save_checkpoint(target, engine, Learned(), {"step": 3}, config, runtime, best=False)
         out |= {f"{optimizer}{stage} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
         train(engine, config, runtime, range(3, 6))
         out |= {f"{optimizer}{stage} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
@@ -107,9 +126,7 @@ def read_and_go_on(runtime, folder: str, stages: list[int]) -> dict[str, torch.T
     for (optimizer, written), stage in zip(CASES, stages, strict=True):
         config = configure(optimizer, stage, runtime.shard.world_size)
         engine = build(config)
-        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, NOTHING_LEARNED, config, runtime) == {
-            "step": 3
-        }
+        assert load_checkpoint(Path(folder, f"{optimizer}{written}"), engine, Learned(), config, runtime) == {"step": 3}
         out |= {f"{optimizer}{written} at 3: {k}": v for k, v in whole_state(engine, runtime).items()}
         train(engine, config, runtime, range(3, 6))
         out |= {f"{optimizer}{written} at 6: {k}": v for k, v in whole_state(engine, runtime).items()}
@@ -151,7 +168,7 @@ def refuse(runtime, folder: str) -> dict[str, torch.Tensor]:
         with pytest.raises(UserError, match=said):
             load_checkpoint(Path(folder, "sgd0"), None, NOTHING_LEARNED, config, runtime)
     config = configure("sgd", 0, 1, accumulation=2, batch_size=4, clean_batch_size=4)
-    assert load_checkpoint(Path(folder, "sgd0"), build(config), NOTHING_LEARNED, config, runtime) == {"step": 3}
+    assert load_checkpoint(Path(folder, "sgd0"), build(config), Learned(), config, runtime) == {"step": 3}
     return {}
 
 
@@ -165,10 +182,17 @@ def kept(two_ranks, tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         shutil.copytree(two_ranks[0] / "adam1" / "step_00000003", folder / f"step_{step:08d}")
-        state = folder / f"step_{step:08d}" / "state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"progress": {"step": step}}))
+        rewrite_state(folder / f"step_{step:08d}", {"progress": {"step": step}})
     (folder / "last").write_text("step_00000003")
     return folder
+
+
+def rewrite_state(checkpoint: Path, changes: dict) -> None:
+    """With the right digest, as a later version of the code or a forger would."""
+    path, sums = checkpoint / "state.json", checkpoint / "SHA256SUMS"
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    sums.write_text(sums.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
 def truncate(path: Path) -> None:
@@ -181,34 +205,160 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink], ids=["truncated", "bit flipped", "missing"])
-@pytest.mark.parametrize("file", ["model.safetensors", "rank_00001.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kept: Path, capsys, damage, file: str) -> None:
-    if (damage, file) == (flip_a_bit, "state.json"):
-        (kept / "step_00000003" / file).write_text("{" + '"format": 2}')
-    else:
-        damage(kept / "step_00000003" / file)
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+DAMAGES = [truncate, flip_a_bit, Path.unlink, a_pipe, a_folder, a_device]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("file", ["model.safetensors", "rank_00001.safetensors", "state.json", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kept: Path, caplog, damage, file: str) -> None:
+    damage(kept / "step_00000003" / file)
     assert find_checkpoint(kept) == kept / "step_00000002"
-    said = capsys.readouterr().err
-    assert f"{kept}/step_00000003 is damaged" in said and said.count("\n") == 1
+    [said] = caplog.messages
+    assert f"{kept}/step_00000003 is damaged" in said and "\n" not in said
 
 
-def test_without_a_whole_checkpoint_the_user_is_told(kept: Path, capsys) -> None:
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("file", ["state.json", "SHA256SUMS"])
+def test_every_flipped_bit_is_named(kept: Path, caplog, file: str) -> None:
+    path = kept / "step_00000003" / file
+    content = path.read_bytes()
+    assert find_checkpoint(kept) == kept / "step_00000003"
+    for bit in range(8 * len(content)):
+        path.write_bytes(flipped(content, bit))
+        assert find_checkpoint(kept) == kept / "step_00000002", f"bit {bit}"
+    assert len(caplog.messages) == 8 * len(content)
+    assert all(f"{kept}/step_00000003 is damaged: " in said and "\n" not in said for said in caplog.messages)
+
+
+def edits(chance: random.Random) -> list[Callable[[bytes], bytes]]:
+    """What transfers, disks and hands do to a file, at random places."""
+
+    def place(content: bytes) -> int:
+        return chance.randrange(len(content))
+
+    return [
+        lambda content: flipped(content, 8 * place(content) + chance.randrange(8)),
+        lambda content: content[: place(content)],
+        lambda content: content + chance.randbytes(chance.randint(1, 9)),
+        lambda content: content[: (at := place(content))] + chance.randbytes(8) + content[at:],
+        lambda content: content[: (at := place(content))] + content[at + chance.randint(1, 9) :],
+        lambda content: bytes(place(content)) + b"\0",
+        lambda content: chance.randbytes(len(content)),
+    ]
+
+
+def test_random_edits_of_every_file_are_named_and_the_one_before_used(kept: Path, caplog) -> None:
+    chance, checkpoint, made = random.Random(0), kept / "step_00000003", 0
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        for edit in edits(chance) * 10:
+            changed = edit(content)
+            if changed == content:
+                continue
+            path.write_bytes(changed)
+            assert find_checkpoint(kept) == kept / "step_00000002", f"{path.name}: edit {made}"
+            made += 1
+        path.write_bytes(content)
+    assert made >= 400
+    assert len(caplog.messages) == made
+    assert all(f"{checkpoint} is damaged: " in said and "\n" not in said for said in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"world_size": 10**12},
+        {"world_size": "2"},
+        {"world_size": 0},
+        {"format": 2},
+        {"progress": {"step": 4}},
+        {"progress": {"step": [3]}},
+        {"progress": []},
+        {"images_per_step": {"noisy": 8}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_form_is_named_whatever_its_digest(kept: Path, caplog, changes: dict) -> None:
+    rewrite_state(kept / "step_00000003", changes)
+    assert find_checkpoint(kept) == kept / "step_00000002"
+    [said] = caplog.messages
+    assert "step_00000003 is damaged" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"", b"step_", b"../../elsewhere/step_00000003", b"step_3", b"s" * 999]
+)
+def test_a_damaged_pointer_is_named_and_the_newest_checkpoint_used(kept: Path, caplog, content: bytes) -> None:
+    (kept / "last").write_bytes(content)
+    assert find_checkpoint(kept) == kept / "step_00000003"
+    [said] = caplog.messages
+    assert f"{kept}/last is damaged: " in said and "\n" not in said
+
+
+@pytest.mark.parametrize("damage", [a_pipe, a_folder, a_device], ids=lambda damage: damage.__name__)
+def test_a_pointer_that_is_no_file_is_named_and_the_newest_checkpoint_used(kept: Path, caplog, damage) -> None:
+    damage(kept / "last")
+    assert find_checkpoint(kept) == kept / "step_00000003"
+    assert [f"{kept}/last is damaged: last is not a regular file" in said for said in caplog.messages] == [True]
+
+
+def test_what_is_restored_lies_on_the_device_of_the_run(two_ranks) -> None:
+    """Every method's state and every slot of the optimiser, shown on the meta device."""
+    meta, learned = torch.device("meta"), {}
+    method = SimpleNamespace(load_state_dict=learned.update)
+    checkpoint = two_ranks[0] / "adam3" / "step_00000003"
+    model = Dropped().to(meta)
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.param_groups[0]["fused"] = True  # as on a GPU, where counts lie on the device as well
+    engine = SimpleNamespace(module=model, optimizer=optimizer)
+    streams = torch.get_rng_state()
+    try:
+        progress = restore(checkpoint, engine, method, Runtime(ShardSpec(), meta))
+    finally:
+        torch.set_rng_state(streams)
+    assert progress == {"step": 3}
+    assert [tensor.device for tensor in learned.values()] == [meta, meta]
+    slots = [tensor for slots in optimizer.state.values() for tensor in slots.values()]
+    assert len(slots) == 3 * 4 and {tensor.device for tensor in slots} == {meta}
+
+
+def test_without_a_whole_checkpoint_the_user_is_told(kept: Path, caplog) -> None:
     for checkpoint in kept.glob("step_*"):
         truncate(checkpoint / "model.safetensors")
     with pytest.raises(UserError, match="none of its checkpoints is whole"):
         find_checkpoint(kept)
-    assert capsys.readouterr().err.count("is damaged") == 3
+    assert ["is damaged" in said for said in caplog.messages] == [True] * 3
 
 
-def test_last_can_be_set_back_and_lost(kept: Path, capsys) -> None:
+def test_last_can_be_set_back_and_lost(kept: Path, caplog) -> None:
     (kept / "last").write_text("step_00000001")
     assert find_checkpoint(kept) == kept / "step_00000001"
     (kept / "last").unlink()
     assert find_checkpoint(kept) == kept / "step_00000003"
     (kept / "last").write_text("step_00000004")
     assert find_checkpoint(kept) == kept / "step_00000003"
-    assert "step_00000004 is damaged" in capsys.readouterr().err
+    assert "step_00000004 is damaged" in caplog.text
     assert find_checkpoint(kept / "nowhere") is None
 
 

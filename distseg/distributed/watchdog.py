@@ -1,8 +1,8 @@
 """Ranks stop together: at the same step when one is asked to, and within seconds when one has gone."""
 
+import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,18 +13,20 @@ import torch.distributed as dist
 
 from distseg.distributed.ranks import ShardSpec
 
+logger = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE = 5.0
 """Seconds that a rank has to end by itself once another has gone; it may be held in a collective of a GPU."""
 _FAREWELL = -1
-"""What is said on leaving: this, or rank · 256 + exit code of the rank that failed."""
+"""Sent on leaving: this, or rank · 256 + exit code of the rank that failed."""
 _FOREVER = timedelta(days=365)
 
 
-class Lifeline:
-    """From its making to `close`, this process is asked to stop and not ended by SIGTERM and SIGUSR1.
+class Watchdog:
+    """Watches the other ranks, and turns SIGTERM and SIGUSR1 into a request to stop, from its making to `close`.
 
-    Rank 0 holds a gloo connection to every other rank, on which nothing is said until one leaves. The kernel closes it
+    Rank 0 holds a gloo connection to every other rank, on which nothing is sent until one leaves. The kernel closes it
     when a process dies, however it dies; rank 0 says which in one line and tells the others, and all of them end. The
     backend that trains may not notice: NCCL waits for a dead rank until its time-out.
     """
@@ -74,7 +76,7 @@ class Lifeline:
         return self._shard.world_size > 1 and self._ended.wait(2.0)
 
     def close(self, exit_code: int) -> None:
-        """Take leave of the other ranks: without a word where all of them end (0), else with an alarm."""
+        """Stop watching. With 0, wait until every rank has got here; else tell the others to end with this code."""
         failed = exit_code != 0
         if self._pending is not None and not failed:
             self._pending[0].wait()
@@ -110,7 +112,7 @@ class Lifeline:
                 if peer != culprit:
                     self._tell(peer, 256 * culprit + exit_code)
         if gone and self._shard.rank == (0 if culprit else 1):
-            print(f"error: rank {culprit} has gone: killed, or its machine is lost; the run ends", file=sys.stderr)
+            logger.error("error: rank %d has gone: killed, or its machine is lost; the run ends", culprit)
         # Time for the main thread to fail by itself and to leave the tracker in order.
         threading.Event().wait(GRACE)
         os._exit(exit_code)
