@@ -43,8 +43,9 @@ from torch.utils.data import DataLoader, Dataset
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.decode import read_image, read_mask, read_resized_image, read_resized_mask
-from distseg.data.manifest import Sample, read_samples
+from distseg.data.sample import Sample
 from distseg.data.streams import Stream
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 
 ROOT = Path(__file__).parents[1]

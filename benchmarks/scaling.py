@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime

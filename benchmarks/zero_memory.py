@@ -30,7 +30,7 @@ from measure import describe_machine
 from torch import Tensor, nn
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.meta import PixelReweighter

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distseg.data.batch import Batch
 from distseg.data.checks import usable_samples
-from distseg.data.noise import corrupt
-from distseg.data.streams import Batch, evaluation_batches
+from distseg.data.noise.write import corrupt
+from distseg.data.streams import evaluation_batches
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
 from distseg.evaluation.report import comparison_figure, results_table, save_png, seeds_table

@@ -9,7 +9,8 @@ from pathlib import Path
 from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import check_image, check_mask
-from distseg.data.manifest import SPLITS, Problem, Sample, first_of, survey
+from distseg.data.sample import SPLITS, Problem, Sample, first_of
+from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.data.manifest import Sample
-from distseg.data.streams import Batch, Stream
+from distseg.data.batch import Batch
+from distseg.data.sample import Sample
+from distseg.data.streams import Stream
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import SumOverRanks
 from distseg.meta.weights import Diagnostics, WeightMap, joined, uniform_weights

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from distseg.config.load import changed_keys, dump_config, load_config
 from distseg.config.schema import Config
 from distseg.data.checks import usable_samples
-from distseg.data.manifest import Sample, split_clean
-from distseg.data.noise import write_noisy_masks
+from distseg.data.noise.write import write_noisy_masks
+from distseg.data.sample import Sample
+from distseg.data.splits import split_clean
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, broadcast_buffers, main_rank_first, sum_over_ranks

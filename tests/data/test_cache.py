@@ -14,8 +14,9 @@ from distseg.data import cache as cache_module
 from distseg.data.cache import open_cache, write_cache
 from distseg.data.checks import usable_samples
 from distseg.data.config import AugmentConfig, DataConfig
-from distseg.data.manifest import Problem, read_samples
+from distseg.data.sample import Problem
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, UserError
 

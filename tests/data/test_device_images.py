@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from distseg.data.augment import draw_transform
+from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
-from distseg.data.manifest import Sample, read_samples
 from distseg.data.reader import PixelReader
-from distseg.data.streams import Request, Stream
+from distseg.data.sample import Sample
+from distseg.data.streams import Stream
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from distseg.data.checks import find_bad_files
-from distseg.data.config import AugmentConfig, DataConfig, NoiseConfig
-from distseg.data.manifest import read_samples, split_clean
-from distseg.data.noise import write_noisy_masks
+from distseg.data.config import AugmentConfig, DataConfig
+from distseg.data.noise.polygon import PolygonNoise
+from distseg.data.noise.write import write_noisy_masks
+from distseg.data.splits import split_clean
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 
 pytestmark = [
@@ -29,7 +31,7 @@ def test_isic2017_is_sound_and_triangles_get_a_ninth_of_its_pixels_wrong(tmp_pat
     assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [1800, 121, 529]
     assert find_bad_files(samples, threads=2) == []
     clean, noisy = split_clean(samples, 50, seed=0)
-    noisy, rate = write_noisy_masks(noisy, NoiseConfig(kind="polygon", vertices=3), tmp_path)
+    noisy, rate = write_noisy_masks(noisy, PolygonNoise(vertices=3), tmp_path)
     assert (len(clean), len(noisy)) == (50, 1750)
     assert 0.10 < rate < 0.125
 

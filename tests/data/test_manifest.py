@@ -7,7 +7,9 @@ from PIL import Image
 
 from distseg.data.checks import check_splits, find_bad_files, usable_samples
 from distseg.data.config import DataConfig
-from distseg.data.manifest import Sample, read_samples, split_clean
+from distseg.data.sample import Sample
+from distseg.data.splits import split_clean
+from distseg.data.survey import read_samples
 from distseg.errors import UserError
 
 

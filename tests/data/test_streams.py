@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from distseg.data.batch import Batch
 from distseg.data.config import AugmentConfig, DataConfig
-from distseg.data.manifest import read_samples, split_clean
 from distseg.data.reader import PixelReader, taken_by_a_thread
-from distseg.data.streams import Batch, Stream, evaluation_batches
+from distseg.data.splits import split_clean
+from distseg.data.streams import Stream, evaluation_batches
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, UserError
 

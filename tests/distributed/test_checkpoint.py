@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distseg.config.schema import Config
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
 from distseg.distributed.differentiable import gather

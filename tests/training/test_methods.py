@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distseg.config.schema import Config
-from distseg.data.manifest import Sample, read_samples, split_clean
+from distseg.data.sample import Sample
+from distseg.data.splits import split_clean
 from distseg.data.streams import Stream
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import one_process
