@@ -45,7 +45,7 @@ def main() -> int:
 
 def prepare(config: Config, arguments: argparse.Namespace) -> int:
     # The whole data set, whatever an earlier cache says.
-    samples, problems = survey(config.data, config.seed)
+    samples, problems = survey(config.data)
     problems += find_bad_files(samples, arguments.threads)
     bad = {problem.id for problem in problems}
     good = [sample for sample in samples if sample.id not in bad]

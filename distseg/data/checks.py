@@ -18,7 +18,7 @@ LEFT_OUT = "left_out.csv"
 """In a run's folder under `data.on_bad=skip`: id, file and reason of every sample that it does without."""
 
 
-def usable_samples(config: DataConfig, seed: int, folder: Path, check: bool) -> list[Sample]:
+def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample]:
     """The samples to train and score with, sorted by id: the same on every rank, where the main rank comes first.
 
     With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
@@ -27,7 +27,7 @@ def usable_samples(config: DataConfig, seed: int, folder: Path, check: bool) -> 
     Raises UserError, one line, for the first bad file, for a split without samples, for a cache that does not fit the
     data and where a run is resumed and other files are bad than when it began.
     """
-    samples, problems = survey(config, seed)
+    samples, problems = survey(config)
     if config.on_bad == "refuse":
         if check and not problems:
             problems = _look_into_files(samples, config)

@@ -78,4 +78,12 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2
-    """The split, by seed, of a folder that does not bring its own."""
+    """About this much of the training images, where the data does not bring the split (distseg/data/splits.py)."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Draws the splits that the data does not bring: the same for all seeds of a study."""
+
+    @model_validator(mode="after")
+    def _fractions_leave_training_images(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must be below 1: the rest is what is trained on")
+        return self

@@ -14,21 +14,21 @@ from distseg.data.splits import draw_missing_splits
 from distseg.errors import UserError
 
 
-def read_samples(config: DataConfig, seed: int) -> list[Sample]:
+def read_samples(config: DataConfig) -> list[Sample]:
     """`survey`'s samples; raises UserError for the first of its problems unless `config.on_bad` is `skip`."""
-    samples, problems = survey(config, seed)
+    samples, problems = survey(config)
     if problems and config.on_bad == "refuse":
         raise UserError(first_of(problems))
     return samples
 
 
-def survey(config: DataConfig, seed: int) -> tuple[list[Sample], list[Problem]]:
+def survey(config: DataConfig) -> tuple[list[Sample], list[Problem]]:
     """All sound samples under `config.root`, sorted by id, and what is wrong with the others.
 
     Problems are malformed rows of a manifest, an image without a mask, an id that occurs twice, an id or a file in two
     splits, and files outside the root; where several samples contradict each other, none of them is sound. A val or
-    test split that the data does not bring is drawn by `seed` from its training images (`data.val_fraction`,
-    `data.test_fraction`). Raises UserError where there is no data to be listed.
+    test split that the data does not bring is drawn from its training images (`data.val_fraction`,
+    `data.test_fraction`, `data.split_seed`). Raises UserError where there is no data to be listed.
     """
     if not config.root.is_dir():
         raise UserError(f"data.root {config.root}: no such folder")
@@ -45,7 +45,7 @@ def survey(config: DataConfig, seed: int) -> tuple[list[Sample], list[Problem]]:
     samples, problems = found.samples, found.problems
     if not samples and not problems:
         raise UserError(f"data.root {config.root}: holds no images")
-    samples = draw_missing_splits(samples, found.splits, config, seed)
+    samples = draw_missing_splits(samples, found.splits, config)
     problems = [*problems, *_contradictions(samples)]
     if not config.follow_links:
         problems += _outside(samples, config.root)

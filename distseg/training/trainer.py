@@ -420,7 +420,7 @@ def earlier_result(config: Config, folder: Path, resume: Literal["auto", "always
 
 def prepare_data(config: Config, folder: Path, check: bool) -> Splits:
     """Read, check and split the data, and write the noisy masks into `folder`; UserError for what is wrong with it."""
-    samples = usable_samples(config.data, config.seed, folder, check)
+    samples = usable_samples(config.data, folder, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.data.clean_count, config.seed)
     noisy, noise_rate = write_noisy_masks(noisy, config.data.noise, folder / "noisy_masks")

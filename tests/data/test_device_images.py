@@ -26,7 +26,7 @@ AUGMENT = AugmentConfig(flip=True, rotate=40, brightness=0.2, hairs=3, blur=1.0,
 
 @pytest.fixture
 def samples(make_dataset) -> list[Sample]:
-    return read_samples(DataConfig(root=make_dataset(size=50, noisy=True)), 0)
+    return read_samples(DataConfig(root=make_dataset(size=50, noisy=True)))
 
 
 def requests(samples: list[Sample], epochs: int = 3) -> list[list[Request]]:

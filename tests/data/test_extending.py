@@ -63,7 +63,7 @@ assert Path(distseg.__file__).is_relative_to(tree), distseg.__file__
 config = load_config(data / "x.yaml", ["data.noise.vertices=null", "data.noise.kind=flipped", "data.noise.rows=3"])
 (data / "again.yaml").write_text(dump_config(config))
 assert load_config(data / "again.yaml") == config
-samples, problems = survey(config.data, 0)
+samples, problems = survey(config.data)
 assert not problems and {s.id for s in samples} == {f"s{n}" for n in range(12)}, (samples, problems)
 clean, noisy = split_clean(samples, 2, 0)
 written, rate = write_noisy_masks(noisy, config.data.noise, data / "noisy")

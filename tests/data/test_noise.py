@@ -130,7 +130,7 @@ def test_random_numbers_do_not_depend_on_the_process():
 
 
 def test_written_masks_are_what_corrupt_says_and_a_rerun_is_byte_identical(make_dataset, tmp_path):
-    samples = read_samples(DataConfig(root=make_dataset()), seed=0)
+    samples = read_samples(DataConfig(root=make_dataset()))
     _, noisy = split_clean(samples, 3, seed=0)
     config, folder = noise_of(kind="polygon", vertices=3, seed=4), tmp_path / "noisy"
     written, rate = write_noisy_masks(noisy, config, folder)
@@ -159,13 +159,13 @@ def test_written_masks_are_what_corrupt_says_and_a_rerun_is_byte_identical(make_
 
 
 def test_kind_none_keeps_the_masks_that_the_data_brings(make_dataset, tmp_path):
-    samples = read_samples(DataConfig(root=make_dataset(noisy=True)), seed=0)  # its noisy masks are the complements
+    samples = read_samples(DataConfig(root=make_dataset(noisy=True)))  # its noisy masks are the complements
     assert write_noisy_masks(samples, noise_of(), tmp_path / "noisy") == (samples, 1.0)
     assert not (tmp_path / "noisy").exists()
 
 
 def test_kind_none_without_noisy_masks_is_no_noise(make_dataset, tmp_path):
-    samples = read_samples(DataConfig(root=make_dataset()), seed=0)
+    samples = read_samples(DataConfig(root=make_dataset()))
     assert write_noisy_masks(samples, noise_of(), tmp_path / "noisy") == (samples, 0.0)
 
 

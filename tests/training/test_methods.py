@@ -42,7 +42,7 @@ def build(drawn_data: Path):
 
     def make(name: str, **options) -> tuple[Method, set[str], set[str]]:
         config = config_for(drawn_data, name, **options)
-        clean, noisy = split_clean(read_samples(config.data, 0), 4, 0)
+        clean, noisy = split_clean(read_samples(config.data), 4, 0)
 
         def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
             device = torch.device("cpu")
