@@ -43,8 +43,9 @@ from torch.utils.data import DataLoader, Dataset
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.decode import read_image, read_mask, read_resized_image, read_resized_mask
-from distseg.data.manifest import Sample, read_samples
+from distseg.data.sample import Sample
 from distseg.data.streams import Stream
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,7 @@ def stream_batches(stream: Stream) -> Iterator[object]:
 def contenders(root: Path, arguments: argparse.Namespace) -> dict[str, Callable[[], Iterator[object]]]:
     """Functions that open a loader over the training images of `root`."""
     config = DataConfig(root=root, image_size=arguments.size, augment=AUGMENT, memory=0)
-    samples = [sample for sample in read_samples(config, seed=0) if sample.split == "train"]
+    samples = [sample for sample in read_samples(config) if sample.split == "train"]
 
     def stream(pipeline: str, threads: int, memory: float = 0.0) -> Stream:
         own = config.model_copy(update={"pipeline": pipeline, "threads": threads, "memory": memory})
@@ -191,7 +192,7 @@ def measure_decoding(root: Path, arguments: argparse.Namespace) -> dict[str, dic
     """Milliseconds of a file on one thread, median and quartiles over the rounds, for up to 16 originals."""
     from nvidia.dali import fn, pipeline_def, types
 
-    samples = [sample for sample in read_samples(DataConfig(root=root), seed=0) if sample.split == "train"][:16]
+    samples = [sample for sample in read_samples(DataConfig(root=root)) if sample.split == "train"][:16]
 
     @pipeline_def(batch_size=len(samples), num_threads=1, device_id=None, exec_pipelined=False, exec_async=False)
     def decoded(side: float):

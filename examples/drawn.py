@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distseg.data.noise import polygon
+from distseg.data.noise.polygon import polygon
 from distseg.data.synthetic import draw_lesion, write_dataset
 
 SIZE = 32

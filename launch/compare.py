@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distseg.data.batch import Batch
 from distseg.data.checks import usable_samples
-from distseg.data.noise import corrupt
-from distseg.data.streams import Batch, evaluation_batches
+from distseg.data.noise.write import corrupt
+from distseg.data.streams import evaluation_batches
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
 from distseg.evaluation.report import comparison_figure, results_table, save_png, seeds_table
@@ -68,7 +69,7 @@ def draw(runs: list[Path]) -> np.ndarray:
 
 def load_examples(config, run: Path) -> tuple[Batch, torch.Tensor]:
     """Some test images with their true masks, and (B, H, W) what an annotator of the training set would have drawn."""
-    usable = usable_samples(config.data, config.seed, run, check=False)
+    usable = usable_samples(config.data, run, check=False)
     test = [sample for sample in usable if sample.split == "test"]
     chosen = [test[i] for i in np.linspace(0, len(test) - 1, min(SHOWN, len(test))).astype(int)]
     [batch] = evaluation_batches(chosen, config.data, ShardSpec(), len(chosen), torch.device("cpu"))

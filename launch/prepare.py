@@ -22,8 +22,10 @@ from distseg.config.schema import Config
 from distseg.data.cache import write_cache
 from distseg.data.checks import check_splits, find_bad_files, problems_table
 from distseg.data.decode import read_image, read_mask
-from distseg.data.manifest import SPLITS, Problem, Sample, split_clean, survey
-from distseg.data.noise import write_noisy_masks
+from distseg.data.noise.write import write_noisy_masks
+from distseg.data.sample import SPLITS, Problem, Sample
+from distseg.data.splits import split_clean
+from distseg.data.survey import survey
 from distseg.errors import UserError
 from distseg.evaluation.report import contact_sheet, save_png
 from distseg.files import write_atomically
@@ -43,7 +45,7 @@ def main() -> int:
 
 def prepare(config: Config, arguments: argparse.Namespace) -> int:
     # The whole data set, whatever an earlier cache says.
-    samples, problems = survey(config.data, config.seed)
+    samples, problems = survey(config.data)
     problems += find_bad_files(samples, arguments.threads)
     bad = {problem.id for problem in problems}
     good = [sample for sample in samples if sample.id not in bad]

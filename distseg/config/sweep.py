@@ -11,7 +11,8 @@ from yaml import YAMLError
 
 from distseg.config.load import config_hash, first_problem, load_config
 from distseg.config.schema import Config
-from distseg.data.config import NoiseConfig
+from distseg.data.noise.config import NoiseConfig
+from distseg.data.noise.none import NoNoise
 from distseg.errors import UserError
 from distseg.methods.config import MethodConfig
 from distseg.section import Count, Section
@@ -122,7 +123,7 @@ def _config_of(path: Path, sweep: SweepConfig, overrides: list[str], label: str)
 
 def _child(label: str, config: Config, noise: NoiseConfig, clean_count: int, fewest: int, seed: int) -> Child:
     method: MethodConfig = config.method
-    level = noise if method.needs_noisy else NoiseConfig()
+    level = noise if method.needs_noisy else NoNoise()
     count = clean_count if method.needs_clean else fewest
     data = config.data.model_copy(
         update={"noise": level.model_copy(update={"seed": seed if method.needs_noisy else 0}), "clean_count": count}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from distseg.data.config import DataConfig
 from distseg.data.decode import read_resized_image, read_resized_mask
-from distseg.data.manifest import Problem, Sample
+from distseg.data.sample import Problem, Sample
 from distseg.errors import UserError
 from distseg.files import write_atomically
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import check_image, check_mask
-from distseg.data.manifest import SPLITS, Problem, Sample, first_of, survey
+from distseg.data.sample import SPLITS, Problem, Sample, first_of
+from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 
@@ -17,7 +18,7 @@ LEFT_OUT = "left_out.csv"
 """In a run's folder under `data.on_bad=skip`: id, file and reason of every sample that it does without."""
 
 
-def usable_samples(config: DataConfig, seed: int, folder: Path, check: bool) -> list[Sample]:
+def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample]:
     """The samples to train and score with, sorted by id: the same on every rank, where the main rank comes first.
 
     With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
@@ -26,7 +27,7 @@ def usable_samples(config: DataConfig, seed: int, folder: Path, check: bool) -> 
     Raises UserError, one line, for the first bad file, for a split without samples, for a cache that does not fit the
     data and where a run is resumed and other files are bad than when it began.
     """
-    samples, problems = survey(config, seed)
+    samples, problems = survey(config)
     if config.on_bad == "refuse":
         if check and not problems:
             problems = _look_into_files(samples, config)

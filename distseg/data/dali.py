@@ -22,9 +22,9 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from distseg.data.augment import Transform, warp_elastically
+from distseg.data.batch import Batch, Request
 from distseg.data.decode import read_image
 from distseg.data.reader import PixelReader, read_ahead
-from distseg.data.streams import Batch, Request
 
 
 class Input(NamedTuple):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distseg.data.config import DataConfig
-from distseg.data.manifest import Sample
+from distseg.data.sample import Sample
 
 
 def fit_on_device(samples: Sequence[Sample], config: DataConfig, device: torch.device) -> bool:

@@ -3,63 +3,23 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform, draw_transform, identity_transform
+from distseg.data import torch_loader
+from distseg.data.augment import draw_transform, identity_transform
+from distseg.data.batch import Batch, Labels, Request
 from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
-from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader, taken_by_a_thread
+from distseg.data.sample import Sample
 from distseg.data.seeding import generator
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
-
-Labels = Literal["noisy", "true"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What every loader yields. B samples at network resolution H×W, on the training device."""
-
-    images: Tensor
-    """(B, 3, H, W) float32, contiguous; RGB, normalised by channel means and deviations."""
-    masks: Tensor
-    """(B, H, W) uint8 class ids to learn from, 255 = ignore: noisy masks in the noisy stream."""
-    true_masks: Tensor
-    """(B, H, W) uint8: the clean annotation; the same tensor as `masks` where nothing was corrupted."""
-    ids: tuple[str, ...]
-
-    @property
-    def pictures(self) -> Tensor:
-        """(B, 3, H, W) float32: the images in [0, 1] again, to be looked at."""
-        means, deviations = (
-            torch.as_tensor(values, dtype=torch.float32, device=self.images.device)[:, None, None]
-            for values in (CHANNEL_MEANS, CHANNEL_DEVIATIONS)
-        )
-        return (self.images * deviations + means).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a loader is asked for: one sample, which of its masks to learn from, and what to do with the pixels."""
-
-    sample: Sample
-    labels: Labels
-    transform: Transform
-
-    @property
-    def label_file(self) -> Path:
-        """The mask to learn from; the true mask's own path where the sample has no noisy one."""
-        return (self.sample.noisy_mask if self.labels == "noisy" else None) or self.sample.mask
 
 
 class Stream:
@@ -163,10 +123,9 @@ def _epoch_order(seed: int, name: str, epoch: int, count: int) -> NDArray[np.int
 
 
 def _find_loader(pipeline: str) -> Callable[..., Iterator[Batch]]:
-    # Imported here because DALI is heavy and optional, and because the loaders import this module's Batch.
     if pipeline in ("auto", "dali"):
         try:
-            from distseg.data import dali
+            from distseg.data import dali  # heavy and optional
         except ImportError as error:
             if pipeline == "dali":
                 raise UserError(
@@ -175,6 +134,4 @@ def _find_loader(pipeline: str) -> Callable[..., Iterator[Batch]]:
                 ) from None
         else:
             return dali.load_batches
-    from distseg.data import torch_loader
-
     return torch_loader.load_batches

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distseg.data.augment import warp_elastically
+from distseg.data.batch import Batch, Request
 from distseg.data.reader import PixelReader, read_ahead
-from distseg.data.streams import Batch, Request
 
 
 def load_batches(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.evaluation.metrics import confusion
 
 

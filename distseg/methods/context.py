@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from distseg.data.manifest import Sample
+from distseg.data.sample import Sample
 from distseg.data.streams import Stream
 from distseg.meta.estimators import BeginSum, SumOverRanks
 from distseg.meta.network import StatelessNetwork

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distseg.data.streams import Batch, Stream
+from distseg.data.batch import Batch
+from distseg.data.streams import Stream
 from distseg.methods.context import Context
 from distseg.section import Fraction, Section
 

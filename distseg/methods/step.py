@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.meta.estimators import SumOverRanks
 from distseg.meta.weights import Diagnostics, WeightMap
 from distseg.methods.part import LabelModel, Loss, Weighed, Weighting

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.meta.weights import WeightMap
 from distseg.methods.losses.cross_entropy import CrossEntropy

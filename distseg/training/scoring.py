@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.data.config import DataConfig
-from distseg.data.manifest import Sample
+from distseg.data.sample import Sample
 from distseg.data.streams import evaluation_batches
 from distseg.distributed.collectives import broadcast_buffers, sum_over_ranks
 from distseg.distributed.runtime import Runtime

@@ -6,8 +6,9 @@ from typing import Any
 
 from distseg.data.checks import usable_samples
 from distseg.data.config import DataConfig
-from distseg.data.manifest import Sample, split_clean
-from distseg.data.noise import write_noisy_masks
+from distseg.data.noise.write import write_noisy_masks
+from distseg.data.sample import Sample
+from distseg.data.splits import split_clean
 from distseg.run_folder import RunFolder
 
 
@@ -32,7 +33,7 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
 
     check: whether to look into every file, which one rank does for all.
     """
-    samples = usable_samples(config, seed, folder.path, check)
+    samples = usable_samples(config, folder.path, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.clean_count, seed)
     noisy, noise_rate = write_noisy_masks(noisy, config.noise, folder.noisy_masks)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distseg.config.load import changed_keys, dump_config, load_config
 from distseg.config.schema import Config
-from distseg.data.manifest import Sample
+from distseg.data.sample import Sample
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, main_rank_first, sum_over_ranks

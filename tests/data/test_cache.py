@@ -14,8 +14,9 @@ from distseg.data import cache as cache_module
 from distseg.data.cache import open_cache, write_cache
 from distseg.data.checks import usable_samples
 from distseg.data.config import AugmentConfig, DataConfig
-from distseg.data.manifest import Problem, read_samples
+from distseg.data.sample import Problem
 from distseg.data.streams import Stream, evaluation_batches
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, UserError
 
@@ -42,7 +43,7 @@ def cached(make_dataset, tmp_path) -> DataConfig:
 
 
 def write(config: DataConfig) -> tuple[int, int]:
-    return write_cache(read_samples(config, 0), [], config, config.cache, threads=2)
+    return write_cache(read_samples(config), [], config, config.cache, threads=2)
 
 
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
@@ -51,7 +52,7 @@ def test_batches_are_those_of_the_originals_bit_for_bit(cached, pipeline, monkey
         pytest.importorskip("nvidia.dali")
     cached = cached.model_copy(update={"pipeline": pipeline})
     plain = cached.model_copy(update={"cache": None})
-    samples = read_samples(cached, 0)
+    samples = read_samples(cached)
 
     def batches(config: DataConfig) -> list:
         stream = Stream(samples, "noisy", "noisy", config, 0, ShardSpec(), 4, 1, CPU)
@@ -69,7 +70,7 @@ def test_batches_are_those_of_the_originals_bit_for_bit(cached, pipeline, monkey
 
 
 def test_a_file_that_is_not_in_the_cache_is_decoded(cached, tmp_path):
-    sample = read_samples(cached, 0)[0]
+    sample = read_samples(cached)[0]
     assert open_cache(cached).find(tmp_path / "noisy_masks" / "S000.png") is None
     assert open_cache(cached).find(sample.image).shape == (24, 24, 3)
 
@@ -105,11 +106,11 @@ def test_only_what_has_changed_is_written_anew(cached):
     assert open_cache(cached)
     smaller = cached.model_copy(update={"image_size": 16})
     assert write(smaller) == (3, 0)
-    assert open_cache(smaller).find(read_samples(cached, 0)[0].mask).shape == (16, 16)
+    assert open_cache(smaller).find(read_samples(cached)[0].mask).shape == (16, 16)
 
 
 def test_shards_that_are_no_longer_needed_go(cached):
-    write_cache(read_samples(cached, 0)[:4], [], cached, cached.cache, threads=1)
+    write_cache(read_samples(cached)[:4], [], cached, cached.cache, threads=1)
     assert {path.name.split(".")[0] for path in cached.cache.iterdir()} == {
         "index", "shard_00000", "shard_00000_images", "shard_00000_masks", "shard_00000_noisy_masks"
     }  # fmt: skip
@@ -158,25 +159,25 @@ def test_a_stale_foreign_or_damaged_cache_is_refused_by_one_line(cached, spoil, 
 
 
 def test_a_cache_that_lacks_a_sample_is_refused(cached, tmp_path):
-    samples = read_samples(cached, 0)
+    samples = read_samples(cached)
     write_cache(samples[:-2], [], cached, cached.cache, threads=1)
     with pytest.raises(UserError, match=r"does not hold .*S011\.png \(and 5 more\)"):
-        usable_samples(cached, 0, tmp_path / "run", check=True)
+        usable_samples(cached, tmp_path / "run", check=True)
 
 
 def test_what_was_bad_when_the_cache_was_made_is_refused_or_left_out(cached, tmp_path):
-    samples = read_samples(cached, 0)
+    samples = read_samples(cached)
     problem = Problem(samples[4].id, str(samples[4].image), "is empty")
     write_cache([*samples[:4], *samples[5:]], [problem], cached, cached.cache, threads=1)
     with pytest.raises(UserError, match="is empty"):
-        usable_samples(cached, 0, tmp_path / "run", check=True)
+        usable_samples(cached, tmp_path / "run", check=True)
     skipping = cached.model_copy(update={"on_bad": "skip"})
-    assert usable_samples(skipping, 0, tmp_path / "run", check=True) == [*samples[:4], *samples[5:]]
+    assert usable_samples(skipping, tmp_path / "run", check=True) == [*samples[:4], *samples[5:]]
 
 
 def test_a_folder_of_other_things_is_not_written_to(cached, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds thesis\.tex"):
-        write_cache(read_samples(cached, 0), [], cached, tmp_path / "home", threads=1)
+        write_cache(read_samples(cached), [], cached, tmp_path / "home", threads=1)
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]

@@ -62,11 +62,11 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, capsys):
     root, expected = bad_data
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"and \d\d more") as raised:
-        usable_samples(DataConfig(root=root), 0, run, check=True)
+        usable_samples(DataConfig(root=root), run, check=True)
     assert "\n" not in str(raised.value) and not run.exists()
 
     skipping = DataConfig(root=root, on_bad="skip")
-    samples = usable_samples(skipping, 0, run, check=True)
+    samples = usable_samples(skipping, run, check=True)
     assert [sample.id for sample in samples] == [f"good{number}" for number in range(9)]
     with (run / "left_out.csv").open(newline="") as file:
         assert {row["id"] for row in csv.DictReader(file)} == expected.keys()
@@ -76,17 +76,17 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, capsys):
     # A rank that does not check takes the main rank's word: it must not look into the files again.
     for path in (root / "images").glob("good*"):
         path.write_bytes(b"")
-    assert usable_samples(skipping, 0, run, check=False) == samples
+    assert usable_samples(skipping, run, check=False) == samples
     with pytest.raises(UserError, match="other files are bad now"):
-        usable_samples(skipping, 0, run, check=True)
+        usable_samples(skipping, run, check=True)
 
 
 def test_links_out_of_the_root_can_be_allowed(bad_data, tmp_path):
     root, _ = bad_data
-    allowed = usable_samples(DataConfig(root=root, on_bad="skip", follow_links=True), 0, tmp_path / "run", check=True)
+    allowed = usable_samples(DataConfig(root=root, on_bad="skip", follow_links=True), tmp_path / "run", check=True)
     assert "image-link-out-of-root" in {sample.id for sample in allowed}
     (tmp_path / "linked").symlink_to(root)  # the root itself may be a link
-    through = usable_samples(DataConfig(root=tmp_path / "linked", on_bad="skip"), 0, tmp_path / "run2", check=True)
+    through = usable_samples(DataConfig(root=tmp_path / "linked", on_bad="skip"), tmp_path / "run2", check=True)
     assert [sample.id for sample in through] == [f"good{number}" for number in range(9)]
 
 
@@ -95,4 +95,4 @@ def test_leaving_out_must_leave_every_split_something(bad_data, tmp_path):
     for number in (2, 6):
         (root / "images" / f"good{number}.png").unlink()
     with pytest.raises(UserError, match="the val split is empty"):
-        usable_samples(DataConfig(root=root, on_bad="skip"), 0, tmp_path / "run", check=True)
+        usable_samples(DataConfig(root=root, on_bad="skip"), tmp_path / "run", check=True)

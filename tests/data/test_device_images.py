@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from distseg.data.augment import draw_transform
+from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
-from distseg.data.manifest import Sample, read_samples
 from distseg.data.reader import PixelReader
-from distseg.data.streams import Request, Stream
+from distseg.data.sample import Sample
+from distseg.data.streams import Stream
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError
 
@@ -24,7 +26,7 @@ AUGMENT = AugmentConfig(flip=True, rotate=40, brightness=0.2, hairs=3, blur=1.0,
 
 @pytest.fixture
 def samples(make_dataset) -> list[Sample]:
-    return read_samples(DataConfig(root=make_dataset(size=50, noisy=True)), 0)
+    return read_samples(DataConfig(root=make_dataset(size=50, noisy=True)))
 
 
 def requests(samples: list[Sample], epochs: int = 3) -> list[list[Request]]:

@@ -14,11 +14,11 @@ from PIL import Image
 from torch.nn.functional import max_pool2d
 
 from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig
 from distseg.data.decode import read_image, read_resized_image
-from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader
-from distseg.data.streams import Request
+from distseg.data.sample import Sample
 from distseg.errors import UserError
 
 CPU = torch.device("cpu")

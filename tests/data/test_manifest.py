@@ -7,7 +7,9 @@ from PIL import Image
 
 from distseg.data.checks import check_splits, find_bad_files, usable_samples
 from distseg.data.config import DataConfig
-from distseg.data.manifest import Sample, read_samples, split_clean
+from distseg.data.sample import Sample
+from distseg.data.splits import split_clean
+from distseg.data.survey import read_samples
 from distseg.errors import UserError
 
 
@@ -32,7 +34,7 @@ def test_manifest_reads_splits_noisy_masks_and_ignores_extra_columns(tmp_path):
         "width,id,split,image,mask,noisy_mask\n9,b,val,i/b.jpg,m/b.png,\n9,a,train,i/a.jpg,m/a.png,n/a.png\n"
         "9,c,test,i/c.jpg,m/c.png,\n"
     )
-    samples = read_samples(DataConfig(root=tmp_path), seed=0)
+    samples = read_samples(DataConfig(root=tmp_path))
     assert [s.id for s in samples] == ["a", "b", "c"]
     assert samples[0] == Sample("a", "train", tmp_path / "i/a.jpg", tmp_path / "m/a.png", tmp_path / "n/a.png")
     assert samples[1] == Sample("b", "val", tmp_path / "i/b.jpg", tmp_path / "m/b.png", None)
@@ -83,16 +85,16 @@ def test_isic_challenge_folders(tmp_path, folders, image_names, mask_names):
             touch(tmp_path / images / f"{id}_superpixels.png")
             expected[id] = (split, str(image), str(mask))
         touch(tmp_path / images / "LICENSE.txt")
-    assert pairs(read_samples(no_drawn_splits(tmp_path), seed=0), tmp_path) == expected
+    assert pairs(read_samples(no_drawn_splits(tmp_path)), tmp_path) == expected
 
 
 def test_isic_refuses_two_challenges_and_images_without_ground_truth(tmp_path):
     touch(tmp_path / "ISIC-2017_Training_Data/ISIC_1.jpg")
     with pytest.raises(UserError, match="ISIC-2017_Training_Part1_GroundTruth"):
-        read_samples(DataConfig(root=tmp_path), seed=0)
+        read_samples(DataConfig(root=tmp_path))
     touch(tmp_path / "ISIC2018_Task1-2_Training_Input/ISIC_1.jpg")
     with pytest.raises(UserError, match="2017, 2018"):
-        read_samples(DataConfig(root=tmp_path), seed=0)
+        read_samples(DataConfig(root=tmp_path))
 
 
 @pytest.mark.parametrize("root", ["", "PH2 Dataset images", "PH2Dataset/PH2 Dataset images"])
@@ -100,7 +102,7 @@ def test_ph2(tmp_path, root):
     for id in ("IMD003", "IMD002"):
         touch(tmp_path / root / id / f"{id}_Dermoscopic_Image" / f"{id}.bmp")
         touch(tmp_path / root / id / f"{id}_lesion" / f"{id}_lesion.bmp")
-    samples = read_samples(no_drawn_splits(tmp_path), seed=0)
+    samples = read_samples(no_drawn_splits(tmp_path))
     assert [s.id for s in samples] == ["IMD002", "IMD003"]
     assert all(s.image.is_file() and s.mask.is_file() and s.id in s.mask.name for s in samples)
 
@@ -109,7 +111,7 @@ def test_folders_pair_by_stem_with_or_without_an_ending(tmp_path):
     for image, mask in [("a.jpg", "a.png"), ("b.JPG", "b_mask.png"), ("c.png", "c_Segmentation.PNG")]:
         touch(tmp_path / "images" / image)
         touch(tmp_path / "masks" / mask)
-    assert pairs(read_samples(no_drawn_splits(tmp_path), seed=0), tmp_path) == {
+    assert pairs(read_samples(no_drawn_splits(tmp_path)), tmp_path) == {
         "a": ("train", "images/a.jpg", "masks/a.png"),
         "b": ("train", "images/b.JPG", "masks/b_mask.png"),
         "c": ("train", "images/c.png", "masks/c_Segmentation.PNG"),
@@ -121,31 +123,79 @@ def test_nothing_depends_on_the_order_of_a_listing(tmp_path, monkeypatch):
         touch(tmp_path / "images" / f"{number}.jpg")
         touch(tmp_path / "masks" / f"{number}_mask.png")
     config = DataConfig(root=tmp_path, val_fraction=0.2, test_fraction=0.3)
-    expected = read_samples(config, seed=3)
+    expected = read_samples(config)
     listing = Path.iterdir
     for shuffle in range(3):
         rng = np.random.default_rng(shuffle)
         monkeypatch.setattr(Path, "iterdir", lambda path, rng=rng: iter(rng.permutation(sorted(listing(path)))))
-        assert read_samples(config, seed=3) == expected
+        assert read_samples(config) == expected
     assert all(s.mask.name == f"{s.image.stem}_mask.png" for s in expected)
 
 
-def test_missing_splits_are_drawn_from_the_training_images_by_seed(tmp_path):
-    for number in range(50):
-        touch(tmp_path / "images" / f"{number}.jpg")
-        touch(tmp_path / "masks" / f"{number}.png")
-    config = DataConfig(root=tmp_path, val_fraction=0.1, test_fraction=0.2)
-    splits = {seed: {s.id: s.split for s in read_samples(config, seed)} for seed in (0, 1)}
-    assert [list(splits[0].values()).count(split) for split in ("train", "val", "test")] == [35, 5, 10]
-    assert splits[0] != splits[1]
+def write_folders(root: Path, ids: list[str]) -> None:
+    for id in ids:
+        touch(root / "images" / f"{id}.jpg")
+        touch(root / "masks" / f"{id}.png")
+
+
+def test_missing_splits_are_drawn_by_the_seed_of_the_data(tmp_path):
+    write_folders(tmp_path, [str(number) for number in range(1000)])
+    splits = [{s.id: s.split for s in read_samples(DataConfig(root=tmp_path, split_seed=seed))} for seed in (0, 0, 1)]
+    for drawn in splits:
+        for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
+            deviation = (1000 * share * (1 - share)) ** 0.5
+            assert abs(list(drawn.values()).count(split) - 1000 * share) < 4 * deviation
+    assert splits[0] == splits[1] != splits[2]
+
+
+@pytest.mark.parametrize("spoil", ["remove", "bare", "damage", "add", "clash"])
+def test_no_sample_and_no_bad_file_moves_another_to_another_split(tmp_path, spoil):
+    write_folders(tmp_path, [f"s{number}" for number in range(100)])
+    config = DataConfig(root=tmp_path, on_bad="skip")
+    before = {s.id: s.split for s in read_samples(config)}
+    for number in range(0, 60, 3):
+        mask = tmp_path / "masks" / f"s{number}.png"
+        if spoil in ("remove", "bare"):
+            mask.unlink()
+        if spoil == "remove":
+            (tmp_path / "images" / f"s{number}.jpg").unlink()
+        if spoil == "damage":
+            mask.write_bytes(b"no mask")
+        if spoil == "add":
+            write_folders(tmp_path, [f"new{number}"])
+        if spoil == "clash":
+            touch(tmp_path / "images" / f"s{number}.png")
+    after = {s.id: s.split for s in read_samples(config)}
+    assert len(before.keys() & after.keys()) >= 80
+    assert all(after[id] == before[id] for id in before.keys() & after.keys())
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+@pytest.mark.parametrize("seed", range(12))
+def test_small_data_has_an_image_in_every_split(tmp_path, count, seed):
+    write_folders(tmp_path, [str(number) for number in range(count)])
+    config = DataConfig(root=tmp_path, val_fraction=0.3, test_fraction=0.6, split_seed=seed)
+    assert {s.split for s in read_samples(config)} == {"train", "val", "test"}
+
+
+def test_fractions_leave_something_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="val_fraction \\+ test_fraction must be below 1"):
+        DataConfig(root=tmp_path, val_fraction=0.5, test_fraction=0.5)
 
 
 def test_a_split_that_the_data_brings_is_kept(tmp_path):
     rows = [f"t{n},train,i/t{n},m/t{n}" for n in range(20)] + [f"e{n},test,i/e{n},m/e{n}" for n in range(3)]
     (tmp_path / "manifest.csv").write_text("\n".join(["id,split,image,mask", *rows]))
-    samples = read_samples(DataConfig(root=tmp_path, val_fraction=0.25), seed=0)
+    samples = read_samples(DataConfig(root=tmp_path, val_fraction=0.25))
     assert {s.id for s in samples if s.split == "test"} == {"e0", "e1", "e2"}
-    assert sum(s.split == "val" for s in samples) == 5
+    assert {s.id for s in samples if s.split == "val"} == {"t10", "t11", "t18", "t19"}
+
+
+def test_a_split_that_the_data_brings_stays_its_own_where_none_of_it_can_be_used(tmp_path):
+    rows = [f"t{n},train,i/t{n},m/t{n}" for n in range(20)] + ["e0,test,i/e0,"]
+    (tmp_path / "manifest.csv").write_text("\n".join(["id,split,image,mask", *rows]))
+    samples = read_samples(DataConfig(root=tmp_path, on_bad="skip"))
+    assert not [s for s in samples if s.split == "test"]  # and no training image is tested on in its place
 
 
 @pytest.mark.parametrize(
@@ -167,34 +217,34 @@ def test_a_split_that_the_data_brings_is_kept(tmp_path):
 def test_bad_manifest_rows(tmp_path, row, message):
     (tmp_path / "manifest.csv").write_text(f"id,split,image,mask\n{row}\n")
     with pytest.raises(UserError) as raised:
-        read_samples(DataConfig(root=tmp_path), seed=0)
+        read_samples(DataConfig(root=tmp_path))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        read_samples(DataConfig(root=tmp_path / "nowhere"), seed=0)
+        read_samples(DataConfig(root=tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no data in the layout manifest \| isic \| ph2 \| folders"):
-        read_samples(DataConfig(root=tmp_path), seed=0)
+        read_samples(DataConfig(root=tmp_path))
     (tmp_path / "manifest.csv").write_text("id,image,mask\na,a.jpg,a.png\n")
     with pytest.raises(UserError, match="lacks the column split"):
-        read_samples(DataConfig(root=tmp_path), seed=0)
+        read_samples(DataConfig(root=tmp_path))
     for name in ("images/a.jpg", "images/b.jpg", "images/c.jpg", "masks/a.png"):
         touch(tmp_path / name)
     with pytest.raises(UserError, match=r"b\.jpg: has no mask in .*masks \(and 1 more\)"):
-        read_samples(DataConfig(root=tmp_path, layout="folders"), seed=0)
+        read_samples(DataConfig(root=tmp_path, layout="folders"))
     for name in ("masks/b.png", "masks/c.png", "masks/a_mask.png"):
         touch(tmp_path / name)
     with pytest.raises(UserError, match=r"a\.png and a_mask\.png have the same id a"):
-        read_samples(DataConfig(root=tmp_path, layout="folders"), seed=0)
+        read_samples(DataConfig(root=tmp_path, layout="folders"))
 
 
 # --- clean and noisy --------------------------------------------------------------------------------------------------
 
 
 def test_clean_noisy_val_and_test_are_disjoint_and_cover_everything(make_dataset):
-    samples = read_samples(DataConfig(root=make_dataset(train=20)), seed=0)
+    samples = read_samples(DataConfig(root=make_dataset(train=20)))
     clean, noisy = split_clean(samples, 6, seed=1)
     groups = [clean, noisy, [s for s in samples if s.split == "val"], [s for s in samples if s.split == "test"]]
     assert [len(group) for group in groups] == [6, 14, 2, 3]
@@ -204,7 +254,7 @@ def test_clean_noisy_val_and_test_are_disjoint_and_cover_everything(make_dataset
 
 
 def test_clean_choice_depends_on_the_seed_not_the_order_and_grows_with_k(make_dataset):
-    samples = read_samples(DataConfig(root=make_dataset(train=20)), seed=0)
+    samples = read_samples(DataConfig(root=make_dataset(train=20)))
     clean, noisy = split_clean(samples, 6, seed=1)
     assert split_clean(samples[::-1], 6, seed=1) == (clean, noisy)
     assert split_clean(samples, 6, seed=2)[0] != clean
@@ -212,7 +262,7 @@ def test_clean_choice_depends_on_the_seed_not_the_order_and_grows_with_k(make_da
 
 
 def test_clean_count_bounds(make_dataset):
-    samples = read_samples(DataConfig(root=make_dataset(train=8)), seed=0)
+    samples = read_samples(DataConfig(root=make_dataset(train=8)))
     assert [len(part) for part in split_clean(samples, 0, seed=0)] == [0, 8]
     assert [len(part) for part in split_clean(samples, 7, seed=0)] == [7, 1]
     for count in (8, 100):
@@ -236,7 +286,7 @@ def palette_png(path: Path, indices: np.ndarray, palette: list[int]) -> None:
 @pytest.fixture
 def dataset(make_dataset) -> tuple[Path, list[Sample]]:
     root = make_dataset(noisy=True)
-    return root, read_samples(DataConfig(root=root), seed=0)
+    return root, read_samples(DataConfig(root=root))
 
 
 def test_good_files_pass_in_every_binary_encoding(dataset):
@@ -298,7 +348,7 @@ def test_the_first_bad_file_is_named_and_the_others_counted(dataset):
     for name in ("masks/S007.png", "images/S002.png", "masks/S005.png"):
         (root / name).unlink()
     with pytest.raises(UserError, match=r"images/S002\.png: no such file \(and 2 more\)$"):
-        usable_samples(DataConfig(root=root), seed=0, folder=root, check=True)
+        usable_samples(DataConfig(root=root), folder=root, check=True)
 
 
 @pytest.mark.parametrize(("split", "mend"), [("train", "rows"), ("val", "data.val_fraction")])

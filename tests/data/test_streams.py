@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from distseg.data.batch import Batch
 from distseg.data.config import AugmentConfig, DataConfig
-from distseg.data.manifest import read_samples, split_clean
 from distseg.data.reader import PixelReader, taken_by_a_thread
-from distseg.data.streams import Batch, Stream, evaluation_batches
+from distseg.data.splits import split_clean
+from distseg.data.streams import Stream, evaluation_batches
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, UserError
 
@@ -36,7 +38,7 @@ def open_stream(config):
     opened = []
 
     def open_(samples=None, shard=None, batch_size=4, accumulation=1, name="noisy", seed=0, config=config):
-        samples = split_clean(read_samples(config, 0), 3, 0)[1] if samples is None else samples
+        samples = split_clean(read_samples(config), 3, 0)[1] if samples is None else samples
         shard = shard or ShardSpec()
         opened.append(Stream(samples, "noisy", name, config, seed, shard, batch_size, accumulation, CPU))
         return opened[-1]
@@ -77,7 +79,7 @@ def test_every_sample_once_per_epoch_and_epochs_differ(open_stream):
 
 
 def test_a_batch_may_be_larger_than_the_set(open_stream, config):
-    clean, _ = split_clean(read_samples(config, 0), 3, 0)
+    clean, _ = split_clean(read_samples(config), 3, 0)
     batch = open_stream(clean, batch_size=8).batch(0, 0)
     assert sorted(Counter(batch.ids).values()) == [2, 3, 3]
     assert len(rows(batch)) == 8  # each occurrence under a transform of its own
@@ -86,7 +88,7 @@ def test_a_batch_may_be_larger_than_the_set(open_stream, config):
 @pytest.mark.parametrize("count", [10, 7, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_sample_once_per_epoch_over_all_ranks(open_stream, config, world_size, count):
-    samples = split_clean(read_samples(config, 0), 3, 0)[1][:count]
+    samples = split_clean(read_samples(config), 3, 0)[1][:count]
     ranks = [open_stream(samples, ShardSpec(rank, world_size), batch_size=3) for rank in range(world_size)]
     steps = -(-2 * count // (3 * world_size)) + 1
     ids = [id for step in range(steps) for rank in ranks for id in rank.batch(step, 0).ids]
@@ -162,7 +164,7 @@ def test_two_streams_are_prefetched_side_by_side(open_stream, config, pipeline, 
     if pipeline == "dali":
         pytest.importorskip("nvidia.dali")
     config = config.model_copy(update={"pipeline": pipeline})
-    clean, noisy = split_clean(read_samples(config, 0), 3, 0)
+    clean, noisy = split_clean(read_samples(config), 3, 0)
     named = {"noisy": noisy, "clean": clean}
     streams = [open_stream(samples, name=name, config=config, batch_size=2) for name, samples in named.items()]
     read, both_are_reading = {"noisy": 0, "clean": 0}, threading.Barrier(2)
@@ -261,7 +263,7 @@ def test_a_file_that_breaks_later_ends_the_stream_by_name(open_stream, config, p
         pytest.importorskip("nvidia.dali")
     stream = open_stream(config=config.model_copy(update={"pipeline": pipeline, "memory": 0}), batch_size=1)
     first = stream.batch(0, 0)
-    samples = {sample.id: sample for sample in read_samples(config, 0)}
+    samples = {sample.id: sample for sample in read_samples(config)}
     for id in samples.keys() - {first.ids[0]}:
         content = samples[id].image.read_bytes()
         samples[id].image.write_bytes(content[: len(content) // 2])
@@ -298,7 +300,7 @@ def test_two_processes_see_the_same_bits(open_stream, config, pipeline):
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from test_streams import *\n"
         "config = DataConfig.model_validate_json(sys.argv[1])\n"
-        "noisy = split_clean(read_samples(config, 0), 3, 0)[1]\n"
+        "noisy = split_clean(read_samples(config), 3, 0)[1]\n"
         "stream = Stream(noisy, 'noisy', 'noisy', config, 0, ShardSpec(), 4, 1, CPU)\n"
         "print(*[fingerprint(stream.batch(step, 0)) for step in (0, 3)])\n"
     )
@@ -318,7 +320,7 @@ def test_two_processes_see_the_same_bits(open_stream, config, pipeline):
 
 
 def test_training_never_sees_an_evaluation_image(open_stream, config):
-    samples = read_samples(config, 0)
+    samples = read_samples(config)
     clean, noisy = split_clean(samples, 3, 0)
     seen = {
         name: {id for step in range(12) for id in open_stream(part, name=name).batch(step, 0).ids}
@@ -345,7 +347,7 @@ def test_noisy_stream_learns_from_noisy_masks_and_knows_the_true_ones(open_strea
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])
 def test_evaluation_covers_each_sample_once_in_order_without_augmentation(config, world_size):
-    samples = read_samples(config, 0)
+    samples = read_samples(config)
     parts = [
         list(evaluation_batches(samples, config, ShardSpec(rank, world_size), 4, CPU)) for rank in range(world_size)
     ]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.ranks import ShardSpec
 from distseg.evaluation.evaluator import evaluate
 

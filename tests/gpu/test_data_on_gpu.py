@@ -10,11 +10,12 @@ import torch
 from torch.nn.functional import max_pool2d
 
 from distseg.data.augment import Transform, draw_transform, identity_transform
+from distseg.data.batch import Batch, Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages
-from distseg.data.manifest import Sample
 from distseg.data.reader import PixelReader
-from distseg.data.streams import Batch, Request, Stream
+from distseg.data.sample import Sample
+from distseg.data.streams import Stream
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError
 

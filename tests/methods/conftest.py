@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.data.manifest import Sample, read_samples, split_clean
+from distseg.data.sample import Sample
+from distseg.data.splits import split_clean
 from distseg.data.streams import Stream
+from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
 from distseg.meta.estimators import one_process
 from distseg.meta.placement import Whole
@@ -45,7 +47,7 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
                 "train": {"steps": STEPS},
             }
         )
-        clean, noisy = split_clean(read_samples(config.data, 0), 4, 0)
+        clean, noisy = split_clean(read_samples(config.data), 4, 0)
         opened = set()
 
         def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from distseg.data.streams import Batch
+from distseg.data.batch import Batch
 from distseg.distributed.collectives import sum_over_ranks
 from distseg.meta.estimators import one_process
 from distseg.meta.network import StatelessNetwork

@@ -1,0 +1,77 @@
+"""The noisy masks of a run, drawn and written as PNG."""
+
+import csv
+import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from distseg.data.decode import read_image, read_mask
+from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.sample import Sample
+from distseg.errors import UserError
+from distseg.files import write_atomically
+
+
+def corrupt(mask: Mask, noise: NoiseKind, sample_id: str, image: Image | None = None) -> Mask:
+    """The noisy mask of one sample: (H, W) uint8 in {0, 1} from (H, W) uint8 in {0, 1}.
+
+    `image` (H, W, 3) uint8 RGB is needed where `noise.looks_at_image`; ValueError without it.
+    """
+    return noise.draw_for(sample_id, mask, image)
+
+
+def write_noisy_masks(samples: list[Sample], noise: NoiseKind, folder: Path) -> tuple[list[Sample], float]:
+    """Give each sample a noisy mask, as PNG (0/255) in `folder`, and say how wrong they are.
+
+    Each file is written aside and renamed, manifest.csv (id, mask, kind, parameters, seed, wrong_pixel_rate) last; a
+    rerun writes the same bytes. With kind `none` nothing is written: samples keep the noisy mask that they bring, or
+    none.
+
+    Returns:
+        The samples with `noisy_mask` set, in the order given, and the mean over them of the fraction of wrong pixels;
+        a sample without a noisy mask of its own counts as 0.
+    """
+    if noise.kind == "none":
+        return samples, _mean(_own_rate(sample) for sample in samples)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(sample: Sample) -> tuple[Sample, float]:
+        true = read_mask(sample.mask)
+        noisy = corrupt(true, noise, sample.id, read_image(sample.image) if noise.looks_at_image else None)
+        path = folder / f"{sample.id}.png"
+        write_atomically(path, cv2.imencode(".png", noisy * 255)[1].tobytes(), durable=False)  # can be drawn again
+        return replace(sample, noisy_mask=path), _wrong_pixel_rate(noisy, true)
+
+    with ThreadPoolExecutor() as pool:
+        written = list(pool.map(write, samples))
+    parameters = noise.parameters
+    table = io.StringIO(newline="")
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["id", "mask", "kind", "parameters", "seed", "wrong_pixel_rate"])
+    for sample, rate in written:
+        rows.writerow([sample.id, sample.noisy_mask.name, noise.kind, parameters, noise.seed, f"{rate:.6f}"])
+    write_atomically(folder / "manifest.csv", table.getvalue())
+    return [sample for sample, _ in written], _mean(rate for _, rate in written)
+
+
+def _own_rate(sample: Sample) -> float:
+    if sample.noisy_mask is None:
+        return 0.0
+    noisy, true = read_mask(sample.noisy_mask), read_mask(sample.mask)
+    if noisy.shape != true.shape:
+        raise UserError(f"{sample.noisy_mask}: not of the size of {sample.mask}; resample it, nearest neighbour")
+    return _wrong_pixel_rate(noisy, true)
+
+
+def _wrong_pixel_rate(noisy: Mask, true: Mask) -> float:
+    return float(np.mean(noisy != true))
+
+
+def _mean(rates: Iterable[float]) -> float:
+    values = list(rates)
+    return float(np.mean(values)) if values else 0.0
