@@ -110,7 +110,7 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         given = first["input"]
-        shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+        shown = f", got {repr(given)[:80]}" if isinstance(given, str | int | float | bool | None) else ""
         text = f"{key}: {message}{shown}" if key else message
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
@@ -118,14 +118,14 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
 def _suggestion(location: tuple[str | int, ...], root: type[BaseModel]) -> str:
     section = root
     for part in location[:-1]:
-        if isinstance(part, str):  # numbers count the items of a list of sections
-            section = _section_in(section.model_fields[part].annotation)
+        if part in section.model_fields:  # other parts are places in a list, or keys of a mapping
+            section = _section_in(section.model_fields[str(part)].annotation) or section
     close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"
 
 
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section that a field holds, alone or in a list, optional or not."""
-    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        annotation = get_args(annotation)[0]
-    return annotation
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The first section that a field holds, alone, in a list or in a mapping; None for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

@@ -37,7 +37,6 @@ from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.evaluator import evaluate
 from distseg.evaluation.metrics import counts_csv, summarise
-from distseg.evaluation.report import panel, save_png
 from distseg.files import write_atomically
 from distseg.meta import PixelReweighter
 from distseg.methods.registry import build_method
@@ -45,6 +44,7 @@ from distseg.methods.step import Method, Parts, WeightedBatch
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
 from distseg.optim.schedules import learning_rate
+from distseg.pages.figures import panel, save_png
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker
 from distseg.training.checkpoint import load_checkpoint, load_network, save_checkpoint

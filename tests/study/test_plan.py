@@ -5,11 +5,11 @@ import pytest
 import yaml
 
 from distseg.config.load import config_hash, load_config
-from distseg.config.sweep import load_sweep
 from distseg.errors import UserError
+from distseg.study.plan import load_study
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
-SWEEP = {
+STUDY = {
     "name": "study",
     "base": "base.yaml",
     "settings": ["optim.lr=1e-2"],
@@ -31,45 +31,45 @@ def write(tmp_path: Path):
     (tmp_path / "base.yaml").write_text("name: x\ndata: {root: /data}\ntrain: {steps: 10}\n")
 
     def write(**changes) -> Path:
-        path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump(SWEEP | changes))
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(STUDY | changes))
         return path
 
     return write
 
 
 def test_the_grid_runs_each_thing_once(write) -> None:
-    sweep, children = load_sweep(write())
-    assert len({child.name for child in children}) == len(children)
-    assert Counter(child.method for child in children) == {
+    study, runs = load_study(write())
+    assert len({run.name for run in runs}) == len(runs)
+    assert Counter(run.method for run in runs) == {
         "noisy_only": 2 * 3,  # no clean image: one run for every K
         "clean_only": 2 * 3,  # no noisy mask: one run for every noise level
         "oracle": 3,
         "pixel_reweight": 2 * 2 * 3,
         "with_clean": 2 * 2 * 3,
     }
-    assert {child.seed for child in children[: len(children) // 3]} == {0}
-    by_method = {child.method: child for child in children}
+    assert {run.seed for run in runs[: len(runs) // 3]} == {0}
+    by_method = {run.method: run for run in runs}
     assert by_method["with_clean"].config.method.include_clean
     assert by_method["clean_only"].config.optim.lr == 1e-3 and by_method["oracle"].config.optim.lr == 1e-2
-    assert {c.config.data.clean_count for c in children if c.method == "noisy_only"} == {10}
-    assert {c.config.data.noise.kind for c in children if c.method == "clean_only"} == {"none"}
-    assert all(c.config.data.noise.seed == c.seed for c in children if c.noise != "any")
+    assert {c.config.data.clean_count for c in runs if c.method == "noisy_only"} == {10}
+    assert {c.config.data.noise.kind for c in runs if c.method == "clean_only"} == {"none"}
+    assert all(c.config.data.noise.seed == c.seed for c in runs if c.noise != "any")
     assert by_method["pixel_reweight"].tags == {
         "method": "pixel_reweight", "noise": "boundary(0.7, 0.5)", "clean_count": "50", "seed": "2",
     }  # fmt: skip
-    assert sweep.ranks == 1
+    assert study.ranks == 1
 
 
 def test_the_name_follows_from_everything_that_changes_a_result(write) -> None:
-    _, before = load_sweep(write())
-    _, same = load_sweep(write(), ["tracking.experiment=elsewhere"])
-    assert [child.name for child in same] == [child.name for child in before]
-    _, other = load_sweep(write(), ["train.steps=11"])
-    assert not {child.name for child in other} & {child.name for child in before}
-    one = [child for child in before if child.method == "pixel_reweight"]
-    _, changed = load_sweep(write(methods=SWEEP["methods"] | {"clean_only": ["optim.lr=2e-3"]}))
-    assert {child.name for child in one} < {child.name for child in changed}
+    _, before = load_study(write())
+    _, same = load_study(write(), ["tracking.experiment=elsewhere"])
+    assert [run.name for run in same] == [run.name for run in before]
+    _, other = load_study(write(), ["train.steps=11"])
+    assert not {run.name for run in other} & {run.name for run in before}
+    one = [run for run in before if run.method == "pixel_reweight"]
+    _, changed = load_study(write(methods=STUDY["methods"] | {"clean_only": ["optim.lr=2e-3"]}))
+    assert {run.name for run in one} < {run.name for run in changed}
     assert before[0].name.endswith(config_hash(before[0].config))
 
 
@@ -87,20 +87,20 @@ def test_the_name_follows_from_everything_that_changes_a_result(write) -> None:
 )
 def test_a_mistake_is_one_line_that_names_the_key(write, changes: dict, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_sweep(write(**changes))
+        load_study(write(**changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_champion_that_does_not_take_part_is_refused(write) -> None:
-    assert load_sweep(write(champion="with_clean"))[0].champion == "with_clean"
+    assert load_study(write(champion="with_clean"))[0].champion == "with_clean"
     with pytest.raises(UserError, match=r"champion finetune: is none of methods \(.*oracle"):
-        load_sweep(write(champion="finetune"))
+        load_study(write(champion="finetune"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 def test_every_experiment_loads(path: Path) -> None:
-    _, children = load_sweep(path, ["data.root=/data"])
-    assert len(children) > 1
+    _, runs = load_study(path, ["data.root=/data"])
+    assert len(runs) > 1
 
 
 def test_the_experiments_are_there() -> None:
