@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from distseg.config.schema import Config
 from distseg.errors import UserError
+from distseg.text import for_terminal
 
 CHANGEABLE = (
     "data.memory",
@@ -101,7 +102,7 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     """The first of a validation's problems in one line that names the key and the mend; the others are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = for_terminal(".".join(str(part) for part in first["loc"]))  # a key may be anybody's text
     if first["type"] == "extra_forbidden":
         text = f"{key}: unknown key{_suggestion(first['loc'], root)}"
     elif first["type"] == "missing":

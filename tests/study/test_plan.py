@@ -6,7 +6,7 @@ import yaml
 
 from distseg.config.load import config_hash, load_config
 from distseg.errors import UserError
-from distseg.study.plan import load_study
+from distseg.study.plan import load_study, parse_plan, plan_json
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
 STUDY = {
@@ -113,3 +113,82 @@ def test_a_mistake_in_a_list_of_sections_is_told(tmp_path: Path) -> None:
     path.write_text(f"name: x\ndata: {{root: /d, noise: {noise}}}\ntrain: {{steps: 1}}")
     with pytest.raises(UserError, match="sede: unknown key; did you mean seed"):
         load_config(path)
+
+
+def test_a_grid_is_tried_by_every_method_and_one_of_its_own_takes_its_place(write) -> None:
+    methods = {
+        "noisy_only": [],
+        "pixel_reweight": {
+            "settings": ["method.clean_phase=0.3"],
+            "grid": {"optim.lr": [0.5], "method.granularity": ["pixel", "patch(4)"]},
+        },
+    }
+    grid = {"optim.lr": [1e-3, 0.02], "optim.momentum": [0.9]}
+    _, runs = load_study(write(methods=methods, grid=grid, seeds=[0], clean_counts=[10]))
+    box = [run for run in runs if run.noise == "polygon(3)"]
+    assert [(run.method, dict(run.grid)) for run in box] == [
+        ("noisy_only", {"optim.lr": "0.001", "optim.momentum": "0.9"}),
+        ("noisy_only", {"optim.lr": "0.02", "optim.momentum": "0.9"}),
+        ("pixel_reweight", {"optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "pixel"}),
+        ("pixel_reweight", {"optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "patch(4)"}),
+    ]
+    assert [run.config.optim.lr for run in box] == [1e-3, 0.02, 0.5, 0.5]
+    assert box[3].config.method.granularity == "patch(4)" and box[3].config.method.clean_phase == 0.3
+    assert box[0].name.startswith("noisy_only-lr0.001-momentum0.9-polygon_3-kany-s0-")
+    assert box[3].tags == {
+        "method": "pixel_reweight", "noise": "polygon(3)", "clean_count": "10", "seed": "0",
+        "optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "patch(4)",
+    }  # fmt: skip
+
+
+def test_a_method_without_grid_keeps_the_name_that_it_has_without_one(write) -> None:
+    _, before = load_study(write())
+    _, runs = load_study(write(methods=STUDY["methods"] | {"pixel_reweight": {"grid": {"optim.lr": [1e-3, 2e-3]}}}))
+    names = {run.name for run in before if run.method != "pixel_reweight"}
+    assert names == {run.name for run in runs if run.method != "pixel_reweight"}
+    assert len(names) == 6 + 6 + 3 + 12 and len(runs) == len(names) + 2 * 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grid": {"lr": [1]}}, "grid: lr: is no key of the config"),
+        ({"grid": {"optim.lr": []}}, "grid.optim.lr: tuple should have at least 1 item"),
+        ({"grid": {"optim.lr": [0.1, 0.1]}}, "optim.lr: one of the values is there twice"),
+        ({"grid": {"data.noise.kind": ["box"]}}, "data.noise.kind: cannot be in a grid"),
+        ({"grid": {"data.clean_count": [1]}}, "data.clean_count: cannot be in a grid"),
+        ({"grid": {"tracking.mlflow": [True]}}, "tracking.mlflow: cannot be in a grid"),
+        ({"methods": {"oracle": []}, "grid": {"optim.rl": [1]}}, "optim.rl: unknown key; known: name, lr"),
+        ({"methods": {"oracle": []}, "grid": {"optim.lr": ["fast"]}}, "optim.lr: input should be a valid number"),
+        ({"methods": {"oracle": {"grdi": {}}}}, "methods.oracle.grdi: unknown key; did you mean grid?"),
+        (
+            {"methods": {"oracle": ["optim.lr=1"]}, "grid": {"optim.lr": [0.1]}},
+            "methods.oracle: optim.lr=1: the grid varies optim.lr; remove one of the two",
+        ),
+        ({"methods": {"a\nb": []}}, "methods.a\\nb"),
+        ({"methods": {"x" * 300: []}}, "string should have at most 64 characters"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_one_line_that_names_the_key(write, changes: dict, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_study(write(**changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_override_of_a_key_of_the_grid_is_refused(write) -> None:
+    with pytest.raises(UserError, match=r"optim\.lr=1: the grid varies optim.lr"):
+        load_study(write(methods={"oracle": []}, grid={"optim.lr": [0.1]}), ["optim.lr=1"])
+
+
+def test_a_label_in_any_script_makes_a_name_that_a_folder_can_have(write) -> None:
+    _, runs = load_study(write(methods={"模型 / 1": ["method.name=oracle"], "_x": ["method.name=union"]}))
+    assert {run.name[:1] for run in runs} <= set("1x") and len({run.name for run in runs}) == len(runs)
+    assert {run.method for run in runs} == {"模型 / 1", "_x"}
+
+
+def test_the_plan_reads_back(write) -> None:
+    study, runs = load_study(write(methods={"oracle": []}, grid={"optim.lr": [0.1, 0.2]}, champion="oracle"))
+    plan = parse_plan(plan_json(study, runs), "here")
+    assert [row.name for row in plan.runs] == [run.name for run in runs]
+    assert (plan.champion, plan.grid_keys, plan.noise[0]) == ("oracle", ("optim.lr",), "polygon(3)")
+    assert {**plan.runs[-1].grid, "seed": plan.runs[-1].seed} == {"optim.lr": "0.2", "seed": "2"}
