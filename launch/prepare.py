@@ -1,129 +1,14 @@
 """Look through a data set before training on it, and decode its originals once and for all.
 
     python launch/prepare.py --config configs/isic2017.yaml data.root=PATH [section.key=value …]
-        [--report FOLDER]    report.txt, report.csv and report.json: every bad file and its reason
-        [--noisy-masks FOLDER]    the noisy stream's masks as training draws them, PNG, with manifest.csv (kind,
-                             parameters, seed, wrong-pixel rate) and contact_sheet.png
-        [--cache FOLDER]     the images and masks at data.image_size, for data.cache=FOLDER; a stopped run is taken up
-        [--threads N]        all cores by default
 
-Exit codes: 0 the data can be trained on; 2 bad config, or bad files and not data.on_bad=skip; 1 anything else.
+`--help` says more; the command itself is distseg/cli/prepare.py.
 """
 
-import argparse
-import json
-import os
 import sys
-from collections import Counter
-from pathlib import Path
 
-from distseg.config.load import load_config
-from distseg.config.schema import Config
-from distseg.data.cache import write_cache
-from distseg.data.checks import check_splits, find_bad_files, problems_table
-from distseg.data.decode import read_image, read_mask
-from distseg.data.noise.write import write_noisy_masks
-from distseg.data.sample import SPLITS, Problem, Sample
-from distseg.data.splits import split_clean
-from distseg.data.survey import survey
-from distseg.errors import UserError
-from distseg.evaluation.report import contact_sheet, save_png
-from distseg.files import write_atomically
-
-SHOWN = 20
-SHOWN_MASKS = 6
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    try:
-        return prepare(load_config(arguments.config, arguments.overrides), arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def prepare(config: Config, arguments: argparse.Namespace) -> int:
-    # The whole data set, whatever an earlier cache says.
-    samples, problems = survey(config.data)
-    problems += find_bad_files(samples, arguments.threads)
-    bad = {problem.id for problem in problems}
-    good = [sample for sample in samples if sample.id not in bad]
-
-    lines = summary(good, problems)
-    print("\n".join(lines[: SHOWN + 3]))
-    if len(lines) > SHOWN + 3:
-        print(f"… and {len(lines) - SHOWN - 3} more" + ("" if arguments.report else "; --report FOLDER lists them"))
-    if arguments.report:
-        write_report(arguments.report, lines, good, problems)
-    if problems and config.data.on_bad == "refuse":
-        what = f"{len(problems)} problems; mend them, or leave the samples out with data.on_bad=skip"
-        raise UserError(f"{config.data.root}: {what}")
-    check_splits(good)
-    if arguments.cache:
-        written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
-        size = config.data.image_size
-        print(f"{arguments.cache}: {len(good)} samples at {size}², {written} shards written, {kept} kept")
-    if arguments.noisy_masks:
-        draw_noisy_masks(config, good, arguments.noisy_masks)
-    return 0
-
-
-def draw_noisy_masks(config: Config, good: list[Sample], folder: Path) -> None:
-    """What `data.noise` makes of the training images that are not clean ones, to be looked at and shared."""
-    noise = config.data.noise
-    if noise.kind == "none":
-        raise UserError(f"--noisy-masks {folder}: data.noise.kind none draws nothing; set data.noise.kind=polygon")
-    _, samples = split_clean([s for s in good if s.split == "train"], config.data.clean_count, config.seed)
-    try:
-        samples, rate = write_noisy_masks(samples, noise, folder)
-        shown = samples[:SHOWN_MASKS]
-        sheet = contact_sheet(
-            [read_image(sample.image) for sample in shown],
-            [read_mask(sample.mask) for sample in shown],
-            {noise.level: [read_mask(sample.noisy_mask) for sample in shown]},
-        )
-        save_png(sheet, folder / "contact_sheet.png")
-    except OSError as error:
-        raise UserError(f"--noisy-masks {folder}: cannot be written: {error.strerror}") from None
-    print(f"{folder}: {len(samples)} masks of {noise.level}, {rate:.1%} of their pixels wrong")
-
-
-def summary(good: list[Sample], problems: list[Problem]) -> list[str]:
-    splits = Counter(sample.split for sample in good)
-    counts = ", ".join(f"{splits[split]} {split}" for split in SPLITS)
-    bad = {problem.id or problem.file for problem in problems}
-    found = f"{len(problems)} problems in {len(bad)} samples" if problems else "no problems"
-    return [f"{len(good)} good samples: {counts}", found, *(str(problem) for problem in problems)]
-
-
-def write_report(folder: Path, lines: list[str], good: list[Sample], problems: list[Problem]) -> None:
-    content = {
-        "good": dict(Counter(sample.split for sample in good)),
-        "problems": [{"id": p.id, "file": p.file, "reason": p.reason} for p in problems],
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
-        write_atomically(folder / "report.csv", problems_table(problems))
-        write_atomically(folder / "report.json", json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--report {folder}: cannot be written: {error.strerror}") from None
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file of configs/")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="where to write the report")
-    parser.add_argument("--noisy-masks", type=Path, metavar="FOLDER", help="where to write them, with a contact sheet")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where to write the decoded images and masks")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding at once")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-    if arguments.threads < 1:
-        parser.error("--threads must be at least 1")
-    return arguments
-
+from distseg.cli.prepare import main
+from distseg.cli.process import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

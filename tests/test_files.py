@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distseg.errors import StorageError
-from distseg.evaluation.report import save_png
+from distseg.pages.figures import save_png
 from distseg.files import open_regular, read_regular, remove_parts, write_atomically, written_atomically
 from distseg.tracking.jsonl import JsonlLog, read
 

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from distseg.config.schema import Config
 from distseg.errors import UserError
 from distseg.section import kinds_of
+from distseg.text import for_terminal
 
 CHANGEABLE = (
     "data.memory",
@@ -103,7 +104,7 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     problems = error.errors(include_url=False)
     first = problems[0]
     path, section = _place(first["loc"], root)
-    key = ".".join(path)
+    key = for_terminal(".".join(path))  # a key may be anybody's text
     if first["type"] == "extra_forbidden":
         text = f"{key}: unknown key{_suggestion(path[-1], section)}"
     elif first["type"] == "missing":
@@ -112,7 +113,7 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         given = first["input"]
-        shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+        shown = f", got {repr(given)[:80]}" if isinstance(given, str | int | float | bool | None) else ""
         text = f"{key}: {message}{shown}" if key else message
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
@@ -137,13 +138,15 @@ def _place(location: tuple[str | int, ...], root: type[BaseModel]) -> tuple[list
         else:
             path.append(part)
             section = _section_in(inside) or section
-            field = section.model_fields.get(part)
-            inside = field.annotation if field else None
+            field = section.model_fields.get(part)  # none where the part is a key of a mapping
+            inside = field.annotation if field else inside
     return path, section
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, alone or in a list, optional or not; None for a plain value or a union."""
-    while annotation is not None and not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        annotation = next(iter(get_args(annotation)), None)
-    return annotation
+    """The first section that a field holds, alone, in a list or in a mapping; None for a plain value or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if kinds_of(annotation):
+        return None
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

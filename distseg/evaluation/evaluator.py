@@ -46,12 +46,12 @@ def evaluate(
         table[positions.start : positions.stop] += values
     total = sum_over_ranks(table).cpu().numpy()
 
-    counts, broken, seen = total[:, :4], total[:, 4], total[:, 5]
+    counts, not_finite, seen = total[:, :4], total[:, 4], total[:, 5]
     if (seen != 1).any():
         raise ValueError(f"{(seen != 1).sum()} of {count} images were evaluated never or more than once")
-    if broken.any():
+    if not_finite.any():
         raise FloatingPointError(
-            f"the network's output is not finite on {broken.sum()} of {count} images, the first is number "
-            f"{broken.argmax()}: the training has diverged; a lower optim.lr is the usual mend"
+            f"the network's output is not finite on {not_finite.sum()} of {count} images, the first is number "
+            f"{not_finite.argmax()}: the training has diverged; a lower optim.lr is the usual mend"
         )
     return counts

@@ -1,5 +1,6 @@
 """Per-image scores of binary segmentations and their bootstrap intervals, all from four counts an image."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 IGNORE = 255
+_COUNT = re.compile(r"[0-9]{1,15}", re.ASCII)
 SCORES = ("dice", "jaccard", "sensitivity", "specificity", "accuracy")
 
 
@@ -53,7 +55,7 @@ def summarise(counts: np.ndarray, prefix: str, seed: int = 0, resamples: int = 2
     if images == 0:
         raise ValueError(f"{prefix}: no images to score")
     chosen = np.random.default_rng(seed).integers(images, size=(resamples, images))
-    summary = {}
+    summary: dict[str, float] = {}
     for name, scores in image_scores(counts).items():
         low, high = np.percentile(scores[chosen].mean(axis=1), (2.5, 97.5))
         summary |= {
@@ -71,27 +73,20 @@ def counts_csv(ids: Sequence[str], counts: np.ndarray) -> str:
 
 
 def read_counts_csv(text: str) -> tuple[list[str], np.ndarray]:
-    """The inverse of `counts_csv`: ids and (n, 4) int64."""
-    rows = [line.rsplit(",", 4) for line in text.splitlines()[1:]]
-    return [row[0] for row in rows], np.array([[int(c) for c in row[1:]] for row in rows], np.int64).reshape(-1, 4)
-
-
-def paired_difference(
-    scores: np.ndarray, reference: np.ndarray, seed: int = 0, resamples: int = 10_000
-) -> tuple[float, float, float, float]:
-    """Mean of scores − reference (n,) over the same n images, its 95 % bootstrap interval, and a two-sided p.
-
-    The images are resampled, both methods on the same ones (Efron and Tibshirani 1993, chapter 16): p is twice the
-    smaller share of resamples on either side of 0, and at least 1 / (resamples + 1).
-    """
-    difference = np.asarray(scores, np.float64) - np.asarray(reference, np.float64)
-    rng, means = np.random.default_rng(seed), []
-    for size in (min(1000, resamples - first) for first in range(0, resamples, 1000)):
-        means.append(difference[rng.integers(len(difference), size=(size, len(difference)))].mean(axis=1))
-    drawn = np.concatenate(means)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return float(difference.mean()), float(low), float(high), min(1.0, 2 * (tail + 1) / (resamples + 1))
+    """The inverse of `counts_csv`: ids and (n, 4) int64. Raises ValueError, naming the row, for anything else."""
+    header, *lines = text.removesuffix("\n").split("\n")
+    if header != "id,tp,fp,fn,tn":
+        raise ValueError("row 1: is not id,tp,fp,fn,tn")
+    ids, counts = [], []
+    for number, line in enumerate(lines, start=2):
+        name, *cells = line.rsplit(",", 4)
+        if len(cells) != 4 or not all(_COUNT.fullmatch(cell) for cell in cells):
+            raise ValueError(f"row {number}: is not an id and four counts")
+        ids.append(name)
+        counts.append([int(cell) for cell in cells])
+    if len(set(ids)) < len(ids):
+        raise ValueError("an id is there twice")
+    return ids, np.array(counts, np.int64).reshape(-1, 4)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

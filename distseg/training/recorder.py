@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from distseg.config.schema import Config
-from distseg.evaluation.report import save_png
 from distseg.files import write_atomically
+from distseg.pages.figures import save_png
 from distseg.run_folder import RunFolder
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker

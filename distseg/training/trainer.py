@@ -24,7 +24,6 @@ from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.metrics import counts_csv, summarise
-from distseg.evaluation.report import panel
 from distseg.files import write_atomically
 from distseg.meta.placement import Whole
 from distseg.methods.context import Context
@@ -33,6 +32,7 @@ from distseg.methods.step import MicroBatch
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
 from distseg.optim.schedules import learning_rate
+from distseg.pages.figures import panel
 from distseg.run_folder import RunFolder
 from distseg.training.cadence import Cadence
 from distseg.training.checkpoint import load_checkpoint, load_network, save_checkpoint

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from distseg.evaluation.intervals import paired_difference
 from distseg.evaluation.metrics import (
     SCORES,
     confusion,
     counts_csv,
     image_scores,
-    paired_difference,
     read_counts_csv,
     summarise,
 )
@@ -123,3 +123,20 @@ def test_paired_difference_of_nothing_is_no_evidence():
         rejected += paired_difference(rng.normal(size=60), rng.normal(size=60), resamples=500)[3] < 0.05
     assert 1 <= rejected <= 22  # 10 expected
     assert paired_difference(np.ones(5), np.ones(5))[3] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "row 1"),
+        ("name,tp,fp,fn,tn\na,1,2,3,4\n", "row 1"),
+        ("id,tp,fp,fn,tn\na,1,2,3\n", "row 2"),
+        ("id,tp,fp,fn,tn\na,1,2,3,4\nb,1,-2,3,4\n", "row 3"),
+        ("id,tp,fp,fn,tn\na,1,2,3,9e9\n", "row 2"),
+        ("id,tp,fp,fn,tn\na,1,2,3,99999999999999999999\n", "row 2"),
+        ("id,tp,fp,fn,tn\na,1,2,3,4\na,1,2,3,4\n", "twice"),
+    ],
+)
+def test_a_table_that_is_no_table_of_counts_is_refused_by_its_row(text: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        read_counts_csv(text)

@@ -1,5 +1,6 @@
-"""A study as a user runs it: real children, an interruption, a child that fails, and the report from MLflow alone."""
+"""A study as a user runs it: real runs, an interruption, a run that fails, and reports from MLflow and from folders."""
 
+import csv
 import os
 import random
 import re
@@ -30,11 +31,11 @@ tracking: {system_metrics: false}
 
 
 @pytest.fixture
-def write_sweep(tmp_path: Path, drawn_data: Path):
+def write_study(tmp_path: Path, drawn_data: Path):
     (tmp_path / "base.yaml").write_text(BASE)
 
     def write(name: str, **more_methods: list[str]) -> list[str]:
-        sweep = {
+        study = {
             "name": name,
             "base": "base.yaml",
             "settings": [f"data.root={drawn_data}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"],
@@ -43,7 +44,7 @@ def write_sweep(tmp_path: Path, drawn_data: Path):
             "clean_counts": [4],
             "seeds": [0, 1],
         }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study))
         command = [sys.executable, str(ROOT / "launch" / "sweep.py"), str(tmp_path / f"{name}.yaml"), "--parallel", "2"]
         return [*command, "--runs-dir", str(tmp_path / "runs")]
 
@@ -56,16 +57,16 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two children at once need two cores")
-def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not(write_sweep, tmp_path: Path) -> None:
-    whole = run(write_sweep("whole"), tmp_path)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at once need two cores")
+def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not(write_study, tmp_path: Path) -> None:
+    whole = run(write_study("whole"), tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected = (tmp_path / "runs" / "whole" / "report" / "results.csv").read_text()
     assert len(expected.splitlines()) == 3 and "polygon(3),4,pixel_reweight,2," in expected
 
-    command = write_sweep("cut", broken=["method.name=noisy_only", "data.root=/no/such/folder"])
+    command = write_study("cut", broken=["method.name=noisy_only", "data.root=/no/such/folder"])
     folder = tmp_path / "runs" / "cut"
-    steps_made = sorted(random.Random(0).sample(range(10, 200), 3))  # of 240 that the children make together
+    steps_made = sorted(random.Random(0).sample(range(10, 200), 3))  # of 240 that the runs make together
     cut_off: set[str] = set()
     for moment in steps_made:
         process = subprocess.Popen(
@@ -80,7 +81,7 @@ def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not
         assert process.returncode == 75, output
         started = {last.parents[1] for last in folder.glob("*/checkpoints/last")}
         on_the_way = {run.name for run in started if not (run / "result.json").exists()}
-        assert on_the_way, "no child was stopped on its way"
+        assert on_the_way, "no run was stopped on its way"
         cut_off |= on_the_way
 
     again = run(command, tmp_path)
@@ -91,13 +92,19 @@ def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not
     assert "2 of 6 runs have not finished: broken-" in again.stdout
     assert (folder / "report" / "results.csv").read_text() == expected
 
-    # Finished children are recognised, and the report needs nothing but the tracking server.
+    # Finished runs are recognised, and the report needs nothing but the tracking server, or nothing but the folders.
     listed = run([*command, "--list"], tmp_path).stdout
     assert (listed.count("finished"), listed.count("failed")) == (4, 2)
     parent = (folder / "mlflow_run_id").read_text().strip()
     rebuild = [sys.executable, str(ROOT / "launch" / "report.py"), parent, "--uri", f"sqlite:///{tmp_path}/mlflow.db"]
     assert run(rebuild, tmp_path).returncode == 0
     assert (tmp_path / "report" / "results.csv").read_text() == expected
+    from_folders = [sys.executable, "-m", "distseg.cli.main", "report", str(folder), "--folder", "from_folders"]
+    assert run(from_folders, tmp_path).returncode == 0
+    for name in ("results.csv", "runs.csv"):
+        assert (tmp_path / "from_folders" / name).read_bytes() == (tmp_path / "report" / name).read_bytes()
+    names = ({path.name for path in (tmp_path / source).iterdir()} for source in ("from_folders", "report"))
+    assert next(names) == next(names)
     page = (tmp_path / "report" / "report.html").read_text()
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert pictures >= {"dice_by_noise.png", "auroc.png", "cost.png", "weights_0_early.png"}
@@ -107,14 +114,14 @@ def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     study = client.get_run(parent)
-    assert (study.info.status, study.data.metrics["children/failed"]) == ("FAILED", 2)
+    assert (study.info.status, study.data.metrics["runs/failed"]) == ("FAILED", 2)
     assert {f.path for f in client.list_artifacts(parent, "report")} >= {"report/report.html", "report/results.csv"}
     nested = client.search_runs([study.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert sorted((r.data.tags["method"], r.data.tags["clean_count"], r.data.tags["seed"]) for r in nested) == [
         ("pixel_reweight", "4", "0"), ("pixel_reweight", "4", "1"), ("t_loss", "any", "0"), ("t_loss", "any", "1"),
     ]  # fmt: skip
 
-    # Whoever removes a child's folder wants it to run again.
+    # Whoever removes a run's folder wants it to run again.
     shutil.rmtree(folder / on_the_way.pop())
     listed = run([*command, "--list"], tmp_path).stdout
     assert (listed.count("finished"), listed.count("new")) == (3, 1)
@@ -123,14 +130,29 @@ def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--index", "4"], "--index 4: the study has the children 0 to 3"),
+        (["--index", "4"], "--index 4: the study has the runs 0 to 3"),
         (["data.clean_cuont=3"], "data.clean_cuont: unknown key; did you mean clean_count?"),
         (["--parallel", "5000"], "--parallel 5000"),
     ],
 )
-def test_bad_input_is_one_line_exit_2_and_nothing_written(write_sweep, tmp_path, arguments: list[str], said: str):
-    done = run([*write_sweep("bad"), *arguments], tmp_path)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(write_study, tmp_path, arguments: list[str], said: str):
+    done = run([*write_study("bad"), *arguments], tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and said in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_without_mlflow_is_reported_from_its_folders(write_study, tmp_path: Path) -> None:
+    command = write_study("local", t_loss={"grid": {"optim.lr": [1e-3, 1e-2]}}, pixel_reweight=[])
+    done = run([*command, "tracking.mlflow=false", "train.steps=3", "train.figure_every=1"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "local"
+    rows = list(csv.DictReader((folder / "report" / "results.csv").open()))
+    assert [(row["method"], row["optim.lr"], row["seeds"]) for row in rows] == [
+        ("pixel_reweight", "", "2"), ("t_loss", "0.001", "2"), ("t_loss", "0.01", "2"),
+    ]  # fmt: skip
+    pictures = {path.name for path in (folder / "report").glob("*.png")}
+    assert pictures >= {"dice_by_noise.png", "grid_0_optim_lr.png", "cost.png", "weights_0_early.png"}
+    assert "best validation Dice at polygon(3), K = 4: t_loss with optim.lr=" in done.stdout
+    assert not (folder / "mlflow_run_id").exists() and not list(tmp_path.rglob("mlflow.db"))

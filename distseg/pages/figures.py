@@ -1,18 +1,28 @@
-"""What a run looks like: panels of masks, weights and predictions, validation curves, and tables of results.
+"""Figures: panels of masks, weights and predictions, curves, charts.
 
-The only importer of matplotlib, and only when a figure is asked for. Figures are drawn with the object interface, so
-they share no state with a caller's pyplot and need no display.
+The only importer of matplotlib, and only when a figure is drawn. Figures are made with the object interface, so they
+share no state with a caller's pyplot and need no display. Text is drawn as it is: `$` and `\\` have no meaning in it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from distseg.evaluation.metrics import IGNORE, confusion, image_scores
-from distseg.files import written_atomically
+from distseg.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_Arguments = ParamSpec("_Arguments")
+_Drawn = TypeVar("_Drawn")
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, with a purple and a grey: first masks, then runs.
 _TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
@@ -20,13 +30,30 @@ _RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7
 _MARKERS = ("o", "s", "^", "v")
 """The next one where names outnumber colours."""
 _MOST_ROWS = 6
+_MOST_CHARTS = 100
 _DPI = 120
 # Inches.
 _TILE, _GAP, _NOTE, _MARGIN, _TITLE = 1.5, 0.06, 0.16, 0.12, 0.22
 _CURVE_HEIGHT, _CURVE_LEFT, _CURVE_BELOW = 2.1, 0.55, 0.45
-_TEXT = {"fontsize": 8, "color": "#222222"}
+_TEXT: dict[str, Any] = {"fontsize": 8, "color": "#222222"}
 
 
+def _text_as_it_is(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
+    """Draw names as they are: no TeX, and no warning for a character that the font lacks."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Drawn:
+        from matplotlib import rc_context
+
+        # Figures make some of their texts as late as in rendering: the settings must hold until then.
+        with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_text_as_it_is
 def panel(
     images: Tensor,
     masks: Tensor,
@@ -74,6 +101,7 @@ def panel(
     return _pixels(figure)
 
 
+@_text_as_it_is
 def contact_sheet(
     images: Sequence[np.ndarray], true_masks: Sequence[np.ndarray], noisy_masks: Mapping[str, Sequence[np.ndarray]]
 ) -> np.ndarray:
@@ -95,6 +123,7 @@ def contact_sheet(
     return _pixels(figure)
 
 
+@_text_as_it_is
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> np.ndarray:
     """Draw validation Dice against step, one line per run, from the records of each run's metrics.jsonl.
 
@@ -105,6 +134,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> np.ndarray:
     return _pixels(figure)
 
 
+@_text_as_it_is
 def comparison_figure(
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     images: Tensor,
@@ -146,56 +176,78 @@ def comparison_figure(
     return _pixels(figure)
 
 
+@_text_as_it_is
 def line_charts(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float | str, float, float]]]], x_label: str, y_label: str
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float | str, float, float]]]],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
 ) -> np.ndarray:
     """Small charts side by side, one a title: series of (x, mean, deviation) by name, the legend to the right.
 
     A name has one colour and marker throughout; deviations are drawn as bars where they are above 0. Where x are words
-    they stand in the order in which they come. Returns (h, w, 3) uint8.
+    they stand in the order in which they come. At most 100 charts are drawn. Returns (h, w, 3) uint8.
     """
+    panels = dict(list(panels.items())[:_MOST_CHARTS])
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    colour = _colours(names)
-    marker = {name: _MARKERS[place // len(_RUNS) % len(_MARKERS)] for place, name in enumerate(names)}
+    looks = {name: _look(place, colour) for place, (name, colour) in enumerate(_colours(names).items())}
     width, height, left = 2.9, 2.3, 0.6
     whole = left + len(panels) * (width + 0.25) + _legend_width(names)
     figure = _figure(whole, _MARGIN + _TITLE + height + 0.5)
-    shared = None
+    drawn: dict[str, Any] = {}
     for column, (title, series) in enumerate(panels.items()):
         axes = _axes(figure, left + column * (width + 0.25), _MARGIN + _TITLE, width, height)
-        words = list(dict.fromkeys(x for points in series.values() for x, *_ in points if isinstance(x, str)))
-        for number, (name, points) in enumerate(series.items()):
-            if not points:
-                continue
-            xs, means, deviations = zip(*points, strict=True)
-            if words:  # beside each other, that their bars can be told apart
-                xs = [words.index(x) + 0.5 * (number / max(1, len(series) - 1) - 0.5) for x in xs]
-            style = {"color": colour[name], "label": name, "markersize": 4, "linewidth": 0 if words else 1.3}
-            axes.errorbar(xs, means, deviations, marker=marker[name], elinewidth=1, capsize=2, **style)
-        if words:
-            axes.set_xticks(range(len(words)), words)
-            axes.set_xlim(-0.5, len(words) - 0.5)
-        elif len(places := sorted({x for points in series.values() for x, *_ in points})) <= 4:
-            axes.set_xticks(places, [f"{x:.3g}" for x in places])
+        drawn |= _draw_series(axes, series, looks, log_x)
         axes.set_title(title, pad=4, **_TEXT)
         axes.set_xlabel(x_label, **_TEXT)
         _style(axes)
-        if shared is None:
+        if column == 0:
             axes.set_ylabel(y_label, **_TEXT)
-            shared = axes
         else:
-            axes.sharey(shared)
+            axes.sharey(figure.axes[0])
             axes.tick_params(labelleft=False)
-    by_label = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if by_label:
+    if drawn:
         figure.axes[-1].legend(
-            by_label.values(), by_label, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5
+            drawn.values(), drawn, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5
         )
     return _pixels(figure)
 
 
+def _look(place: int, colour: str) -> dict[str, Any]:
+    return {"color": colour, "marker": _MARKERS[place // len(_RUNS) % len(_MARKERS)]}
+
+
+def _draw_series(
+    axes: "Axes",
+    panel: Mapping[str, Sequence[tuple[float | str, float, float]]],
+    looks: Mapping[str, Mapping[str, Any]],
+    log_x: bool,
+) -> dict[str, Any]:
+    """Draw the series of one chart of `line_charts`; returns what the legend shows, by name."""
+    words = list(dict.fromkeys(x for points in panel.values() for x, *_ in points if isinstance(x, str)))
+    drawn = {}
+    for number, (name, points) in enumerate(panel.items()):
+        if not points:
+            continue
+        beside = 0.5 * (number / max(1, len(panel) - 1) - 0.5)  # that the bars of words can be told apart
+        xs = [words.index(x) + beside if isinstance(x, str) else x for x, *_ in points]
+        means, deviations = [mean for _, mean, _ in points], [deviation for *_, deviation in points]
+        drawn[name] = axes.errorbar(
+            xs, means, deviations, markersize=4, linewidth=0 if words else 1.3, elinewidth=1, capsize=2, **looks[name]
+        )
+    if log_x and not words:
+        axes.set_xscale("log")
+    numbers = sorted({x for points in panel.values() for x, *_ in points if not isinstance(x, str)})
+    if words:
+        axes.set_xticks(range(len(words)), words)
+        axes.set_xlim(-0.5, len(words) - 0.5)
+    elif len(numbers) <= 5:
+        axes.set_xticks(numbers, [f"{x:.3g}" for x in numbers])
+        axes.minorticks_off()
+    return drawn
+
+
+@_text_as_it_is
 def bar_chart(values: Mapping[str, float], label: str) -> np.ndarray:
     """Horizontal bars with their values written beside them. Returns (h, w, 3) uint8."""
     height = 0.26 * max(1, len(values))
@@ -210,77 +262,26 @@ def bar_chart(values: Mapping[str, float], label: str) -> np.ndarray:
 
 
 def save_png(array: np.ndarray, path: Path) -> None:
-    """Write an (h, w, 3) uint8 image as PNG, aside and renamed, so that a kill leaves the old file or the new one."""
+    """Write an (h, w, 3) uint8 image as PNG; a kill leaves the old file or the new one."""
+    write_atomically(path, png(array))
+
+
+def png(array: np.ndarray) -> bytes:
+    """The PNG of an (h, w, 3) uint8 image."""
     from matplotlib.image import imsave
 
-    with written_atomically(path) as aside:
-        imsave(aside, array, format="png")
+    out = io.BytesIO()
+    imsave(out, array, format="png")
+    return out.getvalue()
 
 
-def results_table(results: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Table of final figures, one row per result.json: aligned columns for a terminal, or GitHub's markdown.
-
-    Keys read: method, test/dice with _low and _high, test/jaccard, test/sensitivity, test/specificity, noise_rate
-    (fraction of pixels), steps, seconds. A figure that is absent or None is shown as –.
-    """
-    header = ("method", "test Dice [95 %]", "Jaccard", "sensitivity", "specificity", "noise rate", "steps", "minutes")
-    return _aligned([header, *(_table_row(result) for result in results)], markdown)
-
-
-def seeds_table(results: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Table of methods, each with mean ± standard deviation (n − 1) over its results, runs of other seeds."""
-    rows = [("method", "runs", "test Dice", "Jaccard")]
-    for method in dict.fromkeys(result["method"] for result in results):
-        own = [result for result in results if result["method"] == method]
-        cells = []
-        for key in ("test/dice", "test/jaccard"):
-            values = [result[key] for result in own]
-            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}")
-        rows.append((method, str(len(own)), *cells))
-    return _aligned(rows, markdown)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], markdown: bool) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    ]
-    rule = ["-" * width for width in widths]
-    if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in [lines[0], rule, *lines[1:]])
-    rule = [dashes if column == 0 else dashes[:-1] + ":" for column, dashes in enumerate(rule)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
-
-
-def _table_row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    def shown(key: str, form: str, scale: float = 1.0) -> str:
-        value = result.get(key)
-        return "–" if value is None else format(value * scale, form)
-
-    dice = shown("test/dice", ".3f")
-    if dice != "–":
-        dice += f" [{shown('test/dice_low', '.3f')}, {shown('test/dice_high', '.3f')}]"
-    return (
-        str(result.get("method", "–")),
-        dice,
-        shown("test/jaccard", ".3f"),
-        shown("test/sensitivity", ".3f"),
-        shown("test/specificity", ".3f"),
-        shown("noise_rate", ".1%"),
-        shown("steps", ".0f"),
-        shown("seconds", ".1f", 1 / 60),
-    )
-
-
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
 
 
-def _axes(figure, left: float, top: float, width: float, height: float):
+def _axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
     """Axes at a place in inches, measured from the figure's top left corner."""
     whole_width, whole_height = figure.get_size_inches()
     return figure.add_axes(
@@ -288,7 +289,9 @@ def _axes(figure, left: float, top: float, width: float, height: float):
     )
 
 
-def _sheet(rows: int, titles: Sequence[str], caption: str = "", above: float = 0.0):
+def _sheet(
+    rows: int, titles: Sequence[str], caption: str = "", above: float = 0.0
+) -> tuple["Figure", list[list["Axes"]]]:
     """A figure of rows × len(titles) square tiles, titles over the first row; `above` them inches left free."""
     top = _MARGIN + above + (_TITLE if caption else 0) + _TITLE
     across, down = _TILE + _GAP, _TILE + _NOTE + _GAP
@@ -307,7 +310,7 @@ def _sheet(rows: int, titles: Sequence[str], caption: str = "", above: float = 0
     return figure, grid
 
 
-def _contour(axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
+def _contour(axes: "Axes", mask: np.ndarray, colour: str, width: float = 1.3) -> None:
     """Outline the foreground of class ids (H, W), and grey out what is ignored."""
     from matplotlib.patheffects import withStroke
 
@@ -320,13 +323,13 @@ def _contour(axes, mask: np.ndarray, colour: str, width: float = 1.3) -> None:
         lines.set_path_effects([withStroke(linewidth=width + 1, foreground="#00000090")])
 
 
-def _fill(axes, region: np.ndarray, colour: str) -> None:
+def _fill(axes: "Axes", region: np.ndarray, colour: str) -> None:
     from matplotlib.colors import to_rgba
 
     axes.imshow(region[..., None] * np.array(to_rgba(colour, 0.45)), interpolation="nearest")
 
 
-def _note(axes, text: str) -> None:
+def _note(axes: "Axes", text: str) -> None:
     """A small line under a tile."""
     axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=6.5, color="#555555")
 
@@ -340,7 +343,7 @@ def _legend_width(runs: Iterable[str]) -> float:
     return 0.5 + 0.065 * (7 + max((len(name) for name in runs), default=0))
 
 
-def _draw_curves(figure, runs: Mapping[str, Sequence[Mapping[str, Any]]], colour: Mapping[str, str]) -> None:
+def _draw_curves(figure: "Figure", runs: Mapping[str, Sequence[Mapping[str, Any]]], colour: Mapping[str, str]) -> None:
     """Fill the top of the figure, legend to the right in the order of the last values."""
     width = figure.get_size_inches()[0] - _CURVE_LEFT - _legend_width(runs)
     axes = _axes(figure, _CURVE_LEFT, _MARGIN, width, _CURVE_HEIGHT)
@@ -360,7 +363,7 @@ def _draw_curves(figure, runs: Mapping[str, Sequence[Mapping[str, Any]]], colour
         axes.legend(labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7.5, handlelength=1.4)
 
 
-def _style(axes) -> None:
+def _style(axes: "Axes") -> None:
     axes.tick_params(labelsize=7, colors="#444444", length=2.5)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -372,7 +375,7 @@ def _pictures(images: Tensor) -> np.ndarray:
     return images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _pixels(figure) -> np.ndarray:
+def _pixels(figure: "Figure") -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.evaluation.report import (
+from distseg.pages.figures import (
+    bar_chart,
     comparison_figure,
     contact_sheet,
     curves,
     line_charts,
     panel,
-    results_table,
     save_png,
 )
 
@@ -174,43 +174,8 @@ def test_png_round_trip_leaves_nothing_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-RESULTS = [
-    {
-        "method": "pixel_reweight",
-        "test/dice": 0.7664,
-        "test/dice_low": 0.75,
-        "test/dice_high": 0.78,
-        "test/jaccard": 0.65,
-        "test/sensitivity": 0.8,
-        "test/specificity": 0.975,
-        "noise_rate": 0.1123,
-        "steps": 1090,
-        "seconds": 702.0,
-    },
-    {"method": "oracle", "test/dice": None},
-]
-
-
-def test_results_table_for_a_terminal():
-    assert results_table(RESULTS).splitlines() == [
-        "method              test Dice [95 %]  Jaccard  sensitivity  specificity  noise rate  steps  minutes",
-        "--------------  --------------------  -------  -----------  -----------  ----------  -----  -------",
-        "pixel_reweight  0.766 [0.750, 0.780]    0.650        0.800        0.975       11.2%   1090     11.7",
-        "oracle                             –        –            –            –           –      –        –",
-    ]
-
-
-def test_results_table_in_markdown():
-    header, rule, row, _ = results_table(RESULTS, markdown=True).splitlines()
-
-    assert [cell.strip() for cell in header.strip("|").split("|")][:2] == ["method", "test Dice [95 %]"]
-    assert [cell.strip().endswith("-:") for cell in rule.strip("|").split("|")] == [False] + [True] * 7
-    assert "| 0.766 [0.750, 0.780] |" in row
-    assert len({len(line) for line in (header, rule, row)}) == 1
-
-
 def test_the_module_imports_without_matplotlib():
-    code = "import sys, distseg.evaluation.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, distseg.pages.figures; sys.exit('matplotlib' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -226,3 +191,39 @@ def test_contact_sheet_has_a_column_a_level_and_draws_each_levels_contour():
     yellow = [np.argwhere((picture[top:bottom, left:right] == (240, 228, 66)).all(axis=2)) for left, right in columns]
     assert len(yellow[0]) == 0
     assert 0 < yellow[1].mean() < (bottom - top) / 2 < yellow[2].mean()
+
+
+NAMES = ["$\\frac{$", "_private", "a_b^c", "<b>&amp;</b>", "模型", "100 % \\alpha"]
+
+
+def test_names_are_drawn_as_they_are():
+    """As mathematics the first is a parse error, and the last ones would be drawn as something else."""
+    from matplotlib import rc_context
+
+    series = {name: [(1.0, 0.5, 0.1), (2.0, 0.6, 0.1)] for name in NAMES}
+    words = {name: [(name, 0.5, 0.1)] for name in NAMES}
+    images, noisy, true = samples(1)
+    with rc_context({"text.usetex": True}):  # a user's matplotlibrc
+        line_charts({NAMES[0]: series}, NAMES[0], NAMES[0])
+        line_charts({NAMES[0]: words}, NAMES[0], NAMES[0])
+        bar_chart(dict.fromkeys(NAMES, 1.0), NAMES[0])
+        curves({name: [{"step": 1, "val/dice": 0.5}] for name in NAMES})
+        panel(images, noisy, true, torch.rand(1, SIDE, SIDE), true.float(), caption=NAMES[0])
+        contact_sheet([np.zeros((SIDE, SIDE, 3), np.uint8)], [true[0].numpy()], {NAMES[0]: [true[0].numpy()]})
+        comparison_figure({}, images, noisy, true, {NAMES[0]: true > 0})
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    wide = line_charts({"K": {"_private": [(1.0, 0.5, 0.0)]}}, "x", "y")
+    legend = wide[:, 425:]  # right of the chart
+    assert has_colour(legend, (0x00, 0x72, 0xB2))
+
+
+def test_a_logarithmic_axis_sets_factors_of_two_apart_evenly():
+    places = [1.0, 2.0, 4.0, 8.0]
+    chart = line_charts({"": {"m": [(x, 0.5, 0.0) for x in places]}}, "x", "y", log_x=True)[:, :418]
+    columns = np.flatnonzero((np.abs(chart.astype(int) - (0x00, 0x72, 0xB2)).sum(axis=2) < 12).sum(axis=0) >= 5)
+    markers = np.split(columns, np.flatnonzero(np.diff(columns) > 3) + 1)
+    steps = np.diff([group.mean() for group in markers])
+    assert len(markers) == 4
+    assert steps == pytest.approx([steps.mean()] * 3, abs=1.5)

@@ -1,23 +1,18 @@
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from distseg.cli import train
 from distseg.errors import BadFileError, UserError
-
-SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
 
 @pytest.fixture
 def entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location("launch_train", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
     config = tmp_path / "c.yaml"
     config.write_text("name: x\ndata: {root: /data}\ntrain: {steps: 1}\n")
     monkeypatch.setattr("sys.argv", ["train.py", "--config", str(config)])
-    return module
+    return train
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])

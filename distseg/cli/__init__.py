@@ -1,0 +1,1 @@
+"""The commands, one module each; `distseg COMMAND` and the files of `launch/` call them."""

@@ -1,0 +1,140 @@
+"""Train one experiment.
+
+    deepspeed launch/train.py --config configs/isic2017.yaml data.root=PATH [section.key=value …] [--resume [auto]]
+    python launch/train.py --config …                 # the same as one process
+
+Exit codes: 0 done; 2 bad config or data, one line on stderr; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint, so
+submit it again; 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell_error
+from distseg.config.load import load_config
+from distseg.config.schema import Config
+from distseg.distributed.ending import leave
+from distseg.errors import BadFileError, StorageError, UserError
+
+if TYPE_CHECKING:
+    from distseg.distributed.watchdog import Watchdog
+    from distseg.distributed.runtime import Runtime
+
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: not done, and no fault of the run's."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Train; returns the exit code. The process must then end by `leave`."""
+    arguments = parse_arguments(argv, prog)
+    try:
+        return run(load_config(arguments.config, arguments.overrides), arguments)
+    except UserError as error:
+        # All ranks meet the same bad config, and one of them tells it.
+        if _is_first_rank() or isinstance(error, BadFileError):
+            tell_error(error)
+        return 2
+    except KeyboardInterrupt:
+        if _is_first_rank():
+            print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except OSError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def run(config: Config, arguments: argparse.Namespace) -> int:
+    """Join the other ranks, train, and take leave of them; returns the exit code."""
+    # Late, so that a wrong key is told at once and not after the seconds that torch and DeepSpeed take to import.
+    from distseg.distributed.collectives import FailedElsewhere
+    from distseg.distributed.watchdog import Watchdog
+    from distseg.distributed.runtime import set_arithmetic, start_runtime, stop_runtime
+    from distseg.training.guard import Diverged
+    from distseg.training.trainer import NotSaved, Preempted
+
+    set_arithmetic(config.train.deterministic, config.train.tf32)
+    runtime = start_runtime()
+    watchdog = Watchdog(runtime.shard)
+    code = 1
+    try:
+        train(config, arguments, runtime, watchdog)
+        code = 0
+    except FailedElsewhere:
+        code = 2
+    except UserError:
+        code = 2
+        raise
+    except Preempted as stop:
+        code = PREEMPTED
+        if runtime.is_main:
+            print(f"{config.name}: {stop}", file=sys.stderr)
+    except (Diverged, NotSaved, StorageError) as error:
+        if runtime.is_main or isinstance(error, StorageError):
+            tell_error(error)
+    except RuntimeError:
+        if not watchdog.other_rank_ended():  # a collective that another rank has left fails here, too
+            raise
+        code = watchdog.exit_code
+    finally:
+        watchdog.close(0 if code == PREEMPTED else code)
+        stop_runtime()
+    return code
+
+
+def train(config: Config, arguments: argparse.Namespace, runtime: "Runtime", watchdog: "Watchdog") -> None:
+    """Train the run of this config, or rehearse it, and print the outcome on the main rank."""
+    from distseg.distributed.collectives import main_rank_first
+    from distseg.training.trainer import Trainer, earlier_result
+
+    if arguments.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            plan = Trainer(config, Path(folder), runtime).rehearse()
+        if runtime.is_main:
+            say(plan)
+        return
+    folder = arguments.runs_dir / config.name
+    result = main_rank_first(lambda: earlier_result(config, folder, arguments.resume), runtime.device)
+    if result is None:
+        result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
+    if runtime.is_main:
+        say_in_passing(f"{config.name}: test Dice {result['test/dice']:.3f}; {folder / 'result.json'}")
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file of configs/")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs/<name>/ go")
+    parser.add_argument(
+        "--resume", choices=("auto", "always"), metavar="auto",
+        help="continue the run of this name from its last checkpoint; `auto` starts it if there is none",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="build everything, make one step, keep nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    # `--resume` alone must not take the override after it for its value, as an optional value of argparse would.
+    given: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if word == "auto" and given[-1:] == ["--resume=always"]:
+            given[-1] = "--resume=auto"
+        else:
+            given.append("--resume=always" if word == "--resume" else word)
+    return parser.parse_intermixed_args(given)
+
+
+def _is_first_rank() -> bool:
+    # Under srun a rank has no RANK before it starts.
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+if __name__ == "__main__":
+    leave(run_command(main))

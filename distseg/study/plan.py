@@ -1,0 +1,291 @@
+"""The plan of a study: methods × noise levels × clean counts × grids × seeds over one base config.
+
+The files of `configs/experiments/` are of this kind. A grid is a list of values for a key of the config:
+
+    methods:
+      finetune: []                                    # section.key=value of this method
+      pixel_reweight:
+        settings: [method.clean_phase=0.3]
+        grid: {optim.lr: [8e-3, 1.6e-2, 3.2e-2]}      # in place of the study's values for this key
+    grid:
+      optim.lr: [2e-3, 4e-3, 8e-3]
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from distseg.config.load import config_hash, first_problem, load_config
+from distseg.config.schema import Config
+from distseg.data.noise.config import NoiseConfig
+from distseg.data.noise.none import NoNoise
+from distseg.errors import UserError
+from distseg.section import Count, Section
+
+ANY = "any"
+"""The noise level or clean count of a run that does not depend on it, and stands for all of them."""
+
+_AXES = ("data.clean_count", "data.noise", "tracking")
+"""Keys that a grid may not vary: the study has its own axes for them, or they change no result."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=64)]
+GridValue = str | int | float | bool
+Grid = dict[str, Annotated[tuple[GridValue, ...], Field(min_length=1)]]
+
+
+def _grid_is_of_keys(grid: Grid) -> Grid:
+    for key, values in grid.items():
+        if not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
+            raise ValueError(f"{key}: is no key of the config; write section.key, for instance optim.lr")
+        if any(key == axis or key.startswith(f"{axis}.") for axis in _AXES):
+            raise ValueError(f"{key}: cannot be in a grid; noise, clean_counts and seeds are axes of their own")
+        if len({repr(value) for value in values}) < len(values):
+            raise ValueError(f"{key}: one of the values is there twice")
+    return grid
+
+
+class StudyMethod(Section):
+    """A method of the study; a list in its place holds the settings alone."""
+
+    settings: tuple[str, ...] = ()
+    """`section.key=value`, for instance the method's own learning rate."""
+    grid: Grid = Field(default_factory=dict)
+    """Values of keys, tried in every combination; in place of the study's grid for the same keys."""
+
+    _keys = field_validator("grid")(_grid_is_of_keys)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_settings(cls, value: Any) -> Any:
+        return {"settings": value} if isinstance(value, list | tuple) else value
+
+
+class StudyConfig(Section):
+    name: Name
+    base: Path
+    """The config that every run starts from, relative to this file."""
+    settings: tuple[str, ...] = ()
+    """`section.key=value` for every run."""
+    methods: Annotated[dict[Label, StudyMethod], Field(min_length=1)]
+    """What is compared. The label is the method's name, or that of a variant which sets method.name itself."""
+    champion: str | None = None
+    """The method that the report compares with each other one."""
+    noise: Annotated[tuple[NoiseConfig, ...], Field(min_length=1)]
+    """The noise levels. The masks are drawn anew for every seed."""
+    clean_counts: Annotated[tuple[Count, ...], Field(min_length=1)]
+    grid: Grid = Field(default_factory=dict)
+    """Values of keys, tried in every combination by every method."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
+    ranks: Count = 1
+    """Processes of each run."""
+
+    _keys = field_validator("grid")(_grid_is_of_keys)
+
+    @field_validator("noise", "clean_counts", "seeds")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len({repr(value) for value in values}) < len(values):
+            raise ValueError("one of them is there twice")
+        return values
+
+    @model_validator(mode="after")
+    def _champion_takes_part(self) -> Self:
+        if self.champion is not None and self.champion not in self.methods:
+            raise ValueError(f"champion {self.champion}: is none of methods ({', '.join(self.methods)})")
+        return self
+
+    def points(self, method: str) -> Iterator[dict[str, GridValue]]:
+        """The points of the grid that a method is tried at: one value for each key; a single empty one without grid."""
+        grid = self.grid | self.methods[method].grid
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    method: str
+    noise: str
+    """The level as papers write it, or `any`."""
+    clean_count: int | str
+    """K, or `any`."""
+    seed: int
+    config: Config
+    grid: Mapping[str, str] = field(default_factory=dict)
+    """The run's point of the grid: key → value as text."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What the run is called in the tracker's columns."""
+        place = {"method": self.method, "noise": self.noise, "clean_count": str(self.clean_count)}
+        return place | dict(self.grid) | {"seed": str(self.seed)}
+
+
+class PlannedRun(Section):
+    """A run as plan.json names it: its place in the study."""
+
+    name: Name
+    method: Label
+    noise: Label
+    clean_count: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,17}|any)$")]
+    grid: dict[Label, Label] = Field(default_factory=dict)
+    seed: Annotated[str, Field(pattern=r"^[0-9]{1,19}$")]
+
+
+class Plan(Section):
+    """plan.json: what a study consists of, as a report needs it. It may come from anybody's tracking server."""
+
+    name: Name
+    methods: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1000)]
+    champion: Label | None = None
+    noise: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
+    clean_counts: Annotated[tuple[Count, ...], Field(min_length=1, max_length=100)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
+    runs: Annotated[tuple[PlannedRun, ...], Field(validation_alias=AliasChoices("runs", "children"))]
+    """`children` in studies of distseg 0.1.0."""
+
+    @property
+    def grid_keys(self) -> tuple[str, ...]:
+        """The keys of all grids, in the order of the runs."""
+        return tuple(dict.fromkeys(key for run in self.runs for key in run.grid))
+
+
+def load_study(path: Path, overrides: list[str] | None = None) -> tuple[StudyConfig, list[StudyRun]]:
+    """The study of `path` and its runs, in the order in which they are made; `overrides` act on every run.
+
+    Seeds come first and methods last, so that a study that is cut off has whole comparisons. A method that looks at no
+    noisy mask runs once for all noise levels, and one without a clean stream once for all clean counts: its noisy
+    stream lacks the images of the smallest K. Raises UserError, one line, for what is wrong.
+    """
+    study = _read(path)
+    configs = [
+        (label, point, _config_of(path, study, overrides or [], label, point))
+        for label in study.methods
+        for point in study.points(label)
+    ]
+    runs: dict[str, StudyRun] = {}
+    for seed in study.seeds:
+        for noise in study.noise:
+            for clean_count in study.clean_counts:
+                for label, point, config in configs:
+                    run = _run(label, point, config, noise, clean_count, min(study.clean_counts), seed)
+                    runs.setdefault(run.name, run)
+    return study, list(runs.values())
+
+
+def plan_json(study: StudyConfig, runs: list[StudyRun]) -> str:
+    """The text of plan.json; `parse_plan` reads it back."""
+    rows = [
+        PlannedRun(
+            name=run.name,
+            method=run.method,
+            noise=run.noise,
+            clean_count=str(run.clean_count),
+            grid=dict(run.grid),
+            seed=str(run.seed),
+        )
+        for run in runs
+    ]
+    plan = {
+        "name": study.name,
+        "methods": list(study.methods),
+        "champion": study.champion,
+        "noise": [noise.level for noise in study.noise],
+        "clean_counts": list(study.clean_counts),
+        "seeds": list(study.seeds),
+        "runs": [row.model_dump() for row in rows],
+    }
+    return json.dumps(plan, indent=2) + "\n"
+
+
+def parse_plan(text: str, source: str) -> Plan:
+    """Check the text of a plan.json that comes from `source`. Raises UserError, one line that names the key."""
+    mend = "run launch/sweep.py on its study file again, which writes it anew"
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"plan.json of {source}: {first_problem(error, Plan)}; {mend}") from None
+
+
+def _read(path: Path) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+    except FileNotFoundError:
+        raise UserError(f"study {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"study {path}: cannot be read: {error}") from None
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"study {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise UserError(f"study {path}: {first_problem(error, StudyConfig)}") from None
+
+
+def _config_of(
+    path: Path, study: StudyConfig, overrides: list[str], label: str, point: Mapping[str, GridValue]
+) -> Config:
+    """What the runs of one method at one point of its grid share."""
+    for source, items in (("", overrides), (f"methods.{label}: ", study.methods[label].settings)):
+        if taken := [item for item in items if item.partition("=")[0] in point]:
+            key = taken[0].partition("=")[0]
+            raise UserError(f"study {path}: {source}{taken[0]}: the grid varies {key}; remove one of the two")
+    # JSON's scalars are YAML's, and a text in quotes stays a text.
+    chosen = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+    settings = [*study.settings, *study.methods[label].settings, *chosen, *overrides]
+    if not any(item.startswith("method.name=") for item in settings):
+        settings.append(f"method.name={label}")
+    try:
+        return load_config(path.parent / study.base, [*settings, "name=run"])
+    except UserError as error:
+        raise UserError(f"study {path}: methods.{label}: {error}") from None
+
+
+def _run(
+    label: str,
+    point: Mapping[str, GridValue],
+    config: Config,
+    noise: NoiseConfig,
+    clean_count: int,
+    fewest: int,
+    seed: int,
+) -> StudyRun:
+    method = config.method
+    level = noise if method.needs_noisy else NoNoise()
+    count = clean_count if method.needs_clean else fewest
+    data = config.data.model_copy(
+        update={"noise": level.model_copy(update={"seed": seed if method.needs_noisy else 0}), "clean_count": count}
+    )
+    config = config.model_copy(update={"data": data, "seed": seed})
+    noise_name = level.level if method.needs_noisy else ANY
+    count_name = count if method.needs_clean else ANY
+    grid = {key: _text(value) for key, value in point.items()}
+    variant = "-".join([label, *(f"{key.rpartition('.')[2]}{value}" for key, value in grid.items())])
+    readable = f"{variant}-{noise_name}-k{count_name}-s{seed}".replace(", ", "_").replace(")", "")
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", readable).lstrip("._-")
+    name = f"{safe[:160]}-{config_hash(config)}"
+    try:
+        config = Config.model_validate(config.model_dump() | {"name": name})
+    except ValidationError as error:
+        raise UserError(f"run {name}: {first_problem(error)}") from None
+    return StudyRun(label, noise_name, count_name, seed, config, grid)
+
+
+def _text(value: GridValue) -> str:
+    """A value of a grid as names and tables have it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

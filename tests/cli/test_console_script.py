@@ -1,0 +1,135 @@
+"""`distseg COMMAND`: what it costs to ask for help, and how a command ends that nobody listens to any more."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distseg.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+DISTSEG = [sys.executable, "-m", "distseg.cli.main"]
+HEAVY = {"torch", "mlflow", "deepspeed", "matplotlib", "triton"}
+CONFIG = """
+name: run
+data: {image_size: 32, clean_count: 4, pipeline: torch}
+model: {width: 4, depth: 1}
+train: {steps: 3, batch_size: 2, clean_batch_size: 2}
+tracking: {mlflow: false}
+"""
+
+
+def call(*words: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "cwd": ROOT, "env": environment} | options
+    return subprocess.run(words, text=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=lambda words: " ".join(words) or "all")
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from distseg.cli.main import main\n"
+        "try:\n"
+        f"    main({[*words, '--help']})\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        f"print('heavy:', *sorted({HEAVY} & set(sys.modules)))\n"
+    )
+    done = call(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: distseg")
+    assert done.stdout.splitlines()[-1] == "heavy:"
+    assert all(name in done.stdout for name in (words or COMMANDS))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_file_in_launch_is_the_same_command(name: str) -> None:
+    console, launch = call(*DISTSEG, name, "--help"), call(sys.executable, f"launch/{name}.py", "--help")
+    assert launch.returncode == console.returncode == 0
+    usage = " ".join(console.stdout.split())
+    assert " ".join(launch.stdout.split()) == usage.replace(f"distseg {name}", f"{name}.py", 1)
+
+
+def test_an_unknown_command_is_told_with_the_known_ones() -> None:
+    done = call(*DISTSEG, "trian")
+    assert done.returncode == 2
+    assert "'train'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sweep", "configs/experiments/isic2017.yaml", "data.root=/data", "--list"],
+        ["prepare", "--config", "CONFIG", "data.root=DATA"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_reader_that_has_gone_is_no_error(words: list[str], drawn_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    words = [word.replace("CONFIG", str(tmp_path / "c.yaml")).replace("DATA", str(drawn_data)) for word in words]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        done = call(*DISTSEG, *words, stdout=pipe, stderr=subprocess.PIPE, capture_output=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_results_that_go_to_a_full_device_end_in_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        words = ["sweep", "configs/experiments/paper.yaml", "data.root=/data", "--list"]
+        done = call(*DISTSEG, *words, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+def test_a_run_whose_result_is_written_ends_well_whoever_listens(drawn_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    words = ["train", "--config", str(tmp_path / "c.yaml"), f"data.root={drawn_data}", "--runs-dir", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        done = call(*DISTSEG, *words, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "result.json").exists()
+    assert "warning: standard output: No space left on device" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_in_a_training_is_one_line(drawn_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("steps: 3", "steps: 100000"))
+    words = ["train", "--config", str(tmp_path / "c.yaml"), f"data.root={drawn_data}", "--runs-dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    log = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen([*DISTSEG, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == "interrupted; --resume continues from the last checkpoint"
+    assert "Traceback" not in told
+
+
+def test_ctrl_c_in_another_command_is_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.yaml")  # the command waits in reading it
+    words = ["prepare", "--config", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(
+        [*DISTSEG, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    descriptor = os.open(tmp_path / "c.yaml", os.O_WRONLY)  # returns once the command reads
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    os.close(descriptor)
+    assert (process.returncode, told) == (130, "interrupted\n")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    study = ["configs/experiments/paper.yaml", "data.root=/data", "--runs-dir", str(tmp_path / "runs")]
+    done = call(*DISTSEG, "sweep", *study)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and str(tmp_path / "runs") in line
