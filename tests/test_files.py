@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distseg.errors import StorageError
-from distseg.pages.figures import save_png
 from distseg.files import open_regular, read_regular, remove_parts, write_atomically, written_atomically
+from distseg.pages.figures import save_png
 from distseg.tracking.jsonl import JsonlLog, read
 
 

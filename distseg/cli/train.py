@@ -23,8 +23,8 @@ from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, StorageError, UserError
 
 if TYPE_CHECKING:
-    from distseg.distributed.watchdog import Watchdog
     from distseg.distributed.runtime import Runtime
+    from distseg.distributed.watchdog import Watchdog
 
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: not done, and no fault of the run's."""
@@ -55,8 +55,8 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     """Join the other ranks, train, and take leave of them; returns the exit code."""
     # Late, so that a wrong key is told at once and not after the seconds that torch and DeepSpeed take to import.
     from distseg.distributed.collectives import FailedElsewhere
-    from distseg.distributed.watchdog import Watchdog
     from distseg.distributed.runtime import set_arithmetic, start_runtime, stop_runtime
+    from distseg.distributed.watchdog import Watchdog
     from distseg.training.guard import Diverged
     from distseg.training.trainer import NotSaved, Preempted
 

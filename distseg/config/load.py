@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -129,7 +129,7 @@ def _place(location: tuple[str | int, ...], root: type[BaseModel]) -> tuple[list
     pydantic names the chosen member of a union in between, which is no key; numbers count the items of a list.
     """
     path: list[str] = []
-    section, inside = root, root
+    section, inside = root, cast(Any, root)
     for part in location:
         if isinstance(part, int):
             path.append(str(part))

@@ -66,7 +66,8 @@ class MethodConfig(Section):
             )
         if not phases.takes_noisy and self.labels.kind != "drawn":
             raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set labels.kind=drawn")
-        if phases.kind == "noisy" and phases.warm_up and not self._has_a_main_phase:
+        main_phase_differs = weighting.kind != "uniform" or self.labels.kind != "drawn"
+        if phases.kind == "noisy" and phases.warm_up and not (main_phase_differs or phases.include_clean):
             raise ValueError(
                 f"warm_up {phases.warm_up}: nothing would change after it; set phases.warm_up=0, or weights, labels or "
                 "clean images for the steps after it"
@@ -76,10 +77,6 @@ class MethodConfig(Section):
                 "loss t_loss: takes one weight an image; set weighting.kind=uniform or weighting.granularity=image"
             )
         return self
-
-    @property
-    def _has_a_main_phase(self) -> bool:
-        return self.weighting.kind != "uniform" or self.labels.kind != "drawn" or self.phases.include_clean
 
     @property
     def needs_clean(self) -> bool:

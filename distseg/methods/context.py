@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
 from distseg.meta.estimators import BeginSum, SumOverRanks
@@ -15,7 +16,7 @@ from distseg.meta.placement import Placement
 
 
 class OpenStream(Protocol):
-    def __call__(self, name: str, samples: Sequence[Sample], labels: str, batch_size: int) -> Stream: ...
+    def __call__(self, name: str, samples: Sequence[Sample], labels: Labels, batch_size: int) -> Stream: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Context:
         """(B, C, H, W) of images (B, 3, H, W): the network as it is, with no side effects."""
         return StatelessNetwork(self.model, self.placement)(self.placement.trainable(), images)
 
-    def _stream(self, name: str, samples: Sequence[Sample], labels: str, size: int) -> Stream:
+    def _stream(self, name: str, samples: Sequence[Sample], labels: Labels, size: int) -> Stream:
         if (name, size) not in self._streams:
             self._streams[name, size] = self.open_stream(name, samples, labels, size)
         return self._streams[name, size]

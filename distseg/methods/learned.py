@@ -2,22 +2,25 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+LearnedModule = TypeVar("LearnedModule", bound=nn.Module)
 
-class Learned:
+
+class Learned(Generic[LearnedModule]):
     """A small module under Adam (Kingma and Ba 2015): fed with the same gradients, every rank makes the same step."""
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(self, module: LearnedModule, lr: float, weight_decay: float = 0.0) -> None:
         self.module = module
         self.optimizer = torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         for parameter in module.parameters():  # from zero, so that the state is whole before the first step
             slots = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = slots | {"step": torch.zeros((), device=parameter.device)}
 
-    def stepped(self, gradients: Sequence[Tensor], lr: float | None = None) -> "Learned":
+    def stepped(self, gradients: Sequence[Tensor], lr: float | None = None) -> "Learned[LearnedModule]":
         """A copy that is one update further; at the rate `lr`, if it is given."""
         ahead = copy.deepcopy(self)
         for parameter, gradient in zip(ahead.module.parameters(), gradients, strict=True):
@@ -28,7 +31,7 @@ class Learned:
         ahead.optimizer.zero_grad()
         return ahead
 
-    def adopt(self, ahead: "Learned", unless: Tensor) -> None:
+    def adopt(self, ahead: "Learned[LearnedModule]", unless: Tensor) -> None:
         """Become `ahead`, unless the scalar `unless` is true or some of it is not finite. The host does not wait."""
         new = ahead.state_dict()
         finite = torch.stack([value.isfinite().all() for value in new.values()]).all()

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from distseg.data.batch import Batch
-from distseg.meta.estimators import LabelledImages, SumOverRanks
+from distseg.meta.estimators import SumOverRanks
 from distseg.meta.weights import WeightMap, joined, uniform_weights
 from distseg.methods.config import MethodConfig
 from distseg.methods.context import Context
 from distseg.methods.part import LabelModel, Loss, Part, Weighed, Weighting
 from distseg.methods.phases import Phases
-from distseg.methods.step import MicroBatch, Step
+from distseg.methods.step import Drawn, MicroBatch, Step
 
 
 def build_method(config: MethodConfig, context: Context) -> "Method":
@@ -46,27 +46,19 @@ class Method:
         phase = self.phases.at(index)
         noisy, clean = phase.batches(index, self.accumulation)
         model = self.label_model if noisy else None
-        bins = [model.bins(batch.masks) if model else None for batch in noisy]
-        labels: list[Tensor | None] = [None] * len(noisy)
+        drawn = [self._drawn(model, batch, phase.main) for batch in noisy] if model else [None] * self.accumulation
         weighed = None
         if phase.clean_share is None:
-            batches = [_joined(parts) for parts in _side_by_side(noisy, clean)]
+            batches = _joined(noisy, clean)
             maps = self._uniform(batches)
         else:
-            if model and self.logits_of:
-                pairs = zip(noisy, bins, strict=True)
-                labels = [model.labels(self.logits_of(b.images), b.masks, found) for b, found in pairs]
-            weighed = self._weigh(noisy, labels, clean, diagnose)
+            weighed = self._weigh(noisy, drawn, clean, diagnose)
             batches, maps = noisy, weighed.maps
             if phase.clean_share:
-                batches = [_joined(parts) for parts in _side_by_side(noisy, clean)]
+                batches = _joined(noisy, clean)
                 maps = self._beside_clean(noisy, maps, clean, phase.clean_share)
-        micro_batches = [
-            MicroBatch(batch, weights, len(noisy[k].ids), bins[k], labels[k]) if noisy else MicroBatch(batch, weights)
-            for k, (batch, weights) in enumerate(zip(batches, maps, strict=True))
-        ]
         return Step(
-            micro_batches,
+            [MicroBatch(*each) for each in zip(batches, maps, drawn, strict=True)],
             self.loss,
             self.sum_over_ranks,
             weighting=self.weighting,
@@ -87,17 +79,25 @@ class Method:
             each.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def _parts(self) -> list[tuple[str, Part]]:
-        parts = [("weighting", self.weighting), ("loss", self.loss), ("labels", self.label_model)]
-        return [(name, part) for name, part in parts if part is not None]
+        parts: list[tuple[str, Part]] = [("weighting", self.weighting), ("loss", self.loss)]
+        return [*parts, ("labels", self.label_model)] if self.label_model else parts
 
     def _uniform(self, batches: Sequence[Batch]) -> list[WeightMap]:
         return uniform_weights([batch.masks for batch in batches], self.sum_over_ranks, batches[0].images.dtype)
 
+    def _drawn(self, model: LabelModel, batch: Batch, correct: bool) -> Drawn:
+        bins = model.bins(batch.masks)
+        labels = None
+        if correct and self.logits_of:
+            labels = model.labels(self.logits_of(batch.images), batch.masks, bins)
+        return Drawn(len(batch.ids), bins, labels)
+
     def _weigh(
-        self, noisy: Sequence[Batch], labels: Sequence[Tensor | None], clean: Sequence[Batch], diagnose: bool
+        self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool
     ) -> Weighed:
-        labelled: list[LabelledImages] = [
-            (batch.images, batch.masks if known is None else known) for batch, known in zip(noisy, labels, strict=True)
+        labelled = [
+            (batch.images, batch.masks if known is None or known.labels is None else known.labels)
+            for batch, known in zip(noisy, drawn, strict=True)
         ]
         truths = [batch.true_masks for batch in noisy] if diagnose else None
         return self.weighting.weigh(labelled, [(batch.images, batch.masks) for batch in clean], truths)
@@ -113,18 +113,16 @@ class Method:
         ]
 
 
-def _side_by_side(noisy: Sequence[Batch], clean: Sequence[Batch]) -> list[tuple[Batch, ...]]:
-    """Per micro-batch, the batch of each stream that there is."""
-    return list(zip(*(batches for batches in (noisy, clean) if batches), strict=True))
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, in their order."""
-    if len(batches) == 1:
-        return batches[0]
-    return Batch(
-        images=torch.cat([batch.images for batch in batches]),
-        masks=torch.cat([batch.masks for batch in batches]),
-        true_masks=torch.cat([batch.true_masks for batch in batches]),
-        ids=tuple(i for batch in batches for i in batch.ids),
-    )
+def _joined(noisy: Sequence[Batch], clean: Sequence[Batch]) -> list[Batch]:
+    """Micro-batch by micro-batch the images of both streams, the noisy ones first; either stream may be empty."""
+    if not (noisy and clean):
+        return [*noisy, *clean]
+    return [
+        Batch(
+            images=torch.cat([first.images, then.images]),
+            masks=torch.cat([first.masks, then.masks]),
+            true_masks=torch.cat([first.true_masks, then.true_masks]),
+            ids=(*first.ids, *then.ids),
+        )
+        for first, then in zip(noisy, clean, strict=True)
+    ]

@@ -14,6 +14,17 @@ from distseg.ops import valid_pixels
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The noisy images of a micro-batch, which come first in it, for a label model."""
+
+    count: int
+    bins: Tensor
+    """(count, H, W) of their masks: `LabelModel.bins`."""
+    labels: Tensor | None = None
+    """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """This rank's images of one forward pass, the noisy ones first, and the weights of their pixels."""
 
@@ -21,12 +32,8 @@ class MicroBatch:
     """Its masks are as drawn."""
     weights: WeightMap
     """The weights of a step sum to 1 over micro-batches and ranks."""
-    noisy: int = 0
-    """How many of the images are noisy ones, whose labels a label model may correct."""
-    bins: Tensor | None = None
-    """Of the noisy ones' drawn masks; None without a label model."""
-    labels: Tensor | None = None
-    """Of the noisy ones, where they had to be known before the pass; None where they follow from its logits."""
+    drawn: Drawn | None = None
+    """What a label model may correct; None where there is none, or no noisy image."""
 
 
 class Step:
@@ -59,7 +66,9 @@ class Step:
         The factor goes into the weights, which spares the gradient of the loss a pass.
         """
         micro = self.micro_batches[index]
-        labels = self._labels(index, logits.detach()) if self._label_model and micro.noisy else micro.batch.masks
+        labels = micro.batch.masks
+        if self._label_model and micro.drawn:
+            labels = self._labels(index, self._label_model, micro.batch, micro.drawn, logits.detach())
         loss, evidence = self._loss.terms(logits, labels, micro.weights.times(scale))
         if evidence is not None:
             self._loss_evidence[index] = evidence / scale
@@ -92,18 +101,19 @@ class Step:
         sums = iter(self._sum_over_ranks(torch.cat(own)).split([len(each) for each in own]) if own else ())
         return [next(sums) if vectors else None for vectors in found]
 
-    def _labels(self, index: int, logits: Tensor) -> Tensor:
+    def _labels(self, index: int, model: LabelModel, batch: Batch, drawn: Drawn, logits: Tensor) -> Tensor:
         """What to learn from, (B, H, W): the noisy images' labels by the label model, the clean ones' as they are."""
-        micro, model = self.micro_batches[index], self._label_model
-        logits, drawn = logits[: micro.noisy], micro.batch.masks[: micro.noisy]
-        self._label_evidence[index] = model.evidence(logits, drawn, micro.bins)
+        masks, rest = batch.masks[: drawn.count], batch.masks[drawn.count :]
+        self._label_evidence[index] = model.evidence(logits[: drawn.count], masks, drawn.bins)
         if not self._correct:
-            labels = drawn
+            labels = masks
+        elif drawn.labels is not None:
+            labels = drawn.labels
         else:
-            labels = model.labels(logits, drawn, micro.bins) if micro.labels is None else micro.labels
+            labels = model.labels(logits[: drawn.count], masks, drawn.bins)
         if self._diagnose:
-            self._wrong[index] = _wrong_pixels(drawn, labels, micro.batch.true_masks[: micro.noisy])
-        return torch.cat([labels, micro.batch.masks[micro.noisy :]])
+            self._wrong[index] = _wrong_pixels(masks, labels, batch.true_masks[: drawn.count])
+        return torch.cat([labels, rest])
 
 
 def _wrong_pixels(drawn: Tensor, labels: Tensor, truth: Tensor) -> Tensor:

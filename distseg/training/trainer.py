@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distseg.config.load import changed_keys, dump_config, load_config
 from distseg.config.schema import Config
+from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
@@ -310,7 +311,7 @@ class Trainer:
             recorder.model(self._portable_network)
         return result
 
-    def _open_stream(self, name: str, samples: Sequence[Sample], labels: str, batch_size: int) -> Stream:
+    def _open_stream(self, name: str, samples: Sequence[Sample], labels: Labels, batch_size: int) -> Stream:
         config = self.config
         stream = Stream(
             samples,

@@ -179,8 +179,8 @@ def test_weights_on_corrected_labels_are_those_of_the_corrected_labels(build: Ca
     step, plain = (each.method.begin(1, diagnose=False) for each in (built, drawn))
     changed = 0
     for k, micro in enumerate(step.micro_batches):
-        labels = built.method.label_model.labels(built.network(micro.batch.images), micro.batch.masks, micro.bins)
-        assert torch.equal(micro.labels, labels)
+        labels = built.method.label_model.labels(built.network(micro.batch.images), micro.batch.masks, micro.drawn.bins)
+        assert torch.equal(micro.drawn.labels, labels)
         logits = torch.randn(4, 1, 16, 16)
         torch.testing.assert_close(step.loss(k, logits), weighted_loss(logits, labels, *micro.weights))
         changed += (labels != micro.batch.masks).sum().item()

@@ -35,7 +35,8 @@ class TLoss(Loss):
 
     @property
     def log_nu(self) -> Tensor:
-        return self.learned.module["log_nu"]
+        log_nu: Tensor = self.learned.module["log_nu"]
+        return log_nu
 
     def terms(self, logits: Tensor, labels: Tensor, weights: WeightMap) -> tuple[Tensor, Tensor]:
         """The evidence (1,) is the gradient in log ν."""

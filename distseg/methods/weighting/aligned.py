@@ -42,9 +42,20 @@ class AlignedConfig(Section):
         return self.granularity != "image"
 
     def build(self, context: Context) -> Weighting:
-        options = self.model_dump(exclude={"kind"})
-        reductions = {"sum_over_ranks": context.sum_over_ranks, "begin_sum": context.begin_sum}
-        return Aligned(PixelReweighter(context.model, placement=context.placement, **reductions, **options))
+        reweighter = PixelReweighter(
+            context.model,
+            estimator=self.estimator,
+            granularity=self.granularity,
+            normalise=self.normalise,
+            on_zero=self.on_zero,
+            transform=self.transform,
+            virtual_lr=self.virtual_lr,
+            initial_weight=self.initial_weight,
+            sum_over_ranks=context.sum_over_ranks,
+            begin_sum=context.begin_sum,
+            placement=context.placement,
+        )
+        return Aligned(reweighter)
 
 
 class Aligned(Weighting):

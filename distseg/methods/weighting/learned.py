@@ -71,7 +71,7 @@ class LossWeights(Weighting):
         diagnostics = self._diagnostics(maps, masks, true_masks, hyper) if true_masks is not None else {}
         return Weighed(maps, diagnostics, ahead)
 
-    def learn(self, evidence: Learned, skipped: Tensor, lr: float) -> Diagnostics:
+    def learn(self, evidence: Learned[WeightNet], skipped: Tensor, lr: float) -> Diagnostics:
         self.learned.adopt(evidence, unless=skipped)
         return {}
 
