@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,28 +82,47 @@ def test_two_ranks_train_track_and_report(small: Path, tmp_path: Path, train) ->
     assert "--resume with another config: optim.lr was 0.001, is 0.5" in other.stderr
 
 
-def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path: Path, train) -> None:
-    """As one process; several ranks are in test_faults.py."""
-    arguments = ["--config", str(small), "tracking.mlflow=false", "train.steps=40"]
-    whole = train(0, *arguments, "--runs-dir", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+@pytest.fixture
+def begin(small: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen]]:
+    """Start a run of 40 steps, as one process, in the folder of that name; what still runs at the end is killed."""
+    processes = []
 
-    killed = [*arguments, "--runs-dir", str(tmp_path / "killed")]
-    process = subprocess.Popen(
-        train_command(0, *killed), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    def start(name: str) -> subprocess.Popen:
+        with (tmp_path / f"{name}.stderr").open("w") as errors:
+            processes.append(
+                subprocess.Popen(
+                    train_command(0, *arguments_of(small, tmp_path / name)), cwd=ROOT, env=ENVIRONMENT,
+                    start_new_session=True, stdout=subprocess.DEVNULL, stderr=errors,
+                )
+            )  # fmt: skip
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def arguments_of(config: Path, runs: Path) -> list[str]:
+    return ["--config", str(config), "--runs-dir", str(runs), "tracking.mlflow=false", "train.steps=40"]
+
+
+def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path: Path, begin, train) -> None:
+    """As one process, the whole run beside the other; several ranks are in test_faults.py."""
+    whole, killed = begin("whole"), begin("killed")
     log, deadline = tmp_path / "killed" / "small" / "metrics.jsonl", time.monotonic() + 200
     while not (log.exists() and log.read_text().count("\n") >= 11):
-        assert process.poll() is None, "ended before it could be killed"
+        assert killed.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
     assert not (tmp_path / "killed" / "small" / "result.json").exists(), "finished before it was killed"
 
-    resumed = train(0, *killed, "--resume")
+    resumed = train(0, *arguments_of(small, tmp_path / "killed"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    assert whole.wait(timeout=200) == 0, (tmp_path / "whole.stderr").read_text()
     ends = [tmp_path / run / "small" / "checkpoints" / "step_00000040" for run in ("whole", "killed")]
     for name in sorted(path.name for path in ends[0].glob("*.safetensors")):
         expected, actual = (load_file(end / name) for end in ends)
