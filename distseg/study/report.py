@@ -153,14 +153,16 @@ def _terminal_text(plan: Plan, cells: Sequence[Cell], missing: Sequence[str], pa
 
 
 def _choices(cells: Sequence[Cell]) -> list[str]:
-    """Which point of the grid each method is best at, by validation Dice."""
-    lines = []
+    """For each setting one sentence: which point of the grid each method is best at, by validation Dice."""
+    by_setting: dict[tuple[str, int], list[str]] = {}
     for cell in chosen(cells):
         if cell.grid:
             values = ", ".join(f"{key}={value}" for key, value in cell.grid.items())
-            where = f"{cell.noise}, K = {cell.clean_count}"
-            lines.append(f"best validation Dice at {where}: {cell.method} with {values}, {_rounded(cell.validation)}")
-    return lines
+            best = f"{cell.method} with {values} ({_rounded(cell.validation)})"
+            by_setting.setdefault(cell.setting, []).append(best)
+    return [
+        f"Best by validation Dice at {noise}, K = {k}: {'; '.join(best)}." for (noise, k), best in by_setting.items()
+    ]
 
 
 def _rounded(value: float | None) -> str:

@@ -154,5 +154,5 @@ def test_a_study_without_mlflow_is_reported_from_its_folders(write_study, tmp_pa
     ]  # fmt: skip
     pictures = {path.name for path in (folder / "report").glob("*.png")}
     assert pictures >= {"dice_by_noise.png", "grid_0_optim_lr.png", "cost.png", "weights_0_early.png"}
-    assert "best validation Dice at polygon(3), K = 4: t_loss with optim.lr=" in done.stdout
+    assert "Best by validation Dice at polygon(3), K = 4: t_loss with optim.lr=" in done.stdout
     assert not (folder / "mlflow_run_id").exists() and not list(tmp_path.rglob("mlflow.db"))

@@ -247,8 +247,8 @@ def grid_study() -> Dictionary:
 def test_a_grid_is_an_axis_of_the_report_and_its_points_are_chosen_by_validation(tmp_path: Path) -> None:
     study = grid_study()
     told = write_report(study, "run parent", tmp_path)
-    assert "best validation Dice at box, K = 4: noisy_only with optim.lr=0.01, 0.700" in told
-    assert "best validation Dice at box, K = 4: pixel_reweight with optim.lr=0.1, 0.800" in told
+    best = "noisy_only with optim.lr=0.01 (0.700); pixel_reweight with optim.lr=0.1 (0.800)."
+    assert f"Best by validation Dice at box, K = 4: {best}" in told
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     at = {(row["clean_count"], row["method"], row["optim.lr"]): row for row in rows}
     places = [("4", "noisy_only"), ("8", "noisy_only"), ("4", "pixel_reweight")]
