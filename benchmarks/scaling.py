@@ -37,15 +37,16 @@ from measure import describe_machine, synchronise, take_turns
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
 from distseg.meta import PixelReweighter
 from distseg.meta.weights import uniform_weights
 from distseg.methods.step import Method, WeightedBatch
 from distseg.models.unet import UNet
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import update
@@ -110,17 +111,10 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
     device, world = runtime.device, runtime.shard.world_size
     torch.manual_seed(0)
     model = UNet(options["width"], options["depth"], "group").to(device)
-    config = Config.model_validate(
-        {
-            "name": "scaling",
-            "data": {"root": "."},
-            "train": {"steps": 1, "batch_size": options["batch"]},
-            "deepspeed": {"zero_stage": options["zero_stage"]},
-        }
-    )
+    section = DeepSpeedConfig(zero_stage=options["zero_stage"])
     shadow = shadow_of(model)
-    optimizer, _ = build_optimizer(list(model.parameters()), config.optim)
-    engine = build_engine(model, optimizer, config)
+    optimizer, _ = build_optimizer(list(model.parameters()), OptimConfig())
+    engine = build_engine(model, optimizer, section, batch_size=options["batch"], accumulation=1, precision="fp32")
     reweighter = PixelReweighter(shadow, sum_over_ranks=sum_over_ranks, begin_sum=begin_sum_over_ranks)
     torch.manual_seed(1 + runtime.shard.rank)
 

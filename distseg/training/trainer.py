@@ -114,7 +114,14 @@ class Trainer:
         self.parameter_count = sum(p.numel() for p in self.model.parameters())  # before ZeRO-3 takes them apart
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer, self.optimizer_kind = build_optimizer(parameters, config.optim)
-        self.engine = build_engine(self.model, optimizer, config)
+        self.engine = build_engine(
+            self.model,
+            optimizer,
+            config.deepspeed,
+            batch_size=config.train.batch_size,
+            accumulation=config.train.accumulation,
+            precision=config.train.precision,
+        )
         placement = sharded_parameters(shadow) if config.deepspeed.zero_stage == 3 else None
 
         def reweighter(granularity: str, transform: str = "clamp") -> PixelReweighter:

@@ -56,7 +56,9 @@ def build(config: Config):
     torch.manual_seed(1)
     model = Dropped()
     optimizer, _ = build_optimizer(model.parameters(), config.optim)
-    return build_engine(model, optimizer, config)
+    train = config.train
+    sizes = {"batch_size": train.batch_size, "accumulation": train.accumulation}
+    return build_engine(model, optimizer, config.deepspeed, **sizes, precision=train.precision)
 
 
 def train(engine, config: Config, runtime, steps: range) -> None:

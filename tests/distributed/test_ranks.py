@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.differentiable import gather
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.distributed.shards import ShardedParameters, cut
@@ -28,6 +28,7 @@ from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
 from distseg.methods.step import Method, WeightedBatch
 from distseg.ops import weighted_loss
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import update
@@ -150,19 +151,11 @@ def ranked_model(runtime, dtype: torch.dtype, norm: str) -> nn.Module:
 def engine_for(runtime, stage: int, accumulation: int, dtype: torch.dtype, norm: str):
     """DeepSpeed's engine, the shadow of its module, and where its parameters are."""
     batch_size = GLOBAL_NOISY // (accumulation * runtime.shard.world_size)
-    config = Config.model_validate(
-        {
-            "name": "test",
-            "data": {"root": "."},
-            "train": {"steps": len(ESTIMATORS), "accumulation": accumulation, "batch_size": batch_size},
-            "optim": {"name": "sgd", "momentum": 0.0, "lr": LR},
-            "deepspeed": {"zero_stage": stage},
-        }
-    )
     model = ranked_model(runtime, dtype, norm)
     shadow = shadow_of(model)
-    optimizer, _ = build_optimizer(model.parameters(), config.optim)
-    engine = build_engine(model, optimizer, config)
+    optimizer, _ = build_optimizer(model.parameters(), OptimConfig(name="sgd", momentum=0.0, lr=LR))
+    sizes = {"batch_size": batch_size, "accumulation": accumulation}
+    engine = build_engine(model, optimizer, DeepSpeedConfig(zero_stage=stage), **sizes, precision="fp32")
     return engine, shadow, sharded_parameters(shadow) if stage == 3 else Whole(shadow)
 
 
