@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distseg.data.streams import Batch
-from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.collectives import AllReduce
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
@@ -115,7 +115,7 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
     shadow = shadow_of(model)
     optimizer, _ = build_optimizer(list(model.parameters()), OptimConfig())
     engine = build_engine(model, optimizer, section, batch_size=options["batch"], accumulation=1, precision="fp32")
-    reweighter = PixelReweighter(shadow, sum_over_ranks=sum_over_ranks, begin_sum=begin_sum_over_ranks)
+    reweighter = PixelReweighter(shadow, reduction=AllReduce())
     torch.manual_seed(1 + runtime.shard.rank)
 
     def build_step(kind: str, mode: str) -> Callable[[], None]:
@@ -131,7 +131,7 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
             if kind == "weighted":
                 weights = reweighter.weigh([noisy], [clean])
             else:
-                weights = uniform_weights([noisy[1]], sum_over_ranks, noisy[0].dtype)
+                weights = uniform_weights([noisy[1]], AllReduce(), noisy[0].dtype)
             update(engine, Method(), [WeightedBatch(Batch(*noisy, noisy[1], ()), *weights)], 1e-4, world)
 
         return step

@@ -30,7 +30,7 @@ from measure import describe_machine
 from torch import Tensor, nn
 
 from distseg.data.streams import Batch
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.meta import PixelReweighter
@@ -80,7 +80,7 @@ def measure(
             estimator=estimator,
             virtual_lr=1e-3,
             initial_weight=initial_weight,
-            sum_over_ranks=sum_over_ranks,
+            reduction=AllReduce(sharded=stage == 3),
             placement=sharded_parameters(shadow) if stage == 3 else None,
         )
         torch.manual_seed(1 + runtime.shard.rank)

@@ -11,6 +11,7 @@ from torch import Tensor
 from distseg.meta.estimators import norm
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
+from distseg.meta.reduction import ByFunction, OneProcess
 from distseg.meta.weight_net import Hypergradient, WeightNet, hypergradient
 from distseg.meta.weights import Diagnostics, WeightMap, auroc, detection_histogram
 from distseg.methods.learned import Learned
@@ -40,7 +41,7 @@ class MetaWeightNet(Method):
             [(b.images, b.masks) for b in noisy],
             [(b.images, b.masks) for b in clean],
             self.virtual_lr,
-            self.sum_over_ranks,
+            ByFunction(self.sum_over_ranks),
         )
         self.learned.step(hyper.by_parameter)
         with torch.no_grad():
@@ -62,7 +63,7 @@ class MetaWeightNet(Method):
         masks, truths = [w.batch.masks for w in batches], [w.batch.true_masks for w in batches]
         histogram = self.sum_over_ranks(detection_histogram(hyper.alignments, masks, truths))
         return {
-            "gradient_norm": norm(hyper.clean_gradient),
+            "gradient_norm": norm(hyper.clean_gradient, OneProcess()),
             "mean_weight": mass,
             "effective_fraction": mass.square() / (hyper.count * squares),
             "noise_rate": wrong_count / hyper.count,

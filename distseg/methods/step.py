@@ -11,7 +11,7 @@ from distseg.config.schema import Config
 from distseg.data.manifest import Sample
 from distseg.data.streams import Batch, Stream
 from distseg.meta import PixelReweighter
-from distseg.meta.estimators import SumOverRanks
+from distseg.meta.reduction import ByFunction, SumOverRanks
 from distseg.meta.weights import Diagnostics, WeightMap, joined, uniform_weights
 from distseg.ops import weighted_loss
 
@@ -91,7 +91,7 @@ def batches_of(stream: Stream, step: int, accumulation: int) -> list[Batch]:
 
 def evenly_weighted(batches: Sequence[Batch], sum_over_ranks: SumOverRanks) -> list[WeightedBatch]:
     """The micro-batches of a step with the same weight on every valid pixel."""
-    weights = uniform_weights([b.masks for b in batches], sum_over_ranks, batches[0].images.dtype)
+    weights = uniform_weights([b.masks for b in batches], ByFunction(sum_over_ranks), batches[0].images.dtype)
     return [WeightedBatch(b, w) for b, w in zip(batches, weights, strict=True)]
 
 

@@ -22,7 +22,7 @@ from distseg.data.manifest import Sample, split_clean
 from distseg.data.noise import write_noisy_masks
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
-from distseg.distributed.collectives import begin_sum_over_ranks, broadcast_buffers, main_rank_first, sum_over_ranks
+from distseg.distributed.collectives import AllReduce, broadcast_buffers, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import (
     build_engine,
     gradients_put_away,
@@ -134,8 +134,7 @@ class Trainer:
                 transform=transform,
                 virtual_lr=config.method.virtual_lr,
                 initial_weight=config.method.initial_weight,
-                sum_over_ranks=sum_over_ranks,
-                begin_sum=begin_sum_over_ranks,
+                reduction=AllReduce(sharded=placement is not None),
                 placement=placement,
             )
 

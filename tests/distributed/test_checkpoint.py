@@ -12,7 +12,7 @@ from torch import nn
 
 from distseg.config.schema import Config
 from distseg.data.streams import Batch
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce, sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.errors import UserError
 from distseg.meta.weights import uniform_weights
@@ -68,7 +68,7 @@ def train(engine, config: Config, runtime, steps: range) -> None:
         masks = torch.randint(0, 2, (GLOBAL, SIZE, SIZE), generator=generator, dtype=torch.uint8)
         mine = runtime.shard.micro_batch(0, 0, 1, config.train.batch_size)
         own = slice(mine.start, mine.stop)
-        weights = uniform_weights([masks[own]], sum_over_ranks, torch.float32)
+        weights = uniform_weights([masks[own]], AllReduce(), torch.float32)
         update(
             engine, Method(), [WeightedBatch(Batch(images[own], masks[own], masks[own], ()), weights[0])], 0.05,
             runtime.shard.world_size,

@@ -6,9 +6,9 @@ from torch import nn
 from distseg.config.schema import Config
 from distseg.data.streams import Batch
 from distseg.distributed.collectives import sum_over_ranks
-from distseg.meta.estimators import one_process
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
+from distseg.meta.reduction import ByFunction
 from distseg.meta.weight_net import WeightNet, hypergradient
 from distseg.meta.weights import uniform_weights
 from distseg.methods.config import MethodConfig
@@ -34,14 +34,14 @@ def learn(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     share = slice(rank, None, world_size)
     noisy, clean = ([tuple(t[share] for t in batch(seed, 4))] for seed in (1, 2))
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    hyper = hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, 0.3, total)
+    hyper = hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, 0.3, ByFunction(total))
     out = {f"hypergradient.{i}": g for i, g in enumerate(hyper.by_parameter)}
 
     parts = Parts(CONFIG, (), (), 1, lambda *_: None, lambda _: None, total, torch.device("cpu"))
     method = TLoss(parts)
     for step in range(3):
         images, masks = (tensor[share] for tensor in batch(step, 4))
-        [weights] = uniform_weights([masks], total, torch.float64)
+        [weights] = uniform_weights([masks], ByFunction(total), torch.float64)
         method.loss(images[:, :1], masks, weights.times(world_size))
         method.finish_step(0.05)
     return out | {f"t_loss.{name}": value for name, value in method.state_dict().items()}
@@ -81,7 +81,7 @@ def correct_on_a_rank(runtime) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_correct_labels_as_one_does() -> None:
-    expected = correct(0, 1, one_process)
+    expected = correct(0, 1, lambda tensor: tensor)
     for actual in run_ranks(correct_on_a_rank, 2):
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
@@ -94,7 +94,7 @@ def learn_on_a_rank(runtime) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_learn_what_one_learns() -> None:
-    expected = learn(0, 1, one_process)
+    expected = learn(0, 1, lambda tensor: tensor)
     ranks = run_ranks(learn_on_a_rank, 2)
     for name, value in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from distseg.data.streams import Batch
 from distseg.distributed.batch_norm import synchronise_batch_norm
-from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.collectives import AllReduce, sum_over_ranks
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.differentiable import gather
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
@@ -139,7 +139,7 @@ def weigh(reweighter: PixelReweighter, runtime, accumulation: int, step: int, dt
 def clean_gradient(model: nn.Module, placement, runtime, accumulation: int, step: int, dtype: torch.dtype):
     _, clean = (micro_batches(pair, runtime, accumulation) for pair in global_batches(step, dtype))
     network, parameters = StatelessNetwork(model, placement), placement.trainable()
-    return mean_gradient(network, parameters, clean, sum_over_ranks, placement.sharded)
+    return mean_gradient(network, parameters, clean, AllReduce(placement.sharded))
 
 
 def ranked_model(runtime, dtype: torch.dtype, norm: str) -> nn.Module:
@@ -224,8 +224,7 @@ def reweighter_of(model: nn.Module, placement, estimator: str, virtual: str) -> 
         estimator=estimator,
         virtual_lr=virtual_lr,
         initial_weight=initial_weight,
-        sum_over_ranks=sum_over_ranks,
-        begin_sum=begin_sum_over_ranks,
+        reduction=AllReduce(placement.sharded),
         placement=placement,
     )
 

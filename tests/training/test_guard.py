@@ -6,7 +6,7 @@ from torch import nn
 
 from distseg.config.schema import Config
 from distseg.data.streams import Batch
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.meta.weights import uniform_weights
 from distseg.methods.step import Method, WeightedBatch
@@ -68,7 +68,7 @@ def skip(runtime, cases: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
             if rank == 1 and kind == "infinite gradient":
                 images[0] = 9
             masks = torch.ones(2, SIZE, SIZE, dtype=torch.uint8)
-            weights = uniform_weights([masks], sum_over_ranks, torch.float32)[0]
+            weights = uniform_weights([masks], AllReduce(), torch.float32)[0]
             batch = WeightedBatch(Batch(images, masks, masks, ()), weights)
             _, bad = update(engine, Method(), [batch], 0.1, world_size)
             case = f"{optimizer_name}, ZeRO {stage}, step {step}, rank {rank}"

@@ -13,7 +13,6 @@ from distseg.data.manifest import Sample, read_samples, split_clean
 from distseg.data.streams import Stream
 from distseg.distributed.ranks import ShardSpec
 from distseg.meta import PixelReweighter
-from distseg.meta.estimators import one_process
 from distseg.methods.config import MethodConfig
 from distseg.methods.learned import Learned
 from distseg.methods.registry import METHODS, build_method
@@ -53,7 +52,7 @@ def build(drawn_data: Path):
             return PixelReweighter(nn.Conv2d(3, 1, 3, padding=1), granularity=granularity, **rule)
 
         device = torch.device("cpu")
-        method = build_method(Parts(config, noisy, clean, STEPS, open_stream, reweighter, one_process, device))
+        method = build_method(Parts(config, noisy, clean, STEPS, open_stream, reweighter, lambda total: total, device))
         return method, {s.id for s in noisy}, {s.id for s in clean}
 
     make.opened = set()
