@@ -38,13 +38,14 @@ from measure import describe_machine, synchronise, take_turns
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distseg.config.schema import Config
-from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.collectives import AllReduce
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, shadow_of
 from distseg.distributed.runtime import Runtime
 from distseg.meta import PixelReweighter
 from distseg.meta.weights import WeightMap, uniform_weights
 from distseg.models.unet import UNet
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.testing.steps import GivenSteps
@@ -110,18 +111,11 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
     device, world = runtime.device, runtime.shard.world_size
     torch.manual_seed(0)
     model = UNet(options["width"], options["depth"], "group").to(device)
-    config = Config.model_validate(
-        {
-            "name": "scaling",
-            "data": {"root": "."},
-            "train": {"steps": 1, "batch_size": options["batch"]},
-            "deepspeed": {"zero_stage": options["zero_stage"]},
-        }
-    )
+    section = DeepSpeedConfig(zero_stage=options["zero_stage"])
     shadow = shadow_of(model)
-    optimizer, _ = build_optimizer(list(model.parameters()), config.optim)
-    engine = build_engine(model, optimizer, config)
-    reweighter = PixelReweighter(shadow, sum_over_ranks=sum_over_ranks, begin_sum=begin_sum_over_ranks)
+    optimizer, _ = build_optimizer(list(model.parameters()), OptimConfig())
+    engine = build_engine(model, optimizer, section, batch_size=options["batch"], accumulation=1, precision="fp32")
+    reweighter = PixelReweighter(shadow, reduction=AllReduce())
     torch.manual_seed(1 + runtime.shard.rank)
 
     def build_step(kind: str, mode: str) -> Callable[[], None]:
@@ -136,7 +130,7 @@ def measure_rank(runtime: Runtime, options: dict) -> dict[str, Tensor]:
         def weigh() -> list[WeightMap]:
             if kind == "weighted":
                 return reweighter.weigh([noisy], [clean])
-            return uniform_weights([noisy[1]], sum_over_ranks, noisy[0].dtype)
+            return uniform_weights([noisy[1]], AllReduce(), noisy[0].dtype)
 
         return partial(train_step, engine, GivenSteps([noisy[0]], [noisy[1]], weigh), 0, 1e-4)
 

@@ -29,10 +29,11 @@ import torch
 from measure import describe_machine
 from torch import Tensor, nn
 
-from distseg.config.schema import Config
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.meta import PixelReweighter
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.testing.steps import GivenSteps
@@ -64,28 +65,21 @@ def measure(
     runtime, stage: int, estimator: str, channels: int, layers: int, initial_weight: float
 ) -> dict[str, Tensor]:
     """Bytes of this rank, by the names that the module's docstring gives them."""
-    config = Config.model_validate(
-        {
-            "name": "memory",
-            "data": {"root": "."},
-            "train": {"steps": 2, "batch_size": 1},
-            "optim": {"name": "sgd", "momentum": 0.9, "lr": 1e-4},
-            "deepspeed": {"zero_stage": stage, "config_file": LEAN if stage == 3 else None},
-        }
-    )
+    optim = OptimConfig(name="sgd", momentum=0.9, lr=1e-4)
+    section = DeepSpeedConfig(zero_stage=stage, config_file=LEAN if stage == 3 else None)
     before = resident("VmRSS")
     with AliveTensors(lambda tensor: tensor.shape[-2:] != (SIDE, SIDE)) as alive:
         torch.manual_seed(0)
         model = Deep(channels, layers)
         shadow = shadow_of(model)
-        optimizer, _ = build_optimizer(model.parameters(), config.optim)
-        engine = build_engine(model, optimizer, config)
+        optimizer, _ = build_optimizer(model.parameters(), optim)
+        engine = build_engine(model, optimizer, section, batch_size=1, accumulation=1, precision="fp32")
         reweighter = PixelReweighter(
             shadow,
             estimator=estimator,
             virtual_lr=1e-3,
             initial_weight=initial_weight,
-            sum_over_ranks=sum_over_ranks,
+            reduction=AllReduce(sharded=stage == 3),
             placement=sharded_parameters(shadow) if stage == 3 else None,
         )
         torch.manual_seed(1 + runtime.shard.rank)

@@ -1,6 +1,7 @@
 """What ranks say to each other. Tensors only: nothing that travels is pickled."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,27 @@ def begin_sum_over_ranks(tensor: Tensor) -> Callable[[], Tensor]:
         return tensor
 
     return result
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """Sums over the ranks of the process group: a Reduction as `distseg.meta` understands it."""
+
+    sharded: bool = False
+    """Whether a rank has only its shards of the parameters (ZeRO-3)."""
+
+    @property
+    def sums_gradients(self) -> bool:
+        return not self.sharded and dist.get_world_size() > 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return begin_sum_over_ranks(tensor)
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor) if self.sharded else tensor
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ not for such networks. Images (B, 3, H, W), masks and U (B, H, W).
 
 Where parameters are sharded (distseg/meta/placement.py), `Parameters` are this rank's shards, and so are gradients and
 fast weights: the network gathers, and its derivative by a shard has come back summed over the ranks. Nothing else
-changes but the reductions: `sum_over_shards` adds up what shards contribute, and does nothing to whole tensors.
+changes but what the reduction (distseg/meta/reduction.py) does.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,49 +26,54 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distseg.meta.network import Forward, Network, Parameters, tangents_stop_with_gradients
-from distseg.ops import alignment, pixel_loss, valid_pixels, weighted_loss
+from distseg.meta.reduction import Reduction
+from distseg.ops import pixel_loss, valid_pixels, weighted_loss
 
 LabelledImages = tuple[Tensor, Tensor]
-SumOverRanks = Callable[[Tensor], Tensor]
-BeginSum = Callable[[Tensor], Callable[[], Tensor]]
-"""Begins a sum over ranks; what it returns waits for the result."""
+SummedLoss = Callable[[Tensor, Tensor], Tensor]
+"""Logits (B, C, H, W) and masks (B, H, W) to a loss summed over valid pixels, a scalar."""
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
 """Gradients travel in buckets of about so many: 25 MiB of float32, as those of DistributedDataParallel."""
 
 
-def one_process(tensor: Tensor) -> Tensor:
-    """The sum over ranks where there is one."""
-    return tensor
+def summed_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Σ ℓ over the valid pixels, a scalar."""
+    return weighted_loss(logits, masks, level=torch.ones(len(masks), device=masks.device))
+
+
+def valid_count(batches: Sequence[LabelledImages]) -> Tensor:
+    """The number of valid pixels of all micro-batches of this rank, a scalar."""
+    return torch.stack([valid_pixels(masks).sum() for _, masks in batches]).sum()
 
 
 def mean_gradient(
     network: Network,
     parameters: Parameters,
     batches: Sequence[LabelledImages],
-    sum_over_ranks: SumOverRanks,
-    sharded: bool = False,
-    begin_sum: BeginSum | None = None,
+    reduction: Reduction,
+    loss: SummedLoss = summed_loss,
 ) -> Parameters:
-    """The gradient of the loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
+    """The gradient of a loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
 
-    Sums travel, not means: the summed gradient in buckets and the count of valid pixels in the last of them, or the
-    count alone where the network's derivatives have been summed already. With `begin_sum` the buckets leave while the
-    last backward pass goes on, otherwise after it. 0 where there is no valid pixel at all.
+    Sums travel, not means: the summed gradient in buckets, each as soon as the last backward pass has made it, and the
+    count of valid pixels in the last of them; or the count alone where gradients need no sum over the ranks. 0 where
+    there is no valid pixel at all.
     """
     assert batches, "a batch is needed"
     leaves = _leaves(parameters)
     own: dict[str, Tensor] = {}
     for images, masks in batches[:-1]:
-        own = _sums(own, _summed_gradient(network, leaves, images, masks))
+        own = _added(own, _summed_gradient(network, leaves, images, masks, loss))
     dtype = next(iter(parameters.values())).dtype
-    count = torch.stack([valid_pixels(masks).sum() for _, masks in batches]).sum().to(dtype)
-    if sharded or sum_over_ranks is one_process:
-        total = _sums(own, _summed_gradient(network, leaves, *batches[-1]))
-        count = sum_over_ranks(count)
+    count = valid_count(batches).to(dtype)
+    if reduction.sums_gradients:
+        buckets = _Buckets(leaves, own, count, reduction)
+        buckets.fill(_summed_gradient(network, leaves, *batches[-1], loss))
+        total, count = buckets.sums()
     else:
-        begin = begin_sum or (lambda bucket: partial(sum_over_ranks, bucket))
-        total, count = _summed_over_ranks(network, leaves, *batches[-1], own, count, begin)
+        total = _added(own, _summed_gradient(network, leaves, *batches[-1], loss))
+        count = reduction.sum(count)
     count = count.clamp(min=1)
     # Quotients own their memory; forward mode would copy a tangent that views a larger storage, and hold both.
     return {name: total.pop(name) / count for name in parameters}
@@ -84,15 +89,13 @@ def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr:
     }
 
 
-def forward(network: Network, parameters: Parameters, gradient: Parameters, images: Tensor, masks: Tensor) -> Tensor:
-    """U by one forward-mode pass: the Jacobian-vector product of the logits along g, then Σ_c ∂ℓ/∂z_c · ż_c. Exact."""
-    return alignment(*logits_along(network, parameters, gradient, images), masks)
-
-
 def logits_along(
     network: Network, parameters: Parameters, gradient: Parameters, images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """z and ż (B, C, H, W): the logits, and their Jacobian-vector product along g; constants to autograd."""
+    """`forward`: z and ż (B, C, H, W), the logits and their Jacobian-vector product along g; constants to autograd.
+
+    One forward-mode pass; U = Σ_c ∂ℓ/∂z_c · ż_c (distseg.ops.alignment) is exact.
+    """
 
     def with_tangents(forward: Forward) -> Tensor:
         with tangents_stop_with_gradients():
@@ -135,8 +138,8 @@ def finite(
     gradient: Parameters,
     images: Tensor,
     masks: Tensor,
-    relative_step: float | None = None,
-    sum_over_shards: SumOverRanks = one_process,
+    relative_step: float | None,
+    reduction: Reduction,
 ) -> Tensor:
     """U to O(h²) by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖: the network is only evaluated.
 
@@ -144,7 +147,7 @@ def finite(
     """
     if relative_step is None:
         relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** (1 / 3)
-    scale, slope = norm(parameters, sum_over_shards), norm(gradient, sum_over_shards)
+    scale, slope = norm(parameters, reduction), norm(gradient, reduction)
     h = relative_step * torch.where(slope > 0, scale.clamp(min=1e-3) / slope, 1.0)
 
     def loss_at(sign: int) -> Tensor:
@@ -154,71 +157,74 @@ def finite(
     return (loss_at(+1) - loss_at(-1)) / (2 * h)
 
 
-def norm(tensors: Parameters, sum_over_shards: SumOverRanks = one_process) -> Tensor:
+def norm(tensors: Parameters, reduction: Reduction) -> Tensor:
     """Euclidean norm of all tensors together, a scalar on their device."""
     own = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors.values()))))
-    return own if sum_over_shards is one_process else sum_over_shards(own.square()).sqrt()
+    return reduction.sum_over_shards(own.double().square()).sqrt().to(own.dtype)
 
 
-def _summed_gradient(network: Network, leaves: Parameters, images: Tensor, masks: Tensor) -> Parameters:
-    """The gradient of the loss summed over the valid pixels; 0 for a parameter that the network does not use."""
-    level = torch.ones(len(masks), device=masks.device)
+def _summed_gradient(
+    network: Network, leaves: Parameters, images: Tensor, masks: Tensor, loss: SummedLoss
+) -> Parameters:
+    """The gradient of the loss; 0 for a parameter that the network does not use."""
 
     def gradients(forward: Forward) -> tuple[Tensor, ...]:
-        loss = weighted_loss(forward(images), masks, level=level)
-        return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        value = loss(forward(images), masks)
+        return torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
 
     with torch.enable_grad():
         return dict(zip(leaves, network.run(leaves, gradients), strict=True))
 
 
-def _sums(left: Parameters, right: Parameters) -> Parameters:
-    """Both are used up, so that no third set of tensors is ever whole in memory."""
+def _added(left: Parameters, right: Parameters) -> Parameters:
+    """left + right. Both are used up, so that no third set of tensors is ever whole in memory."""
     return {name: left.pop(name) + right.pop(name) for name in list(right)} if left else right
 
 
-def _summed_over_ranks(
-    network: Network,
-    leaves: Parameters,
-    images: Tensor,
-    masks: Tensor,
-    earlier: Parameters,
-    count: Tensor,
-    begin_sum: BeginSum,
-) -> tuple[Parameters, Tensor]:
-    """The sums over ranks of `earlier` (used up) plus one more summed gradient, and of `count`.
+class _Buckets:
+    """Sums over ranks of `earlier` gradients (used up) plus those of one backward pass, and of a count.
 
     Buckets hold the parameters from the last to the first, as a backward pass reaches them, and leave in that order on
-    every rank, each as soon as its gradients are there; the count is in the last one.
+    every rank, each as soon as its gradients are there; the count is in the last one. Make it before that pass, whose
+    leaves get hooks that do so.
     """
-    buckets = _buckets(leaves)
-    missing = [set(names) for names in buckets]
-    bucket_of = {name: index for index, names in enumerate(buckets) for name in names}
-    made: Parameters = {}
-    under_way: list[Callable[[], Tensor]] = []
 
-    def gradient_ready(name: str, gradient: Tensor) -> Tensor:
-        made[name] = gradient + earlier.pop(name) if earlier else gradient
-        missing[bucket_of[name]].discard(name)
-        while len(under_way) < len(buckets) and not missing[len(under_way)]:
-            parts = [made.pop(name).flatten() for name in buckets[len(under_way)]]
-            if len(under_way) == len(buckets) - 1:
-                parts.append(count.reshape(1))
-            under_way.append(begin_sum(torch.cat(parts)))
+    def __init__(self, leaves: Parameters, earlier: Parameters, count: Tensor, reduction: Reduction) -> None:
+        # Not the leaves themselves: their hooks hold this object.
+        self._shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        self._earlier, self._count, self._reduction = earlier, count, reduction
+        self._buckets = _buckets(leaves)
+        self._missing = [set(names) for names in self._buckets]
+        self._bucket_of = {name: index for index, names in enumerate(self._buckets) for name in names}
+        self._made: Parameters = {}
+        self._under_way: list[Callable[[], Tensor]] = []
+        for name, leaf in leaves.items():
+            leaf.register_hook(partial(self._ready, name))
+
+    def fill(self, gradients: Parameters) -> None:
+        """What the pass returned: the gradients that no hook has seen, of parameters that the network does not use."""
+        for name, gradient in gradients.items():
+            if name in self._missing[self._bucket_of[name]]:
+                self._ready(name, gradient)
+
+    def sums(self) -> tuple[Parameters, Tensor]:
+        """Wait for the results; once."""
+        total: Parameters = {}
+        for names in self._buckets:
+            sizes = [self._shapes[name].numel() for name in names]
+            *parts, rest = self._under_way.pop(0)().split([*sizes, int(names is self._buckets[-1])])
+            total |= {name: part.view(self._shapes[name]) for name, part in zip(names, parts, strict=True)}
+        return total, rest.squeeze()
+
+    def _ready(self, name: str, gradient: Tensor) -> Tensor:
+        self._made[name] = gradient + self._earlier.pop(name) if self._earlier else gradient
+        self._missing[self._bucket_of[name]].discard(name)
+        while len(self._under_way) < len(self._buckets) and not self._missing[len(self._under_way)]:
+            parts = [self._made.pop(name).flatten() for name in self._buckets[len(self._under_way)]]
+            if len(self._under_way) == len(self._buckets) - 1:
+                parts.append(self._count.reshape(1))
+            self._under_way.append(self._reduction.begin_sum(torch.cat(parts)))
         return _without_memory(gradient)
-
-    for name, leaf in leaves.items():
-        leaf.register_hook(partial(gradient_ready, name))
-    for name, gradient in _summed_gradient(network, leaves, images, masks).items():
-        if name in missing[bucket_of[name]]:  # the network does not use it
-            gradient_ready(name, gradient)
-
-    total: Parameters = {}
-    for names in buckets:
-        sizes = [leaves[name].numel() for name in names]
-        *parts, rest = under_way.pop(0)().split([*sizes, int(names is buckets[-1])])
-        total |= {name: part.view_as(leaves[name]) for name, part in zip(names, parts, strict=True)}
-    return total, rest.squeeze()
 
 
 def _buckets(leaves: Parameters) -> list[list[str]]:

@@ -1,26 +1,28 @@
 """PixelReweighter: weight maps for any nn.Module, in anyone's own training loop."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distseg.errors import InvalidArgument
 from distseg.meta import estimators
-from distseg.meta.estimators import BeginSum, LabelledImages, SumOverRanks, one_process
+from distseg.meta.estimators import LabelledImages
 from distseg.meta.network import Network, Parameters, StatelessNetwork, stopped_gradient
 from distseg.meta.placement import Placement, Whole
+from distseg.meta.reduction import ByFunction, OneProcess, Reduction, SumOverRanks
 from distseg.meta.weights import (
     TRANSFORMS,
     Cells,
     Diagnostics,
+    Granularity,
     WeightMap,
     WeightRule,
     auroc,
     detection_histogram,
     weight_maps,
 )
+from distseg.ops import alignment
 
 
 class PixelReweighter:
@@ -42,8 +44,8 @@ class PixelReweighter:
         clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
     finite_step: relative step of `finite`.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
-    begin_sum: begins such a sum and returns what waits for its result. With it the clean gradient travels while the
-        backward pass that makes it goes on.
+    reduction: the same as an object, which may also sum in the background: the clean gradient then travels while the
+        backward pass that makes it goes on. One of the two at most.
     placement: where the model's parameters are; by default whole, in the model itself.
 
     After each call `diagnostics` holds 0-dim tensors on the model's device, see weight_maps. Source: Mirikharaji, Yan,
@@ -62,26 +64,24 @@ class PixelReweighter:
         virtual_lr: float = 1.0,
         initial_weight: float = 0.0,
         finite_step: float | None = None,
-        sum_over_ranks: SumOverRanks = one_process,
-        begin_sum: BeginSum | None = None,
+        sum_over_ranks: SumOverRanks | None = None,
+        reduction: Reduction | None = None,
         placement: Placement | None = None,
     ) -> None:
         if not (virtual_lr > 0 and initial_weight >= 0):
             raise ValueError(f"virtual_lr {virtual_lr} must be above 0, initial_weight {initial_weight} not below")
-        self.placement = placement or Whole(model)
-        sum_over_shards = sum_over_ranks if self.placement.sharded else one_process
-        choices = {
-            "forward": estimators.forward,
-            "reverse": estimators.reverse,
-            "finite": partial(estimators.finite, relative_step=finite_step, sum_over_shards=sum_over_shards),
-        }
-        if estimator not in choices:
-            raise ValueError(f"estimator {estimator!r}: {', '.join(choices)}")
+        if estimator not in ("forward", "reverse", "finite"):
+            raise ValueError(f"estimator {estimator!r}: forward, reverse, finite")
+        if sum_over_ranks and reduction:
+            raise ValueError("sum_over_ranks and reduction say the same: give one of them")
         self.model = model
-        self.estimate = choices[estimator]
+        self.placement = placement or Whole(model)
+        if sum_over_ranks:
+            reduction = ByFunction(sum_over_ranks, sharded=self.placement.sharded)
+        self.reduction = reduction or OneProcess()
+        self.estimator, self.finite_step = estimator, finite_step
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
-        self.rule = WeightRule(granularity, normalise, on_zero, transform)
-        self.sum_over_ranks, self.begin_sum, self.sum_over_shards = sum_over_ranks, begin_sum, sum_over_shards
+        self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
 
@@ -109,7 +109,10 @@ class PixelReweighter:
         clean: Sequence[LabelledImages],
         true_masks: Sequence[Tensor] | None = None,
     ) -> list[WeightMap]:
-        """Weight maps of a step's noisy micro-batches, with g from all its clean ones: the same as one large batch."""
+        """Weight maps of a step's noisy micro-batches, with g from all its clean ones: the same as one large batch.
+
+        The maps are the same bits with and without `true_masks`, which only add to the diagnostics.
+        """
         for images, masks in (*noisy, *clean):
             _check(images, masks)
         network = StatelessNetwork(self.model, self.placement)
@@ -119,39 +122,53 @@ class PixelReweighter:
             if self._unchecked:
                 self._check_derivatives(network, parameters, noisy[0][0])
             gradient = self._clean_gradient(network, parameters, noisy, clean)
-
-            # U itself is needed for patches, for AUROC and for its transforms; else forward mode goes from logits to W⁺
-            # in one pass.
-            in_one_pass = self.estimate is estimators.forward and true_masks is None and self.rule.transform == "clamp"
-            if in_one_pass and not self.rule.granularity.startswith("patch"):
-                cells = [
-                    Cells.of_tangents(
-                        *estimators.logits_along(network, parameters, gradient, images), y, self.rule.granularity
-                    )
-                    for images, y in noisy
-                ]
-            else:
-                alignments = [self.estimate(network, parameters, gradient, images, y).detach() for images, y in noisy]
-                transform = TRANSFORMS[self.rule.transform]
-                pairs = zip(alignments, masks, strict=True)
-                cells = [Cells.of_alignment(transform(u), y, self.rule.granularity) for u, y in pairs]
-
+            aligned = [
+                self._aligned(network, parameters, gradient, *batch, with_map=true_masks is not None) for batch in noisy
+            ]
         weights, self.diagnostics = weight_maps(
-            cells,
+            [cells for cells, _ in aligned],
             masks,
-            estimators.norm(gradient, self.sum_over_shards),
+            estimators.norm(gradient, self.reduction),
             self.rule,
-            self.sum_over_ranks,
+            self.reduction,
             true_masks,
         )
         if true_masks is not None:
-            histogram = self.sum_over_ranks(detection_histogram(alignments, masks, true_masks))
+            alignments = [u for _, u in aligned if u is not None]
+            histogram = self.reduction.sum(detection_histogram(alignments, masks, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
         return weights
 
+    def _aligned(
+        self,
+        network: Network,
+        parameters: Parameters,
+        gradient: Parameters,
+        images: Tensor,
+        masks: Tensor,
+        with_map: bool,
+    ) -> tuple[Cells, Tensor | None]:
+        """Cells of a micro-batch; and U (B, H, W), always if `with_map`.
+
+        Where the rule needs no map of U, forward mode goes from logits to cells in one pass, and U is made beside.
+        """
+        granularity = self.rule.granularity
+        if self.estimator == "forward":
+            logits, tangents = estimators.logits_along(network, parameters, gradient, images)
+            if self.rule.transform == "clamp" and not granularity.needs_alignment:
+                cells = Cells.of_tangents(logits, tangents, masks, granularity)
+                return cells, alignment(logits, tangents, masks) if with_map else None
+            u = alignment(logits, tangents, masks)
+        elif self.estimator == "reverse":
+            u = estimators.reverse(network, parameters, gradient, images, masks).detach()
+        else:
+            step = self.finite_step
+            u = estimators.finite(network, parameters, gradient, images, masks, step, self.reduction).detach()
+        return Cells.of_alignment(TRANSFORMS[self.rule.transform](u), masks, granularity), u
+
     def _check_derivatives(self, network: Network, parameters: Parameters, images: Tensor) -> None:
         """Raise InvalidArgument, on every rank, for a model whose differences are not its derivatives."""
-        stopped, whole = self.sum_over_ranks(stopped_gradient(network, parameters, images)).tolist()
+        stopped, whole = self.reduction.sum(stopped_gradient(network, parameters, images)).tolist()
         if stopped > torch.finfo(next(iter(parameters.values())).dtype).eps * whole:
             raise InvalidArgument(
                 "method.estimator finite: the network stops gradients (torch.no_grad, detach, .data or item), which "
@@ -169,9 +186,7 @@ class PixelReweighter:
         """g, at the parameters that the virtual step starts with: the present ones if it has moved nothing yet."""
 
         def mean_gradient(at: Parameters, batches: Sequence[LabelledImages]) -> Parameters:
-            return estimators.mean_gradient(
-                network, at, batches, self.sum_over_ranks, self.placement.sharded, self.begin_sum
-            )
+            return estimators.mean_gradient(network, at, batches, self.reduction)
 
         if self.initial_weight:
             parameters = estimators.fast_weights(

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distseg.meta.estimators import LabelledImages, SumOverRanks, logits_along, mean_gradient
-from distseg.meta.network import Forward, Network, Parameters
-from distseg.ops import alignment, pixel_loss, valid_pixels, weighted_loss
+from distseg.meta.estimators import LabelledImages, logits_along, mean_gradient, valid_count
+from distseg.meta.network import Network, Parameters
+from distseg.meta.reduction import Reduction
+from distseg.ops import alignment, pixel_loss, weighted_loss
 
 
 class WeightNet(nn.Module):
@@ -50,14 +51,23 @@ def hypergradient(
     noisy: Sequence[LabelledImages],
     clean: Sequence[LabelledImages],
     virtual_lr: float,
-    sum_over_ranks: SumOverRanks,
+    reduction: Reduction,
 ) -> Hypergradient:
-    """dL_c(θ̂(φ))/dφ over the global batch, the same on every rank; `virtual_lr` is α. Exact."""
+    """dL_c(θ̂(φ))/dφ over the global batch, the same on every rank; `virtual_lr` is α. Exact.
+
+    The net is left as it is: a caller steps with `by_parameter` if the step is kept.
+    """
+
+    def weighed_by_net(logits: Tensor, masks: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = net(pixel_loss(logits, masks))
+        return weighted_loss(logits, masks, weights)
+
     dtype = next(iter(parameters.values())).dtype
-    count = sum_over_ranks(sum(valid_pixels(masks).sum() for _, masks in noisy)).clamp(min=1).to(dtype)
-    step = _weighted_gradient(network, parameters, net, noisy, sum_over_ranks)
-    fast = {name: theta - (virtual_lr / count) * step[name] for name, theta in parameters.items()}
-    gradient = mean_gradient(network, fast, clean, sum_over_ranks)
+    count = reduction.sum(valid_count(noisy)).clamp(min=1).to(dtype)
+    step = mean_gradient(network, parameters, noisy, reduction, weighed_by_net)
+    fast = {name: theta - virtual_lr * step.pop(name) for name, theta in parameters.items()}
+    gradient = mean_gradient(network, fast, clean, reduction)
 
     alignments, losses, surrogate = [], [], torch.zeros((), device=count.device)
     for images, masks in noisy:
@@ -68,34 +78,7 @@ def hypergradient(
             surrogate = surrogate - (virtual_lr / count) * (alignments[-1] * net(losses[-1])).sum()
     wrt = list(net.parameters())
     gradients = torch.autograd.grad(surrogate, wrt)
-    bucket = sum_over_ranks(torch.cat([part.flatten() for part in gradients]))
+    bucket = reduction.sum(torch.cat([part.flatten() for part in gradients]))
     parts = bucket.split([parameter.numel() for parameter in wrt])
     by_parameter = [part.view_as(parameter) for part, parameter in zip(parts, wrt, strict=True)]
     return Hypergradient(by_parameter, gradient, alignments, losses, count)
-
-
-def _weighted_gradient(
-    network: Network,
-    parameters: Parameters,
-    net: WeightNet,
-    noisy: Sequence[LabelledImages],
-    sum_over_ranks: SumOverRanks,
-) -> Parameters:
-    """Σ_p w_φ(ℓ_p) ∇ℓ_p(θ) over the global batch."""
-    leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-    total = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    for images, masks in noisy:
-
-        def gradients(forward: Forward, images: Tensor = images, masks: Tensor = masks) -> tuple[Tensor, ...]:
-            logits = forward(images)
-            with torch.no_grad():
-                weights = net(pixel_loss(logits, masks))
-            loss = weighted_loss(logits, masks, weights)
-            # A parameter that the network does not use has gradient 0.
-            return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-
-        with torch.enable_grad():
-            torch._foreach_add_(total, network.run(leaves, gradients))
-    bucket = sum_over_ranks(torch.cat([tensor.flatten() for tensor in total]))
-    parts = bucket.split([tensor.numel() for tensor in total])
-    return {name: part.view_as(leaf) for part, (name, leaf) in zip(parts, leaves.items(), strict=True)}

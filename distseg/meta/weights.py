@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distseg.meta.estimators import SumOverRanks
+from distseg.meta.reduction import Reduction
 from distseg.ops import normalise, positive_alignment, positive_part, valid_pixels
 
 GRADIENT_FLOOR = 1e-12
@@ -25,24 +25,43 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
+class Granularity:
+    """Which pixels share a weight: `pixel` (Mirikharaji et al. 2019), `patch(k)`, or `image` (Ren et al. 2018)."""
+
+    cell: int | None
+    """Pixels of a cell's side; None: a cell is an image."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Granularity":
+        """Of `pixel`, `patch(k)` or `image`. Raises ValueError for another word."""
+        if text in ("pixel", "image"):
+            return cls(1 if text == "pixel" else None)
+        if patch := re.fullmatch(r"patch\(([1-9][0-9]*)\)", text):
+            return cls(int(patch[1]))
+        raise ValueError(f"granularity {text!r}: pixel, patch(k) or image")
+
+    @property
+    def needs_alignment(self) -> bool:
+        """Whether cells are made from the map of U, and not from logits and tangents in one pass."""
+        return self.cell not in (1, None)
+
+
+@dataclass(frozen=True)
 class WeightRule:
     """How U becomes W. Raises ValueError for a word that it does not know.
 
     transform: what of U counts: `clamp`, U itself; `root`, its square root; or `sign`, 1 wherever it is above 0.
-    granularity: `pixel` (Mirikharaji et al. 2019), `patch(k)`, or `image` (Ren et al. 2018).
     normalise: `batch`, the whole global batch sums to 1; or `image`, each image sums to 1/B.
     on_zero: where nothing is left to normalise, `skip` gives weight 0 (the step then carries no data gradient) and
     `uniform` the same weight to every valid pixel. Under `image` normalisation the policy acts image by image.
     """
 
-    granularity: str = "pixel"
+    granularity: Granularity = Granularity(1)
     normalise: str = "batch"
     on_zero: str = "skip"
     transform: str = "clamp"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"pixel|image|patch\([1-9][0-9]*\)", self.granularity):
-            raise ValueError(f"granularity {self.granularity!r}: pixel, patch(k) or image")
         if self.normalise not in ("batch", "image"):
             raise ValueError(f"normalise {self.normalise!r}: batch or image")
         if self.on_zero not in ("skip", "uniform"):
@@ -77,19 +96,16 @@ class Cells(NamedTuple):
     sums: Tensor
 
     @classmethod
-    def of_alignment(cls, alignment_BHW: Tensor, masks_BHW: Tensor, granularity: str) -> "Cells":
+    def of_alignment(cls, alignment_BHW: Tensor, masks_BHW: Tensor, granularity: Granularity) -> "Cells":
         """U summed over the valid pixels of each cell, clamped at 0, and spread evenly over them."""
-        if granularity.startswith("patch"):
-            cell = int(granularity.removeprefix("patch(").removesuffix(")"))
-            return cls(*positive_part(alignment_BHW, masks_BHW, cell))
-        positive, sums = positive_part(alignment_BHW, masks_BHW)
-        return cls(None if granularity == "image" else positive, sums)
+        positive, sums = positive_part(alignment_BHW, masks_BHW, granularity.cell or 1)
+        return cls(None if granularity.cell is None else positive, sums)
 
     @classmethod
-    def of_tangents(cls, logits: Tensor, tangents: Tensor, masks: Tensor, granularity: str) -> "Cells":
-        """The same in one pass over logits and tangents, for granularity `pixel` and `image`."""
+    def of_tangents(cls, logits: Tensor, tangents: Tensor, masks: Tensor, granularity: Granularity) -> "Cells":
+        """The same in one pass over logits and tangents, for a granularity that needs no map of U."""
         positive, sums = positive_alignment(logits, tangents, masks)
-        return cls(None if granularity == "image" else positive, sums)
+        return cls(None if granularity.cell is None else positive, sums)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """scale and level (B,), float64, before normalisation: an image that is one cell has its share as a level."""
@@ -104,7 +120,7 @@ def weight_maps(
     masks: Sequence[Tensor],
     gradient_norm: Tensor,
     rule: WeightRule,
-    sum_over_ranks: SumOverRanks,
+    reduction: Reduction,
     true_masks: Sequence[Tensor] | None = None,
 ) -> tuple[list[WeightMap], Diagnostics]:
     """The weight maps of a step's noisy micro-batches and 0-dim diagnostics of the global batch.
@@ -126,8 +142,8 @@ def weight_maps(
         if rule.normalise == "image":
             scale, level, zero_images = _normalise_images(own.sums, scale, level, uniform)
         shapes.append((own.positive, scale, level))
-        numbers.append(_sums(own, scale, level, zero_images, labels, truth))
-    mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = sum_over_ranks(sum(numbers)).unbind()
+        numbers.append(_numbers(own, scale, level, zero_images, labels, truth))
+    mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = reduction.sum(sum(numbers)).unbind()
     nothing = mass <= 0
 
     if rule.normalise == "image":
@@ -154,9 +170,10 @@ def weight_maps(
     return maps, diagnostics
 
 
-def uniform_weights(masks: Sequence[Tensor], sum_over_ranks: SumOverRanks, dtype: torch.dtype) -> list[WeightMap]:
+def uniform_weights(masks: Sequence[Tensor], reduction: Reduction, dtype: torch.dtype) -> list[WeightMap]:
     """1/N on each of the N valid pixels of the global batch: the plain mean loss, written as weight maps."""
-    count = sum_over_ranks(sum(valid_pixels(m).sum() for m in masks)).clamp(min=1).to(dtype)
+    own = torch.stack([valid_pixels(m).sum() for m in masks]).sum()
+    count = reduction.sum(own).clamp(min=1).to(dtype)
     return [WeightMap(None, count.new_zeros(len(m)), (1 / count).expand(len(m))) for m in masks]
 
 
@@ -212,9 +229,10 @@ def _moments(sums: Tensor, scale: Tensor, level: Tensor) -> tuple[Tensor, Tensor
     )
 
 
-def _sums(
+def _numbers(
     cells: Cells, scale: Tensor, level: Tensor, zero_images: Tensor, masks: Tensor, true_masks: Tensor | None
 ) -> Tensor:
+    """(8,) float64, this micro-batch's part of what `weight_maps` sums over the global batch."""
     mass, squares, count = _moments(cells.sums, scale, level)
     zeros = torch.where(level > 0, 0.0, torch.where(scale > 0, cells.sums[:, 4], count))
     wrong_mass = wrong_count = torch.zeros_like(mass)

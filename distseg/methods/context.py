@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
-from distseg.meta.estimators import BeginSum, SumOverRanks
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Placement
+from distseg.meta.reduction import Reduction
 
 
 class OpenStream(Protocol):
@@ -36,8 +36,7 @@ class Context:
     model: nn.Module
     """The network without the engine's hooks, in training mode."""
     placement: Placement
-    sum_over_ranks: SumOverRanks
-    begin_sum: BeginSum | None
+    reduction: Reduction
     device: torch.device
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distseg.data.batch import Batch
-from distseg.meta.estimators import SumOverRanks
+from distseg.meta.reduction import Reduction
 from distseg.meta.weights import WeightMap, joined, uniform_weights
 from distseg.methods.config import MethodConfig
 from distseg.methods.context import Context
@@ -23,7 +23,7 @@ def build_method(config: MethodConfig, context: Context) -> "Method":
         loss=config.loss.build(context),
         label_model=config.labels.build(context),
         accumulation=context.accumulation,
-        sum_over_ranks=context.sum_over_ranks,
+        reduction=context.reduction,
         logits_of=context.logits if config.weighting.needs_clean else None,
     )
 
@@ -37,7 +37,7 @@ class Method:
     loss: Loss
     label_model: LabelModel | None
     accumulation: int
-    sum_over_ranks: SumOverRanks
+    reduction: Reduction
     logits_of: Callable[[Tensor], Tensor] | None = None
     """Of images, by the network as it is; None where weights do not depend on labels, which then follow the pass."""
 
@@ -60,7 +60,7 @@ class Method:
         return Step(
             [MicroBatch(*each) for each in zip(batches, maps, drawn, strict=True)],
             self.loss,
-            self.sum_over_ranks,
+            self.reduction,
             weighting=self.weighting,
             weighed=weighed,
             label_model=model,
@@ -83,7 +83,7 @@ class Method:
         return [*parts, ("labels", self.label_model)] if self.label_model else parts
 
     def _uniform(self, batches: Sequence[Batch]) -> list[WeightMap]:
-        return uniform_weights([batch.masks for batch in batches], self.sum_over_ranks, batches[0].images.dtype)
+        return uniform_weights([batch.masks for batch in batches], self.reduction, batches[0].images.dtype)
 
     def _drawn(self, model: LabelModel, batch: Batch, correct: bool) -> Drawn:
         bins = model.bins(batch.masks)

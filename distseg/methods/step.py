@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distseg.data.batch import Batch
-from distseg.meta.estimators import SumOverRanks
+from distseg.meta.reduction import Reduction
 from distseg.meta.weights import Diagnostics, WeightMap
 from distseg.methods.part import LabelModel, Loss, Weighed, Weighting
 from distseg.ops import valid_pixels
@@ -43,7 +43,7 @@ class Step:
         self,
         micro_batches: Sequence[MicroBatch],
         loss: Loss,
-        sum_over_ranks: SumOverRanks,
+        reduction: Reduction,
         *,
         weighting: Weighting | None = None,
         weighed: Weighed | None = None,
@@ -52,7 +52,7 @@ class Step:
         diagnose: bool = False,
     ) -> None:
         self.micro_batches = micro_batches
-        self._loss, self._sum_over_ranks = loss, sum_over_ranks
+        self._loss, self._reduction = loss, reduction
         self._weighting, self._weighed = weighting, weighed
         self._label_model, self._correct, self._diagnose = label_model, correct, diagnose
         # By micro-batch, so that a second call of `loss` replaces what the first one found.
@@ -98,7 +98,7 @@ class Step:
     def _summed(self, found: Sequence[list[Tensor]]) -> list[Tensor | None]:
         """Each list of vectors added up over micro-batches and ranks, in one reduction; None for an empty list."""
         own = [torch.stack(vectors).sum(0) for vectors in found if vectors]
-        sums = iter(self._sum_over_ranks(torch.cat(own)).split([len(each) for each in own]) if own else ())
+        sums = iter(self._reduction.sum(torch.cat(own)).split([len(each) for each in own]) if own else ())
         return [next(sums) if vectors else None for vectors in found]
 
     def _labels(self, index: int, model: LabelModel, batch: Batch, drawn: Drawn, logits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from distseg.data.batch import Batch
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce
 from distseg.meta.weights import WeightMap
 from distseg.methods.losses.cross_entropy import CrossEntropy
 from distseg.methods.step import MicroBatch, Step
@@ -23,7 +23,7 @@ class GivenSteps:
 
     def begin(self, index: int, diagnose: bool) -> Step:
         pairs = zip(self._batches, self._weigh(), strict=True)
-        return Step([MicroBatch(batch, weights) for batch, weights in pairs], CrossEntropy(), sum_over_ranks)
+        return Step([MicroBatch(batch, weights) for batch, weights in pairs], CrossEntropy(), AllReduce())
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

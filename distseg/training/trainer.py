@@ -18,7 +18,7 @@ from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
-from distseg.distributed.collectives import begin_sum_over_ranks, main_rank_first, sum_over_ranks
+from distseg.distributed.collectives import AllReduce, main_rank_first, sum_over_ranks
 from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
 from distseg.distributed.network_state import refuse_unsaved_state
 from distseg.distributed.ranks import ShardSpec
@@ -113,7 +113,14 @@ class Trainer:
         self.parameter_count = sum(p.numel() for p in self.model.parameters())  # before ZeRO-3 takes them apart
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer, self.optimizer_kind = build_optimizer(parameters, config.optim)
-        self.engine = build_engine(self.model, optimizer, config)
+        self.engine = build_engine(
+            self.model,
+            optimizer,
+            config.deepspeed,
+            batch_size=config.train.batch_size,
+            accumulation=config.train.accumulation,
+            precision=config.train.precision,
+        )
         self.streams = []
         context = Context(
             noisy=self.splits.noisy,
@@ -126,8 +133,7 @@ class Trainer:
             open_stream=self._open_stream,
             model=shadow,
             placement=sharded_parameters(shadow) if self.sharded else Whole(shadow),
-            sum_over_ranks=sum_over_ranks,
-            begin_sum=begin_sum_over_ranks,
+            reduction=AllReduce(self.sharded),
             device=runtime.device,
         )
         self.method = build_method(config.method, context)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce, sum_over_ranks
 from distseg.distributed.engine import build_engine, optimizer_state
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
@@ -63,7 +63,9 @@ def build(config: Config):
     torch.manual_seed(1)
     model = Dropped()
     optimizer, _ = build_optimizer(model.parameters(), config.optim)
-    return build_engine(model, optimizer, config)
+    train = config.train
+    sizes = {"batch_size": train.batch_size, "accumulation": train.accumulation}
+    return build_engine(model, optimizer, config.deepspeed, **sizes, precision=train.precision)
 
 
 def train(engine, config: Config, runtime, steps: range) -> None:
@@ -73,7 +75,7 @@ def train(engine, config: Config, runtime, steps: range) -> None:
         masks = torch.randint(0, 2, (GLOBAL, SIZE, SIZE), generator=generator, dtype=torch.uint8)
         mine = runtime.shard.micro_batch(0, 0, 1, config.train.batch_size)
         own = slice(mine.start, mine.stop)
-        weigh = partial(uniform_weights, [masks[own]], sum_over_ranks, torch.float32)
+        weigh = partial(uniform_weights, [masks[own]], AllReduce(), torch.float32)
         train_step(engine, GivenSteps([images[own]], [masks[own]], weigh), step, 0.05)
 
 

@@ -5,22 +5,28 @@ import pytest
 import torch
 from torch import nn
 
-from distseg.config.schema import Config
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, deepspeed_config, gradients_put_away, module_state, shadow_of
 from distseg.errors import UserError
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
 
 
-def config_with(**deepspeed) -> Config:
-    train = {"steps": 1, "batch_size": 3, "accumulation": 2}
-    return Config.model_validate({"name": "x", "data": {"root": "."}, "train": train, "deepspeed": deepspeed})
+def told_with(**section) -> dict:
+    return deepspeed_config(DeepSpeedConfig(**section), batch_size=3, accumulation=2, precision="fp32")
+
+
+def engine_of(model: nn.Module, stage: int, precision: str = "fp32", lr: float = 0.01):
+    optimizer, _ = build_optimizer(model.parameters(), OptimConfig(name="sgd", momentum=0.0, weight_decay=0.0, lr=lr))
+    section = DeepSpeedConfig(zero_stage=stage)
+    return build_engine(model, optimizer, section, batch_size=2, accumulation=1, precision=precision)
 
 
 def test_the_experiment_decides_what_deepspeed_is_told() -> None:
-    told = deepspeed_config(config_with(zero_stage=2, gradient_clipping=1.5))
+    told = told_with(zero_stage=2, gradient_clipping=1.5)
     assert told["zero_optimization"]["stage"] == 2
     assert (told["train_micro_batch_size_per_gpu"], told["gradient_accumulation_steps"]) == (3, 2)
     assert told["gradient_clipping"] == 1.5
@@ -32,7 +38,7 @@ def test_there_are_overlays() -> None:
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
 def test_every_overlay_adds_to_the_experiment(path: Path) -> None:
-    told = deepspeed_config(config_with(zero_stage=1, config_file=path))
+    told = told_with(zero_stage=1, config_file=path)
     assert told["zero_optimization"]["stage"] == 1
     assert json.loads(path.read_text()).items() <= {**told, "zero_optimization": _without_stage(told)}.items()
 
@@ -54,7 +60,7 @@ def test_an_overlay_that_contradicts_is_refused(tmp_path: Path, text: str, said:
     path = tmp_path / "overlay.json"
     path.write_text(text)
     with pytest.raises(UserError, match=said):
-        deepspeed_config(config_with(config_file=path))
+        told_with(config_file=path)
 
 
 def test_the_shadow_shares_tensors_and_no_hooks() -> None:
@@ -72,10 +78,7 @@ def test_the_shadow_shares_tensors_and_no_hooks() -> None:
 
 
 def what_zero3_holds(runtime) -> dict[str, torch.Tensor]:
-    config = config_with(zero_stage=3)
-    model = nn.Conv2d(3, 8, 3)
-    optimizer, _ = build_optimizer(model.parameters(), config.optim)
-    engine = build_engine(model, optimizer, config)
+    engine = engine_of(nn.Conv2d(3, 8, 3), stage=3)
     zero = engine.optimizer
     flats = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
     shared = [shards.data_ptr() == masters.data_ptr() for shards, masters in flats]
@@ -102,10 +105,7 @@ def gathered_in_float64(runtime) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 8, 3).double()
         expected = model.weight.detach().clone()
-        config = config_with(zero_stage=3)
-        optimizer, _ = build_optimizer(model.parameters(), config.optim)
-        engine = build_engine(model, optimizer, config)
-        actual = module_state(engine)
+        actual = module_state(engine_of(model, stage=3))
         out |= {f"error {fp16}": value - expected for name, value in actual.items() if name == "weight"}
     return out
 
@@ -114,3 +114,27 @@ def test_zero3_takes_float64_on_devices_with_and_without_half_precision_arithmet
     first, _ = run_ranks(gathered_in_float64, 2)
     for error in first.values():
         assert error.dtype == torch.float64 and error.shape == (8, 3, 3, 3) and error.eq(0).all()
+
+
+def updated_under_autocast(runtime) -> dict[str, torch.Tensor]:
+    """By stage: what one update of rate 1 subtracts, the gradient, from the network's parameters; on rank 0."""
+    out = {}
+    for stage in range(4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 1, 1))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        engine = engine_of(model, stage, "bf16", lr=1.0)
+        torch.manual_seed(1 + runtime.shard.rank)
+        engine.backward(engine(torch.randn(2, 3, 16, 16)).float().square().mean())
+        engine.step()
+        out |= {f"{stage} {name}": before[name] - value for name, value in module_state(engine).items()}
+    return out
+
+
+def test_under_autocast_every_stage_reduces_gradients_in_single_precision() -> None:
+    gradients, _ = run_ranks(updated_under_autocast, 2)
+    for key, actual in gradients.items():
+        expected = gradients["0" + key[1:]]
+        error = (actual - expected).norm() / expected.norm()
+        assert error < 1e-5, f"{key}: {error:.1e}"
+    assert expected.norm() > 1e-4

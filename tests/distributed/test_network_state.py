@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distseg.config.schema import Config
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, load_module_state, module_state, shadow_of, sharded_parameters
 from distseg.distributed.network_state import KeptBuffers, refuse_unsaved_state
 from distseg.errors import UserError
 from distseg.meta import PixelReweighter
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 
@@ -71,16 +72,9 @@ def engine_at(stage: int):
     torch.manual_seed(0)
     model = Levelled()
     shadow = shadow_of(model)
-    config = Config.model_validate(
-        {
-            "name": "x",
-            "data": {"root": "."},
-            "train": {"steps": 1, "batch_size": 2},
-            "deepspeed": {"zero_stage": stage},
-        }
-    )
-    optimizer, _ = build_optimizer(model.parameters(), config.optim)
-    return build_engine(model, optimizer, config), shadow
+    optimizer, _ = build_optimizer(model.parameters(), OptimConfig())
+    section = DeepSpeedConfig(zero_stage=stage)
+    return build_engine(model, optimizer, section, batch_size=2, accumulation=1, precision="fp32"), shadow
 
 
 def reweighter_at(stage: int, shadow: nn.Module) -> PixelReweighter:

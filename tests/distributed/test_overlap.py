@@ -1,13 +1,15 @@
 """The clean gradient leaves in buckets while the backward pass that makes it goes on."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.collectives import AllReduce, sum_over_ranks
 from distseg.meta import estimators
+from distseg.meta.reduction import ByFunction
 from distseg.testing.ranks import run_ranks
 
 ORDER = ("bucket", "backward reaches the first layer")
@@ -24,17 +26,22 @@ def gradients(runtime) -> dict[str, Tensor]:
         features.register_hook(lambda _: events.append(ORDER[1]))
         return F.conv2d(features.relu(), theta["last"], padding=1)
 
-    def begin(bucket: Tensor) -> Callable[[], Tensor]:
-        events.append(ORDER[0])
-        return begin_sum_over_ranks(bucket)
+    class Pure:
+        def run(self, theta: dict[str, Tensor], compute: Callable) -> Any:
+            return compute(lambda images: network(theta, images))
+
+    class Noting(AllReduce):
+        def begin_sum(self, bucket: Tensor) -> Callable[[], Tensor]:
+            events.append(ORDER[0])
+            return super().begin_sum(bucket)
 
     torch.manual_seed(1 + runtime.shard.rank)
     batches = [(torch.randn(2, 3, 8, 8), torch.randint(0, 2, (2, 8, 8))) for _ in range(2)]
     batches[0][1][0, : 3 + runtime.shard.rank] = 255
-    together = estimators.mean_gradient(network, parameters, batches, sum_over_ranks)
+    together = estimators.mean_gradient(Pure(), parameters, batches, ByFunction(sum_over_ranks))
     estimators.BUCKET_ELEMENTS = 30  # "last" has 36 elements, "unused" and "first" 115
     events.clear()
-    in_buckets = estimators.mean_gradient(network, parameters, batches, sum_over_ranks, begin_sum=begin)
+    in_buckets = estimators.mean_gradient(Pure(), parameters, batches, Noting())
     out = {f"together {name}": value for name, value in together.items()}
     out |= {f"in buckets {name}": value for name, value in in_buckets.items()}
     return out | {"events": torch.tensor([ORDER.index(event) for event in events])}

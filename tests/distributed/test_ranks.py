@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distseg.config.schema import Config
 from distseg.distributed.batch_norm import synchronise_batch_norm
-from distseg.distributed.collectives import begin_sum_over_ranks, sum_over_ranks
+from distseg.distributed.collectives import AllReduce, sum_over_ranks
+from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.differentiable import gather
 from distseg.distributed.engine import build_engine, gradients_put_away, shadow_of, sharded_parameters
 from distseg.distributed.shards import ShardedParameters, cut
@@ -26,6 +26,7 @@ from distseg.meta.estimators import mean_gradient
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
 from distseg.ops import weighted_loss
+from distseg.optim.config import OptimConfig
 from distseg.optim.optimizers import build_optimizer
 from distseg.testing.ranks import run_ranks
 from distseg.testing.steps import GivenSteps
@@ -137,7 +138,7 @@ def weigh(reweighter: PixelReweighter, runtime, accumulation: int, step: int, dt
 def clean_gradient(model: nn.Module, placement, runtime, accumulation: int, step: int, dtype: torch.dtype):
     _, clean = (micro_batches(pair, runtime, accumulation) for pair in global_batches(step, dtype))
     network, parameters = StatelessNetwork(model, placement), placement.trainable()
-    return mean_gradient(network, parameters, clean, sum_over_ranks, placement.sharded)
+    return mean_gradient(network, parameters, clean, AllReduce(placement.sharded))
 
 
 def ranked_model(runtime, dtype: torch.dtype, norm: str) -> nn.Module:
@@ -149,19 +150,11 @@ def ranked_model(runtime, dtype: torch.dtype, norm: str) -> nn.Module:
 def engine_for(runtime, stage: int, accumulation: int, dtype: torch.dtype, norm: str):
     """DeepSpeed's engine, the shadow of its module, and where its parameters are."""
     batch_size = GLOBAL_NOISY // (accumulation * runtime.shard.world_size)
-    config = Config.model_validate(
-        {
-            "name": "test",
-            "data": {"root": "."},
-            "train": {"steps": len(ESTIMATORS), "accumulation": accumulation, "batch_size": batch_size},
-            "optim": {"name": "sgd", "momentum": 0.0, "lr": LR},
-            "deepspeed": {"zero_stage": stage},
-        }
-    )
     model = ranked_model(runtime, dtype, norm)
     shadow = shadow_of(model)
-    optimizer, _ = build_optimizer(model.parameters(), config.optim)
-    engine = build_engine(model, optimizer, config)
+    optimizer, _ = build_optimizer(model.parameters(), OptimConfig(name="sgd", momentum=0.0, lr=LR))
+    sizes = {"batch_size": batch_size, "accumulation": accumulation}
+    engine = build_engine(model, optimizer, DeepSpeedConfig(zero_stage=stage), **sizes, precision="fp32")
     return engine, shadow, sharded_parameters(shadow) if stage == 3 else Whole(shadow)
 
 
@@ -230,8 +223,7 @@ def reweighter_of(model: nn.Module, placement, estimator: str, virtual: str) -> 
         estimator=estimator,
         virtual_lr=virtual_lr,
         initial_weight=initial_weight,
-        sum_over_ranks=sum_over_ranks,
-        begin_sum=begin_sum_over_ranks,
+        reduction=AllReduce(placement.sharded),
         placement=placement,
     )
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distseg.distributed.collectives import sum_over_ranks
+from distseg.distributed.collectives import AllReduce
 from distseg.distributed.differentiable import Gather, ReduceScatter, shard_range
 from distseg.distributed.shards import ShardedParameters, cut
 from distseg.meta import PixelReweighter
@@ -145,7 +145,7 @@ def alive_and_sent(runtime) -> dict[str, Tensor]:
     for sharing, estimator in itertools.product((True, False), ("forward", "reverse", "finite")):
         placement = sharded(model) if sharing else None
         reweighter = PixelReweighter(
-            model, estimator=estimator, sum_over_ranks=sum_over_ranks, placement=placement, initial_weight=0.5
+            model, estimator=estimator, reduction=AllReduce(sharing), placement=placement, initial_weight=0.5
         )
         with AliveTensors(lambda tensor: tensor.shape[-2:] != (SIDE, SIDE)) as alive:
             reweighter.weigh([batch], [batch])

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from distseg.meta.estimators import one_process
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
+from distseg.meta.reduction import OneProcess
 from distseg.meta.weight_net import WeightNet, hypergradient
 
 ALPHA = 0.3
@@ -32,7 +32,7 @@ def toy():
 
 def ours(model: nn.Module, net: WeightNet, noisy, clean):
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    return hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, ALPHA, one_process)
+    return hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, ALPHA, OneProcess())
 
 
 def clean_loss_after_the_virtual_step(model: nn.Module, net: nn.Module, noisy, clean) -> torch.Tensor:

@@ -13,8 +13,8 @@ from distseg.data.splits import split_clean
 from distseg.data.streams import Stream
 from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
-from distseg.meta.estimators import one_process
 from distseg.meta.placement import Whole
+from distseg.meta.reduction import OneProcess
 from distseg.methods.context import Context
 from distseg.methods.method import Method, build_method
 
@@ -69,8 +69,7 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
             open_stream=open_stream,
             model=network,
             placement=Whole(network),
-            sum_over_ranks=one_process,
-            begin_sum=None,
+            reduction=OneProcess(),
             device=torch.device("cpu"),
         )
         method = build_method(config.method, context)

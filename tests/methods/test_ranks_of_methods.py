@@ -5,9 +5,9 @@ from torch import nn
 
 from distseg.data.batch import Batch
 from distseg.distributed.collectives import sum_over_ranks
-from distseg.meta.estimators import one_process
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Whole
+from distseg.meta.reduction import ByFunction
 from distseg.meta.weight_net import WeightNet, hypergradient
 from distseg.meta.weights import uniform_weights
 from distseg.methods.config import MethodConfig
@@ -33,14 +33,14 @@ def learn(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     share = slice(rank, None, world_size)
     noisy, clean = ([tuple(t[share] for t in batch(seed, 4))] for seed in (1, 2))
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    hyper = hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, 0.3, total)
+    hyper = hypergradient(StatelessNetwork(model, Whole(model)), parameters, net, noisy, clean, 0.3, ByFunction(total))
     out = {f"hypergradient.{i}": g for i, g in enumerate(hyper.by_parameter)}
 
     loss = TLoss(torch.device("cpu"))
     for index in range(3):
         images, masks = (tensor[share] for tensor in batch(index, 4))
-        [weights] = uniform_weights([masks], total, torch.float64)
-        step = Step([MicroBatch(Batch(images, masks, masks, ()), weights)], loss, total)
+        [weights] = uniform_weights([masks], ByFunction(total), torch.float64)
+        step = Step([MicroBatch(Batch(images, masks, masks, ()), weights)], loss, ByFunction(total))
         step.loss(0, images[:, :1], scale=world_size)
         step.finish(NO, 0.05)
     return out | {f"t_loss.{name}": value for name, value in loss.state_dict().items()}
@@ -71,8 +71,7 @@ def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
         open_stream=lambda name, *_: Drawn({"noisy": 20, "clean": 30}[name]),
         model=network,
         placement=Whole(network),
-        sum_over_ranks=total,
-        begin_sum=None,
+        reduction=ByFunction(total),
         device=torch.device("cpu"),
     )
     config = MethodConfig.model_validate({"name": "label_correction", "warm_up": 0.25})
@@ -91,7 +90,7 @@ def correct_on_a_rank(runtime) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_correct_labels_as_one_does() -> None:
-    expected = correct(0, 1, one_process)
+    expected = correct(0, 1, lambda tensor: tensor)
     for actual in run_ranks(correct_on_a_rank, 2):
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
@@ -104,7 +103,7 @@ def learn_on_a_rank(runtime) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_learn_what_one_learns() -> None:
-    expected = learn(0, 1, one_process)
+    expected = learn(0, 1, lambda tensor: tensor)
     ranks = run_ranks(learn_on_a_rank, 2)
     for name, value in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name

@@ -51,8 +51,7 @@ class AlignedConfig(Section):
             transform=self.transform,
             virtual_lr=self.virtual_lr,
             initial_weight=self.initial_weight,
-            sum_over_ranks=context.sum_over_ranks,
-            begin_sum=context.begin_sum,
+            reduction=context.reduction,
             placement=context.placement,
         )
         return Aligned(reweighter)

@@ -42,7 +42,7 @@ class LossWeights(Weighting):
 
     def __init__(self, context: Context, weight_lr: float, virtual_lr: float) -> None:
         self.network, self.placement = StatelessNetwork(context.model, context.placement), context.placement
-        self.sum_over_ranks, self.virtual_lr = context.sum_over_ranks, virtual_lr
+        self.reduction, self.virtual_lr = context.reduction, virtual_lr
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             net = WeightNet()
@@ -61,7 +61,7 @@ class LossWeights(Weighting):
             noisy,
             clean,
             self.virtual_lr,
-            self.sum_over_ranks,
+            self.reduction,
         )
         ahead = self.learned.stepped(hyper.by_parameter)
         with torch.no_grad():
@@ -89,8 +89,8 @@ class LossWeights(Weighting):
             weights = weight_map.full(labels).double()
             wrong = valid_pixels(labels) & valid_pixels(truth) & (labels != truth)
             numbers.append(torch.stack([weights.sum(), weights.square().sum(), (weights * wrong).sum(), wrong.sum()]))
-        mass, squares, wrong_mass, wrong_count = self.sum_over_ranks(torch.stack(numbers).sum(0))
-        histogram = self.sum_over_ranks(detection_histogram(hyper.alignments, masks, truths))
+        mass, squares, wrong_mass, wrong_count = self.reduction.sum(torch.stack(numbers).sum(0))
+        histogram = self.reduction.sum(detection_histogram(hyper.alignments, masks, truths))
         return {
             "gradient_norm": norm(hyper.clean_gradient),
             "mean_weight": mass,

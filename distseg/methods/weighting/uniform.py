@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from distseg.meta.estimators import LabelledImages, SumOverRanks
+from distseg.meta.estimators import LabelledImages
+from distseg.meta.reduction import Reduction
 from distseg.meta.weights import uniform_weights
 from distseg.methods.context import Context
 from distseg.methods.part import Weighed, Weighting
@@ -19,14 +20,14 @@ class UniformConfig(Section):
     by_pixel: ClassVar[bool] = False
 
     def build(self, context: Context) -> Weighting:
-        return Uniform(context.sum_over_ranks)
+        return Uniform(context.reduction)
 
 
 class Uniform(Weighting):
     """W = 1/N on each of the N valid pixels of the global batch."""
 
-    def __init__(self, sum_over_ranks: SumOverRanks) -> None:
-        self.sum_over_ranks = sum_over_ranks
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
 
     def weigh(
         self,
@@ -35,4 +36,4 @@ class Uniform(Weighting):
         true_masks: Sequence[Tensor] | None,
     ) -> Weighed:
         masks, dtype = [labels for _, labels in noisy], noisy[0][0].dtype
-        return Weighed(uniform_weights(masks, self.sum_over_ranks, dtype), {})
+        return Weighed(uniform_weights(masks, self.reduction, dtype), {})
