@@ -2,6 +2,9 @@
 
     python launch/compare.py runs/noisy_only runs/pixel_reweight [--figure comparison.png] [--markdown]
 
+`--figure` builds the runs' networks. Those of a run with an imported `model.name` are code that its config names: they
+need --allow-import.
+
 Runs of one method, for instance with several seeds, are also summed up as mean ± standard deviation. The networks are
 those of the last checkpoints; the picture shows test images of the first run's data, spread evenly over the split.
 """
@@ -31,6 +34,7 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="folders that launch/train.py has finished")
     parser.add_argument("--figure", type=Path, help="where to draw the picture, a PNG")
     parser.add_argument("--markdown", action="store_true", help="tables as GitHub's markdown")
+    parser.add_argument("--allow-import", action="store_true", help="run the code that the runs' model.name names")
     arguments = parser.parse_args()
     try:
         results = [read_result(run) for run in arguments.runs]
@@ -38,7 +42,7 @@ def main() -> int:
         if len({result["method"] for result in results}) < len(results):
             print("\n" + seeds_table(results, arguments.markdown))
         if arguments.figure:
-            save_png(draw(arguments.runs), arguments.figure)
+            save_png(draw(arguments.runs, arguments.allow_import), arguments.figure)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,11 +57,11 @@ def read_result(run: Path) -> dict:
 
 
 @torch.inference_mode()
-def draw(runs: list[Path]) -> np.ndarray:
+def draw(runs: list[Path], allow_import: bool) -> np.ndarray:
     """(h, w, 3) uint8: validation curves, test images, and each run's prediction on them."""
     predictions = {}
     for run in runs:
-        config, network = load_network(run)
+        config, network = load_network(run, allow_import)
         if not predictions:
             batch, masks = load_examples(config, run)
         logits = network.eval()(batch.images)

@@ -40,6 +40,7 @@ from distseg.errors import UserError
 from distseg.files import flush, open_regular, read_regular, remove_parts, write_atomically
 from distseg.methods.step import Method
 from distseg.models.registry import build_model
+from distseg.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -229,11 +230,18 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_network(run: Path) -> tuple[Config, nn.Module]:
-    """The config of a run and its network, on the CPU, with the parameters of its last whole checkpoint."""
-    config = load_config(run / "config.yaml")
-    network = build_model(config.model)
-    checkpoint = find_checkpoint(run / "checkpoints")
+def load_network(run: Path, allow_import: bool = False) -> tuple[Config, nn.Module]:
+    """The config of a run and its network, on the CPU, with the parameters of its last whole checkpoint.
+
+    A run of an imported network needs `allow_import`: its config names code, and the folder may be someone else's.
+    """
+    folder = RunFolder(run)
+    config = load_config(folder.config)
+    try:
+        network = build_model(config.model, allow_import)
+    except UserError as error:
+        raise UserError(f"{folder.config}: {error}") from None
+    checkpoint = find_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise UserError(f"{run}: has no checkpoint yet")
     try:

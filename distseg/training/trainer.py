@@ -42,6 +42,7 @@ from distseg.files import write_atomically
 from distseg.meta import PixelReweighter
 from distseg.methods.registry import build_method
 from distseg.methods.step import Method, Parts, WeightedBatch
+from distseg.models.check import check_network
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
 from distseg.optim.schedules import learning_rate
@@ -105,6 +106,8 @@ class Trainer:
         self.config, self.folder, self.runtime = config, folder, runtime
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(runtime.device)
+        smallest = min(config.train.batch_size, config.train.clean_batch_size)
+        check_network(self.model, config.model.name, config.data.image_size, smallest * runtime.shard.world_size)
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(lambda: prepare_data(config, folder, runtime.is_main), runtime.device)
@@ -340,7 +343,7 @@ class Trainer:
 
     def _portable_network(self) -> tuple[nn.Module, np.ndarray]:
         """A copy of the network without the engine's hooks, and two validation images (2, 3, H, W) as its input."""
-        _, network = load_network(self.folder)
+        _, network = load_network(self.folder, allow_import=True)
         samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
         [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu)
         return network.eval(), batch.images.numpy()

@@ -222,6 +222,7 @@ def test_a_file_that_breaks_in_training_is_named_with_the_checkpoint(
 def failing(*at: int) -> list[str]:
     return [
         "model.name=tests.integration.failing:Failing", f"model.options={{rank: 1, at: {list(at)}}}",
+        "model.width=null", "model.depth=null", "model.norm=null",
         "method.name=noisy_only", "train.steps=12", "train.validate_every=6",
     ]  # fmt: skip
 
