@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 from distseg.config.load import load_config
@@ -73,6 +74,7 @@ def run(config, arguments: argparse.Namespace) -> int:
 
 def train(config, arguments: argparse.Namespace, runtime, watchdog) -> None:
     from distseg.distributed.collectives import main_rank_first
+    from distseg.run_lock import run_lock
     from distseg.training.trainer import Trainer, earlier_result
 
     if arguments.dry_run:
@@ -84,7 +86,9 @@ def train(config, arguments: argparse.Namespace, runtime, watchdog) -> None:
     folder = arguments.runs_dir / config.name
     result = main_rank_first(lambda: earlier_result(config, folder, arguments.resume), runtime.device)
     if result is None:
-        result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
+        with ExitStack() as stack:
+            main_rank_first(lambda: runtime.is_main and stack.enter_context(run_lock(folder)), runtime.device)
+            result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
     if runtime.is_main:
         print(f"{config.name}: test Dice {result['test/dice']:.3f}; {folder / 'result.json'}")
 
