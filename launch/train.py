@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distseg.config.load import load_config
 from distseg.distributed.ending import leave
-from distseg.errors import BadFileError, UserError
+from distseg.errors import BadFileError, StorageError, UserError
 
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: not done, and no fault of the run's."""
@@ -51,15 +51,16 @@ def run(config, arguments: argparse.Namespace) -> int:
     try:
         train(config, arguments, runtime, watchdog)
         code = 0
-    except (FailedElsewhere, UserError) as error:
+    except UserError:
         code = 2
-        if isinstance(error, UserError):
-            raise
+        raise
+    except FailedElsewhere:
+        code = watchdog.exit_code if watchdog.other_rank_ended() else 2
     except Preempted as stop:
         code = PREEMPTED
         if runtime.is_main:
             print(f"{config.name}: {stop}", file=sys.stderr)
-    except (Diverged, NotSaved) as error:
+    except (Diverged, NotSaved, StorageError) as error:
         if runtime.is_main:
             print(f"error: {error}", file=sys.stderr)
     except RuntimeError:

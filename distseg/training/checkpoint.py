@@ -104,8 +104,9 @@ def save_checkpoint(
 
     def start() -> None:
         if shard.rank == 0:
+            folder.mkdir(exist_ok=True)  # and not its parent: a run folder that is gone is not made again without config
             remove_parts(folder)
-            aside.mkdir(parents=True)
+            aside.mkdir()
 
     def write() -> None:
         name = f"rank_{shard.rank:05d}.safetensors"
