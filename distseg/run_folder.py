@@ -5,6 +5,7 @@ runs/NAME/config.yaml          the resolved config
           result.json          final figures, once the run is done
           test_counts.csv      true and false positives and negatives of each test image
           mlflow_run_id        the id of its MLflow run
+          run.lock             held by the process that trains it (distseg/run_lock.py)
           checkpoints/         distseg/training/checkpoint.py
           figures/             training panels along the steps
           noisy_masks/         the noisy stream's masks, where they are simulated
@@ -37,6 +38,10 @@ class RunFolder:
     @property
     def mlflow_run_id(self) -> Path:
         return self.path / "mlflow_run_id"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "run.lock"
 
     @property
     def checkpoints(self) -> Path:

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="folders that launch/train.py has finished")
     parser.add_argument("--figure", type=Path, help="where to draw the picture, a PNG")
+    parser.add_argument("--allow-import", action="store_true", help="run the code that the runs' model.name names")
     parser.add_argument("--markdown", action="store_true", help="tables as GitHub's markdown")
     arguments = parser.parse_args(argv)
     runs = [read_run(run) for run in arguments.runs]
@@ -46,11 +47,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         # Late: the tables need no torch.
         from distseg.pages.figures import save_png
 
-        save_png(draw(arguments.runs), arguments.figure)
+        save_png(draw(arguments.runs, arguments.allow_import), arguments.figure)
     return 0
 
 
-def draw(runs: Sequence[Path]) -> "np.ndarray":
+def draw(runs: Sequence[Path], allow_import: bool) -> "np.ndarray":
     """(h, w, 3) uint8: validation curves, test images, and each run's prediction on them."""
     import torch
 
@@ -66,7 +67,7 @@ def draw(runs: Sequence[Path]) -> "np.ndarray":
     predictions: dict[str, Tensor] = {}
     examples: tuple[Batch, Tensor] | None = None
     for run in runs:
-        config, network = load_network(run)
+        config, network = load_network(run, allow_import)
         examples = examples or load_examples(config, run)
         with torch.inference_mode():
             logits = network.eval()(examples[0].images)

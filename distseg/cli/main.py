@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": "look through a data set, and decode it once and for all",
     "sweep": "run a study: many runs from one file, and their report",
     "report": "make the report of a study again",
+    "finished": "say whether a run is done",
     "compare": "set finished runs side by side",
     "demo": "see the method work in five minutes",
 }

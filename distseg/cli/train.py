@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,11 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     try:
         train(config, arguments, runtime, watchdog)
         code = 0
-    except FailedElsewhere:
-        code = 2
     except UserError:
         code = 2
         raise
+    except FailedElsewhere:
+        code = watchdog.exit_code if watchdog.other_rank_ended() else 2
     except Preempted as stop:
         code = PREEMPTED
         if runtime.is_main:
@@ -92,6 +93,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
 def train(config: Config, arguments: argparse.Namespace, runtime: "Runtime", watchdog: "Watchdog") -> None:
     """Train the run of this config, or rehearse it, and print the outcome on the main rank."""
     from distseg.distributed.collectives import main_rank_first
+    from distseg.run_lock import run_lock
     from distseg.training.trainer import Trainer, earlier_result
 
     if arguments.dry_run:
@@ -103,7 +105,9 @@ def train(config: Config, arguments: argparse.Namespace, runtime: "Runtime", wat
     folder = arguments.runs_dir / config.name
     result = main_rank_first(lambda: earlier_result(config, folder, arguments.resume), runtime.device)
     if result is None:
-        result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
+        with ExitStack() as stack:
+            main_rank_first(lambda: runtime.is_main and stack.enter_context(run_lock(folder)), runtime.device)
+            result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
     if runtime.is_main:
         say_in_passing(f"{config.name}: test Dice {result['test/dice']:.3f}; {folder / 'result.json'}")
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from distseg.data.config import DataConfig
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.methods.config import MethodConfig
-from distseg.models.config import ModelConfig
+from distseg.models.config import ModelConfig, UNetConfig
 from distseg.optim.config import OptimConfig
 from distseg.section import Section
 from distseg.tracking.config import TrackingConfig
@@ -20,7 +20,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: DataConfig
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = UNetConfig()
     method: MethodConfig = MethodConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -29,8 +29,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        stride = 2**self.model.depth
-        if self.model.name == "unet" and self.data.image_size % stride:
+        stride = 2**self.model.depth if isinstance(self.model, UNetConfig) else 1
+        if self.data.image_size % stride:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
             )

@@ -1,26 +1,47 @@
 """The `model` section of a config."""
 
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from distseg.section import Count, Section
 
+IMPORTABLE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
-class ModelConfig(Section):
-    name: str = "unet"
-    """`unet`, or an importable `package.module:callable` that returns an nn.Module."""
+
+class UNetConfig(Section):
+    name: Literal["unet"] = "unet"
     width: Count = 64
     depth: Annotated[int, Field(ge=1, le=8)] = 4
     """Number of downsamplings; the paper's network has width 64 and depth 4."""
     norm: Literal["none", "batch", "group"] = "none"
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of an imported model; must be empty for `unet`."""
 
-    @model_validator(mode="after")
-    def _options_are_for_imports(self) -> Self:
-        if self.name == "unet" and self.options:
+
+class ImportedConfig(Section):
+    name: Annotated[str, Field(pattern=f"^{IMPORTABLE}$")]
+    """`package.module:callable`: an nn.Module class, or a function that is declared to return one (models/registry.py).
+    The working folder is searched last."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the callable."""
+
+
+def _by_name(values: Any, handler: ValidatorFunctionWrapHandler) -> UNetConfig | ImportedConfig:
+    """The kind that `name` says; a key of the other kind is an error, unless it is null, which takes it back."""
+    if not isinstance(values, dict):
+        return handler(values)
+    values = {key: value for key, value in values.items() if value is not None}
+    name = values.get("name", "unet")
+    if name == "unet":
+        if values.pop("options", None):
             raise ValueError("options are for imported models; unet takes width, depth and norm")
-        if self.name != "unet" and ":" not in self.name:
-            raise ValueError(f"name {self.name!r} is neither `unet` nor `package.module:callable`")
-        return self
+        return UNetConfig.model_validate(values)
+    if not isinstance(name, str) or not re.fullmatch(IMPORTABLE, name):
+        raise ValueError(f"name {name!r} is neither `unet` nor `package.module:callable`")
+    for key in sorted(values.keys() - ImportedConfig.model_fields.keys()):
+        mend = f"remove it, model.{key}=null takes it back; the network's own arguments are model.options.NAME=VALUE"
+        raise ValueError(f"{key} is no key of an imported network, as name={name} is; {mend}")
+    return ImportedConfig.model_validate(values)
+
+
+ModelConfig = Annotated[UNetConfig | ImportedConfig, WrapValidator(_by_name)]

@@ -40,6 +40,7 @@ from distseg.errors import UserError
 from distseg.files import flush, open_regular, read_regular, remove_parts, write_atomically
 from distseg.methods.method import Method
 from distseg.models.registry import build_model
+from distseg.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,11 @@ def save_checkpoint(
 
     def start() -> None:
         if shard.rank == 0:
+            folder.mkdir(
+                exist_ok=True
+            )  # and not its parent: a run folder that is gone is not made again without config
             remove_parts(folder)
-            aside.mkdir(parents=True)
+            aside.mkdir()
 
     def write() -> None:
         name = f"rank_{shard.rank:05d}.safetensors"
@@ -229,11 +233,18 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_network(run: Path) -> tuple[Config, nn.Module]:
-    """The config of a run and its network, on the CPU, with the parameters of its last whole checkpoint."""
-    config = load_config(run / "config.yaml")
-    network = build_model(config.model)
-    checkpoint = find_checkpoint(run / "checkpoints")
+def load_network(run: Path, allow_import: bool = False) -> tuple[Config, nn.Module]:
+    """The config of a run and its network, on the CPU, with the parameters of its last whole checkpoint.
+
+    A run of an imported network needs `allow_import`: its config names code, and the folder may be someone else's.
+    """
+    folder = RunFolder(run)
+    config = load_config(folder.config)
+    try:
+        network = build_model(config.model, allow_import)
+    except UserError as error:
+        raise UserError(f"{folder.config}: {error}") from None
+    checkpoint = find_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise UserError(f"{run}: has no checkpoint yet")
     try:

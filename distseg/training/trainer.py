@@ -30,6 +30,7 @@ from distseg.meta.placement import Whole
 from distseg.methods.context import Context
 from distseg.methods.method import Method, build_method
 from distseg.methods.step import MicroBatch
+from distseg.models.check import check_network
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
 from distseg.optim.schedules import learning_rate
@@ -98,6 +99,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(runtime.device)
         side = config.data.image_size
+        smallest = min(config.train.batch_size, config.train.clean_batch_size) * runtime.shard.world_size
+        check_network(self.model, config.model.name, side, smallest)
         refuse_unsaved_state(self.model.train(), torch.zeros(2, 3, side, side, device=runtime.device))
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
@@ -335,7 +338,7 @@ class Trainer:
 
     def _portable_network(self) -> tuple[nn.Module, np.ndarray]:
         """A copy of the network without the engine's hooks, and two validation images (2, 3, H, W) as its input."""
-        _, network = load_network(self.folder.path)
+        _, network = load_network(self.folder.path, allow_import=True)
         samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
         [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu)
         return network.eval(), batch.images.numpy()

@@ -8,7 +8,9 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,6 +185,44 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path
     assert tracked.info.status == "KILLED"
 
 
+def test_a_second_start_of_a_live_run_is_refused_and_leaves_it_alone(config: Path, tmp_path: Path, train) -> None:
+    long = ["train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000"]
+    started = start(config, tmp_path, *long)
+    started.wait_for_step(3)
+    rank_0 = started.ranks()[0].pid
+    second = train(0, "--config", str(config), "--runs-dir", str(tmp_path), "--resume", "auto", *long)
+    assert second.returncode == 2, second.stderr
+    [line] = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert f"process {rank_0} on {socket.gethostname()!r}" in line and "Traceback" not in second.stderr
+    started.wait_for_step(steps_logged(started.run) + 2)
+    started.ranks()[0].terminate()
+    assert started.end()[0] == 75
+
+
+def test_the_check_of_the_result_sees_what_a_killed_launcher_hides(config: Path, tmp_path: Path) -> None:
+    """`deepspeed` is two processes: it may end with 0 where the inner one is killed."""
+    long = ["train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000"]
+    started = start(config, tmp_path, *long)
+    started.wait_for_step(3)
+    ranks = started.ranks()
+    ranks[0].parent().kill()
+    psutil.wait_procs(ranks, timeout=60)
+    started.end()
+    command = [sys.executable, "launch/finished.py", "--config", str(config), "--runs-dir", str(tmp_path), *long]
+    asked = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert asked.returncode == 1 and "is not done" in asked.stderr, asked.stderr
+    assert (started.run / "checkpoints" / "last").exists()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_folder_that_cannot_be_written_is_one_line(config: Path, tmp_path: Path, train, ranks: int) -> None:
+    (tmp_path / "file").touch()
+    done = train(ranks, "--config", str(config), "--runs-dir", str(tmp_path / "file"), "--resume", "auto")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert len(errors) == 1 and "a part of its path is a file and not a folder" in errors[0], done.stderr
+
+
 def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path, tmp_path: Path, train) -> None:
     """From two ranks under ZeRO 1 to one under ZeRO 2; the last steps again."""
     run = tmp_path / "run"
@@ -222,6 +262,7 @@ def test_a_file_that_breaks_in_training_is_named_with_the_checkpoint(
 def failing(*at: int) -> list[str]:
     return [
         "model.name=tests.integration.failing:Failing", f"model.options={{rank: 1, at: {list(at)}}}",
+        "model.width=null", "model.depth=null", "model.norm=null",
         "method.name=noisy_only", "train.steps=12", "train.validate_every=6",
     ]  # fmt: skip
 

@@ -92,7 +92,7 @@ class LossWeights(Weighting):
         mass, squares, wrong_mass, wrong_count = self.reduction.sum(torch.stack(numbers).sum(0))
         histogram = self.reduction.sum(detection_histogram(hyper.alignments, masks, truths))
         return {
-            "gradient_norm": norm(hyper.clean_gradient),
+            "gradient_norm": norm(hyper.clean_gradient, self.reduction),
             "mean_weight": mass,
             "effective_fraction": mass.square() / (hyper.count * squares),
             "noise_rate": wrong_count / hyper.count,

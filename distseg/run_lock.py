@@ -1,0 +1,75 @@
+"""One process at a time in a run folder."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distseg.errors import StorageError, UserError
+from distseg.files import read_regular, remove_parts
+from distseg.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the run in `folder`, which is made if it is missing, and remove what killed starts left half-written.
+
+    Call it on rank 0, before anything is written. Raises UserError, with host and process, where another process holds
+    the run; StorageError where the folder cannot be written.
+
+    The kernel drops the lock when the process ends, however it ends. Between hosts it holds on file systems that have
+    locks: NFS 4 and Lustre mounted with `flock` do. On one that has none a warning says so and the run goes on; two
+    starts of one run then are the user's to avoid.
+    """
+    path = RunFolder(folder).lock
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise StorageError.of(path, error) from error
+    try:
+        _take(descriptor, folder)
+        remove_parts(folder)
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = _holder(folder)
+        if error.errno in _HELD:
+            mend = "wait for its end, stop it with SIGTERM, or choose another name="
+            raise UserError(f"{folder}: {holder} trains this run now; {mend}") from None
+        if error.errno not in _NO_LOCKS:
+            raise StorageError.of(RunFolder(folder).lock, error) from error
+        logger.warning(
+            "%s: this file system has no locks (%s); make sure that %s does not train this run any more",
+            folder,
+            error.strerror,
+            holder,
+        )
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = json.loads(read_regular(RunFolder(folder).lock, 1000))
+        return f"process {int(holder['process'])} on {str(holder['host'])[:100]!r} (since {str(holder['since'])[:30]})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
