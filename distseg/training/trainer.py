@@ -423,7 +423,7 @@ def prepare_data(config: Config, folder: Path, check: bool) -> Splits:
     samples = usable_samples(config.data, folder, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.data.clean_count, config.seed)
-    noisy, noise_rate = write_noisy_masks(noisy, config.data.noise, folder / "noisy_masks")
+    noisy, noise_rate = write_noisy_masks(noisy, config.data.noise, folder / "noisy_masks", config.data.decoding)
     return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)
 
 
