@@ -48,7 +48,7 @@ class Shard(Section):
     """What a shard's own record says, and index.json repeats."""
 
     name: Annotated[str, Field(pattern=r"^shard_\d{5}\.json$")]
-    image_size: int
+    image_size: Annotated[int, Field(ge=1, le=8192)]
     orientation: Literal["apply", "ignore"]
     sha256: dict[Kind, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     sources: Annotated[list[dict[Kind, Source]], Field(min_length=1)]
@@ -59,7 +59,7 @@ class Shard(Section):
 
 class Index(Section):
     format: int
-    image_size: int
+    image_size: Annotated[int, Field(ge=1, le=8192)]
     orientation: Literal["apply", "ignore"]
     left_out: list[tuple[str, str, str]]
     """Id, file and reason of what was bad."""
