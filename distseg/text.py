@@ -1,14 +1,20 @@
-"""Foreign text, made fit for the place where it is shown."""
+"""Foreign text, from file names, tables and other people's runs, made fit for where it is shown."""
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""A cell of a spreadsheet that begins with one of these is calculated, not shown."""
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def for_terminal(text: str) -> str:
-    """`text` on one line, with every character that a terminal would obey, or cannot show, as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """`text` in one line of printable characters; all others, line breaks and escape sequences too, are written out."""
+    return "".join(letter if letter.isprintable() else _written_out(letter) for letter in text)
 
 
 def for_csv(text: str) -> str:
-    """`text` as a cell of a table that a spreadsheet shows and does not calculate."""
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    """`text` for a cell of a table that spreadsheets open: in one line, and no formula (OWASP, CSV injection)."""
+    shown = for_terminal(text)
+    return f"'{shown}" if text.startswith(_FORMULA_STARTS) else shown
+
+
+def _written_out(letter: str) -> str:
+    """As Python writes it, a line break as \\n; bytes that were no UTF-8, kept as surrogates, as \\xNN."""
+    code = ord(letter)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else letter.encode("unicode_escape").decode()

@@ -21,7 +21,7 @@ from distseg.cli.process import say
 from distseg.config.load import load_config
 from distseg.config.schema import Config
 from distseg.data.cache import write_cache
-from distseg.data.checks import check_splits, find_bad_files, problems_table
+from distseg.data.checks import check_masks, check_splits, inspect_files, problems_table
 from distseg.data.decode import read_image, read_mask
 from distseg.data.noise.write import write_noisy_masks
 from distseg.data.sample import SPLITS, Problem, Sample
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def prepare(config: Config, arguments: argparse.Namespace) -> int:
     # The whole data set, whatever an earlier cache says.
     samples, problems = survey(config.data)
-    problems += find_bad_files(samples, arguments.threads)
+    inspection = inspect_files(samples, config.data.decoding, arguments.threads)
+    problems += inspection.problems
     bad = {problem.id for problem in problems}
     good = [sample for sample in samples if sample.id not in bad]
 
@@ -56,6 +57,7 @@ def prepare(config: Config, arguments: argparse.Namespace) -> int:
         what = f"{len(problems)} problems; mend them, or leave the samples out with data.on_bad=skip"
         raise UserError(f"{config.data.root}: {what}")
     check_splits(good)
+    check_masks(good, inspection.masks)
     if arguments.cache:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
         size = config.data.image_size
@@ -75,11 +77,11 @@ def draw_noisy_masks(config: Config, good: list[Sample], folder: Path) -> None:
         raise UserError(f"--noisy-masks {folder}: data.noise.kind none draws nothing; set data.noise.kind=polygon")
     _, samples = split_clean([s for s in good if s.split == "train"], config.data.clean_count, config.seed)
     try:
-        samples, rate = write_noisy_masks(samples, noise, folder)
+        samples, rate = write_noisy_masks(samples, noise, folder, config.data.decoding)
         shown = samples[:SHOWN_MASKS]
         sheet = contact_sheet(
-            [read_image(sample.image) for sample in shown],
-            [read_mask(sample.mask) for sample in shown],
+            [read_image(sample.image, config.data.decoding) for sample in shown],
+            [read_mask(sample.mask, config.data.decoding) for sample in shown],
             {noise.level: [read_mask(sample.noisy_mask) for sample in shown if sample.noisy_mask]},
         )
         save_png(sheet, folder / "contact_sheet.png")

@@ -12,29 +12,62 @@ where they are whole and their sources as they were.
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from distseg.data.config import DataConfig
-from distseg.data.decode import read_resized_image, read_resized_mask
-from distseg.data.sample import Problem, Sample
-from distseg.errors import UserError
+from distseg.data.decode import Decoding, read_resized_image, read_resized_mask
+from distseg.data.sample import Kind, Problem, Sample, leaves_root
+from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
+from distseg.section import Section
 
-FORMAT = 2
+FORMAT = 3
 SHARD_SIZE = 256
-_READERS: dict[str, Callable[[Path, int], NDArray[np.uint8]]] = {
+_READERS: dict[Kind, Callable[[Path, int, Decoding], NDArray[np.uint8]]] = {
     "image": read_resized_image,
     "mask": read_resized_mask,
     "noisy_mask": read_resized_mask,
 }
+
+
+Stamp = tuple[int, int]
+"""A file's size in bytes and time of change in nanoseconds."""
+Source = tuple[str, int, int]
+"""A file's path under the root, and its stamp."""
+
+
+class Shard(Section):
+    """What a shard's own record says, and index.json repeats."""
+
+    name: Annotated[str, Field(pattern=r"^shard_\d{5}\.json$")]
+    image_size: Annotated[int, Field(ge=1, le=8192)]
+    orientation: Literal["apply", "ignore"]
+    sha256: dict[Kind, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    sources: Annotated[list[dict[Kind, Source]], Field(min_length=1)]
+
+    def array(self, kind: Kind) -> str:
+        return f"{Path(self.name).stem}_{kind}s.npy"
+
+
+class Index(Section):
+    format: int
+    image_size: Annotated[int, Field(ge=1, le=8192)]
+    orientation: Literal["apply", "ignore"]
+    left_out: list[tuple[str, str, str]]
+    """Id, file and reason of what was bad."""
+    shards: list[Shard]
+
+
+class _Version(BaseModel):
+    format: int
 
 
 class PixelCache:
@@ -49,12 +82,12 @@ class PixelCache:
         """(S, S, 3) of an image or (S, S) of a mask; None for a file that the cache was not made from."""
         return self._rows.get(path)
 
-    def check_holds(self, samples: Sequence[Sample], config: DataConfig) -> None:
+    def check_holds(self, samples: Sequence[Sample], folder: Path) -> None:
         """Raises UserError where a file of `samples` is missing."""
         missing = [path for sample in samples for path in sample.files.values() if path not in self._rows]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise _refusal(config, f"does not hold {missing[0]}{more}")
+            raise _refusal(folder, f"does not hold {missing[0]}{more}")
 
 
 def write_cache(
@@ -76,103 +109,146 @@ def write_cache(
     shards, kept = [], 0
     with ThreadPoolExecutor(threads) as pool:
         for number, cut in enumerate(cuts):
-            stamps = [_stamps(sample, config.root) for sample in cut]
-            record = folder / f"shard_{number:05d}.json"
-            shard = _whole_shard(folder, record, stamps, config.image_size)
+            name = f"shard_{number:05d}.json"
+            sources = [_sources(sample, config.root) for sample in cut]
+            shard = _whole_shard(folder, name, sources, config)
             kept += shard is not None
-            shards.append(shard or _write_shard(folder, record, cut, stamps, config.image_size, pool))
-    for stale in set(folder.glob("shard_*.json")) - {folder / shard["name"] for shard in shards}:
+            shards.append(shard or _write_shard(folder, name, cut, sources, config, pool))
+    for stale in set(folder.glob("shard_*.json")) - {folder / shard.name for shard in shards}:
         for path in folder.glob(f"{stale.stem}*"):
             path.unlink()
-    bad = [[problem.id, problem.file, problem.reason] for problem in left_out]
-    content = {"format": FORMAT, "image_size": config.image_size, "left_out": bad, "shards": shards}
-    write_atomically(index, json.dumps(content))
+    content = Index(
+        format=FORMAT,
+        image_size=config.image_size,
+        orientation=config.orientation,
+        left_out=[(problem.id, problem.file, problem.reason) for problem in left_out],
+        shards=shards,
+    )
+    write_atomically(index, content.model_dump_json())
     return len(shards) - kept, kept
 
 
 def open_cache(config: DataConfig) -> PixelCache | None:
     """The cache that `config.cache` names, or None where it names none.
 
-    Raises UserError where it is missing, damaged, of another image size, or made from other files than are under
-    `config.root` now. Checked once per process.
+    Raises UserError where it is missing, damaged, of another image size or orientation, or made from other files than
+    are under `config.root` now. Checked once per process.
     """
-    return None if config.cache is None else _open(config.cache, config.root, config.image_size)
+    if config.cache is None:
+        return None
+    return _open(config.cache, config.root, config.image_size, config.orientation)
 
 
 @lru_cache(maxsize=2)
-def _open(folder: Path, root: Path, image_size: int) -> PixelCache:
-    config = DataConfig(root=root, image_size=image_size, cache=folder)
+def _open(folder: Path, root: Path, image_size: int, orientation: str) -> PixelCache:
     try:
-        index = json.loads((folder / "index.json").read_bytes())
-        if index["format"] != FORMAT:
-            raise _refusal(config, "was written by another version")
-        if index["image_size"] != image_size:
-            raise _refusal(config, f"was made at data.image_size {index['image_size']}, not {image_size}")
-        rows: dict[Path, NDArray[np.uint8]] = {}
-        for shard in index["shards"]:
-            rows |= _map_shard(shard, config)
-        return PixelCache(rows, [Problem(*row) for row in index["left_out"]])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise _refusal(config, "is no finished cache") from None
+        content = (folder / "index.json").read_bytes()
+        if _Version.model_validate_json(content).format != FORMAT:
+            raise _refusal(folder, "was written by another version")
+        index = Index.model_validate_json(content)
+    except (OSError, ValueError):
+        raise _refusal(folder, "is no finished cache") from None
+    if index.image_size != image_size:
+        raise _refusal(folder, f"was made at data.image_size {index.image_size}, not {image_size}")
+    if index.orientation != orientation:
+        raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}")
+    rows: dict[Path, NDArray[np.uint8]] = {}
+    for shard in index.shards:
+        for kind, digest in shard.sha256.items():
+            rows |= _map_array(folder, root, shard, kind, digest)
+    return PixelCache(rows, [Problem(*row) for row in index.left_out])
 
 
-def _map_shard(shard: dict[str, Any], config: DataConfig) -> dict[Path, NDArray[np.uint8]]:
+def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) -> dict[Path, NDArray[np.uint8]]:
+    """The rows of one array by the files that they were made from."""
+    path = folder / shard.array(kind)
+    pixels = None
+    if path.is_file() and _sha256(path) == digest:
+        try:
+            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            pixels = None
+    shape = (len(shard.sources), shard.image_size, shard.image_size, *((3,) if kind == "image" else ()))
+    sound = pixels is not None and pixels.dtype == np.uint8 and pixels.shape == shape
+    if pixels is None or not sound or (kind != "image" and pixels.max() > 1):
+        raise _refusal(folder, f"is damaged: {path.name}")
+    pixels = np.asarray(pixels)  # a memmap's rows are slow to take
     rows = {}
-    for kind, digest in shard["sha256"].items():
-        array = config.cache / f"{Path(shard['name']).stem}_{kind}s.npy"
-        if not array.is_file() or _sha256(array) != digest:
-            raise _refusal(config, f"is damaged: {array.name}")
-        pixels = np.asarray(np.load(array, mmap_mode="r", allow_pickle=False))  # a memmap's rows are slow to take
-        for row, stamps in enumerate(shard["sources"]):
-            if kind in stamps:
-                name, *stamp = stamps[kind]
-                source = config.root / name
-                if _stamp(source) != stamp:
-                    raise _refusal(config, f"is not of this data: {source} is missing or has changed")
-                rows[source] = pixels[row]
+    for row, sources in enumerate(shard.sources):
+        if kind in sources:
+            name, *stamp = sources[kind]
+            if leaves_root(name):
+                raise _refusal(folder, f"is damaged: {shard.name}")
+            source = root / name
+            if _stamp(source) != tuple(stamp):
+                raise _refusal(folder, f"is not of this data: {source} is missing or has changed")
+            rows[source] = pixels[row]
     return rows
 
 
 def _write_shard(
-    folder: Path, record: Path, samples: Sequence[Sample], stamps: list[dict], size: int, pool: ThreadPoolExecutor
-) -> dict[str, Any]:
-    digests = {}
+    folder: Path,
+    name: str,
+    samples: Sequence[Sample],
+    sources: list[dict[Kind, Source]],
+    config: DataConfig,
+    pool: ThreadPoolExecutor,
+) -> Shard:
+    size, digests = config.image_size, {}
     for kind, read in _READERS.items():
         paths = [sample.files.get(kind) for sample in samples]
         if any(paths):
             channels = (3,) if kind == "image" else ()
             blank = np.zeros((size, size, *channels), np.uint8)
-            pixels = list(pool.map(lambda path: read(path, size) if path else blank, paths))  # noqa: B023
+            decode = partial(_read_or_blank, read, blank, config.decoding)
             content = io.BytesIO()
-            np.save(content, np.stack(pixels), allow_pickle=False)
-            write_atomically(folder / f"{record.stem}_{kind}s.npy", content.getvalue())
+            np.save(content, np.stack(list(pool.map(decode, paths))), allow_pickle=False)
+            write_atomically(folder / f"{Path(name).stem}_{kind}s.npy", content.getvalue())
             digests[kind] = hashlib.sha256(content.getvalue()).hexdigest()
-    shard = {"name": record.name, "image_size": size, "sha256": digests, "sources": stamps}
-    write_atomically(record, json.dumps(shard))
+    shard = Shard(name=name, image_size=size, orientation=config.orientation, sha256=digests, sources=sources)
+    write_atomically(folder / name, shard.model_dump_json())
     return shard
 
 
-def _whole_shard(folder: Path, record: Path, stamps: list[dict], size: int) -> dict[str, Any] | None:
-    """What `record` says, where its shard was made from these files at this size and is undamaged."""
+def _read_or_blank(
+    read: Callable[[Path, int, Decoding], NDArray[np.uint8]],
+    blank: NDArray[np.uint8],
+    decoding: Decoding,
+    path: Path | None,
+) -> NDArray[np.uint8]:
+    return blank if path is None else read(path, blank.shape[0], decoding)
+
+
+def _whole_shard(folder: Path, name: str, sources: list[dict[Kind, Source]], config: DataConfig) -> Shard | None:
+    """What a record says, where its shard was made from these files with these keys and is undamaged."""
     try:
-        shard = json.loads(record.read_bytes())
-        made = shard["image_size"] == size and shard["sources"] == stamps
-        arrays = {folder / f"{record.stem}_{kind}s.npy": digest for kind, digest in shard["sha256"].items()}
-        return shard if made and all(_sha256(array) == digest for array, digest in arrays.items()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        shard = Shard.model_validate_json((folder / name).read_bytes())
+        expected = (name, config.image_size, config.orientation, sources)
+        made = (shard.name, shard.image_size, shard.orientation, shard.sources) == expected
+        whole = all(_sha256(folder / shard.array(kind)) == digest for kind, digest in shard.sha256.items())
+        return shard if made and whole else None
+    except (OSError, ValueError):
         return None
 
 
-def _stamps(sample: Sample, root: Path) -> dict[str, list]:
-    return {kind: [str(path.relative_to(root)), *(_stamp(path) or ())] for kind, path in sample.files.items()}
+def _sources(sample: Sample, root: Path) -> dict[Kind, Source]:
+    return {kind: (str(path.relative_to(root)), *_stamp_of(path)) for kind, path in sample.files.items()}
 
 
-def _stamp(path: Path) -> list[int] | None:
+def _stamp_of(path: Path) -> Stamp:
+    """Raises BadFileError where the file is missing."""
+    stamp = _stamp(path)
+    if stamp is None:
+        raise BadFileError(f"{path}: no such file")
+    return stamp
+
+
+def _stamp(path: Path) -> Stamp | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return [status.st_size, status.st_mtime_ns]
+    return status.st_size, status.st_mtime_ns
 
 
 def _sha256(path: Path) -> str:
@@ -180,5 +256,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refusal(config: DataConfig, what: str) -> UserError:
-    return UserError(f"data.cache {config.cache}: {what}; make it with launch/prepare.py --cache {config.cache}")
+def _refusal(folder: Path, what: str) -> UserError:
+    return UserError(f"data.cache {folder}: {what}; make it with launch/prepare.py --cache {folder}")

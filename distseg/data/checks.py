@@ -2,20 +2,35 @@
 
 import csv
 import io
-import sys
+import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
-from distseg.data.decode import check_image, check_mask
-from distseg.data.sample import SPLITS, Problem, Sample, first_of
+from distseg.data.decode import Decoding
+from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
+from distseg.data.sample import SPLITS, Kind, Problem, Sample, first_of
 from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
+from distseg.text import for_csv
 
 LEFT_OUT = "left_out.csv"
 """In a run's folder under `data.on_bad=skip`: id, file and reason of every sample that it does without."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the files hold."""
+
+    problems: list[Problem]
+    """By id."""
+    masks: dict[str, MaskFacts]
+    """Of the true masks that can be used, by id."""
 
 
 def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample]:
@@ -24,27 +39,32 @@ def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample
     With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
     or left out and written to `folder`, where the ranks that do not check find it.
 
-    Raises UserError, one line, for the first bad file, for a split without samples, for a cache that does not fit the
-    data and where a run is resumed and other files are bad than when it began.
+    Raises UserError, one line, for the first bad file, for a split without samples, for masks that show nothing, for a
+    cache that does not fit the data and where a run is resumed and other files are bad than when it began.
     """
     samples, problems = survey(config)
+    masks: dict[str, MaskFacts] = {}
     if config.on_bad == "refuse":
         if check and not problems:
-            problems = _look_into_files(samples, config)
+            inspection = _look_into_files(samples, config)
+            problems, masks = inspection.problems, inspection.masks
         if problems:
             raise UserError(first_of(problems))
     else:
         record = folder / LEFT_OUT
         if check or not record.exists():
-            problems += _look_into_files(samples, config)
+            inspection = _look_into_files(samples, config)
+            problems, masks = problems + inspection.problems, inspection.masks
             _record(problems, record)
             if problems and check:
                 count = len({problem.id for problem in problems})
-                print(f"left out {count} samples, {record}: {first_of(problems)}", file=sys.stderr)
-        with record.open(newline="") as file:
+                _log.warning("left out %d samples, %s: %s", count, record, first_of(problems))
+        with record.open(newline="", encoding="utf-8") as file:
             left_out = {row["id"] for row in csv.DictReader(file)}
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
+    if masks:
+        check_masks(samples, masks)
     return samples
 
 
@@ -55,14 +75,43 @@ def check_splits(samples: list[Sample]) -> None:
             raise UserError(f"data: the {split} split is empty; it needs {key}")
 
 
-def find_bad_files(samples: list[Sample], threads: int) -> list[Problem]:
+def check_masks(samples: Sequence[Sample], masks: dict[str, MaskFacts]) -> None:
+    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped.
+
+    `masks` has the facts of each sample's true mask.
+    """
+    for split in SPLITS:
+        lit = [masks[sample.id].lit for sample in samples if sample.split == split]
+        for share, what in ((0.0, "empty: they mark no lesion"), (1.0, "full: they mark no background")):
+            if lit and all(each == share for each in lit):
+                raise UserError(
+                    f"data: all {len(lit)} masks of the {split} split are {what}; look at the files, a conversion may "
+                    "have gone wrong: background is 0, lesion is 255 or 1"
+                )
+    swapped = sum(masks[sample.id].lit_border > 0.5 for sample in samples)
+    if 2 * swapped > len(samples):
+        _log.warning(
+            "data: in %d of %d masks lesion covers most of the frame's border; if background and lesion are swapped, "
+            "invert the masks",
+            swapped,
+            len(samples),
+        )
+
+
+def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int) -> Inspection:
     """Every file that is missing, empty, truncated, no image, not of its image's size, not binary or of an odd kind.
 
-    Each file is decoded once, by `threads` threads, so that no more images than that are in memory. By id.
+    Also every image that is in two splits under two names. Each file is decoded once, by `threads` threads, so that no
+    more images than that are in memory.
     """
+    ordered = sorted(samples, key=lambda sample: sample.id)
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(_find_problems, sorted(samples, key=lambda sample: sample.id))
-        return [problem for problems in found for problem in problems]
+        files = list(pool.map(lambda sample: _inspect(sample, decoding), ordered))
+    problems = [problem for each in files for problem in each.problems]
+    images = [(sample, each.image) for sample, each in zip(ordered, files, strict=True) if each.image is not None]
+    masks = {sample.id: each.mask for sample, each in zip(ordered, files, strict=True) if each.mask is not None}
+    problems += _twins(images)
+    return Inspection(sorted(problems, key=lambda problem: problem.id), masks)
 
 
 def problems_table(problems: list[Problem]) -> str:
@@ -70,40 +119,84 @@ def problems_table(problems: list[Problem]) -> str:
     table = io.StringIO(newline="")
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["id", "file", "reason"])
-    rows.writerows([problem.id, problem.file, problem.reason] for problem in problems)
+    rows.writerows([for_csv(text) for text in (each.id, each.file, each.reason)] for each in problems)
     return table.getvalue()
 
 
-def _look_into_files(samples: list[Sample], config: DataConfig) -> list[Problem]:
+def _look_into_files(samples: list[Sample], config: DataConfig) -> Inspection:
     cache = open_cache(config)
-    if cache is None:
-        return find_bad_files(samples, config.threads)
+    if cache is None or config.cache is None:
+        return inspect_files(samples, config.decoding, config.threads)
     bad = {problem.id for problem in cache.left_out}
-    cache.check_holds([sample for sample in samples if sample.id not in bad], config)
-    return [problem for problem in cache.left_out if problem.id in {sample.id for sample in samples}]
+    cache.check_holds([sample for sample in samples if sample.id not in bad], config.cache)
+    ids = {sample.id for sample in samples}
+    return Inspection([problem for problem in cache.left_out if problem.id in ids], {})
 
 
-def _find_problems(sample: Sample) -> list[Problem]:
-    problems, sizes = [], {}
+@dataclass
+class _Files:
+    """What is known of one sample's files."""
+
+    problems: list[Problem]
+    image: ImageFacts | None = None
+    mask: MaskFacts | None = None
+
+
+def _inspect(sample: Sample, decoding: Decoding) -> _Files:
+    found = _Files([])
+    sizes: dict[Kind, tuple[int, int]] = {}
     for kind, path in sample.files.items():
         try:
-            sizes[kind] = check_image(path) if kind == "image" else check_mask(path)
+            if kind == "image":
+                found.image = inspect_image(path, decoding)
+                sizes[kind] = found.image.size
+            else:
+                facts = inspect_mask(path, decoding)
+                sizes[kind] = facts.size
+                found.mask = facts if kind == "mask" else found.mask
         except BadFileError as error:
-            problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))
-    width, height = sizes.pop("image", (0, 0))
-    for kind, size in sizes.items():
-        if width and size != (width, height):
-            reason = (
-                f"mask is {size[0]}×{size[1]} and its image {sample.image.name} {width}×{height}; "
-                "resample the mask, nearest neighbour"
+            found.problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))
+    if found.image is not None:
+        for kind, size in sizes.items():
+            if size != found.image.size:
+                reason = _size_reason(size, sample.image.name, found.image, decoding)
+                found.problems.append(Problem(sample.id, str(sample.files[kind]), reason))
+    return found
+
+
+def _size_reason(size: tuple[int, int], name: str, image: ImageFacts, decoding: Decoding) -> str:
+    (width, height), (own_width, own_height) = image.size, size
+    reason = f"mask is {own_width}×{own_height} and its image {name} {width}×{height}"
+    if image.orientation >= 5 and (own_width, own_height) == (height, width):
+        if decoding.orientation == "apply":
+            return (
+                f"{reason}, turned by its EXIF orientation; the mask was drawn as stored: set data.orientation=ignore"
             )
-            problems.append(Problem(sample.id, str(sample.files[kind]), reason))
+        return f"{reason}, as stored; the mask was drawn as EXIF turns it: set data.orientation=apply"
+    if abs(own_width * height - own_height * width) < max(width, height, own_width, own_height):
+        return f"{reason}; resample the mask, nearest neighbour"
+    return f"{reason}, of another shape; is it another image's mask? Give the one that was drawn on this image"
+
+
+def _twins(images: list[tuple[Sample, ImageFacts]]) -> list[Problem]:
+    """Images with the same content in two splits: what is learned from one would be scored on the other."""
+    same: dict[str, list[Sample]] = {}
+    for sample, facts in images:
+        same.setdefault(facts.digest, []).append(sample)
+    problems = []
+    for samples in same.values():
+        for sample in samples:
+            other = next((each for each in samples if each.split != sample.split), None)
+            if other is not None and other.image != sample.image:
+                where = f"{other.image.name}, which is {other.id} of the {other.split} split"
+                reason = f"in {sample.split}, has the same content as {where}; remove one of the two"
+                problems.append(Problem(sample.id, str(sample.image), reason))
     return problems
 
 
 def _record(problems: list[Problem], record: Path) -> None:
     content = problems_table(problems)
-    if record.exists() and record.read_text() != content:
+    if record.exists() and record.read_text(encoding="utf-8") != content:
         raise UserError(f"{record}: other files are bad now than when this run began; mend them, or take another name=")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, content)

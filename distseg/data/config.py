@@ -5,10 +5,23 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from distseg.data.decode import Decoding
 from distseg.data.layouts import LAYOUTS
 from distseg.data.noise.config import NoiseConfig
 from distseg.data.noise.none import NoNoise
-from distseg.section import Count, Fraction, Range, Section
+from distseg.section import Fraction, Range, Section
+
+_MOST_GIB = 2**20
+
+
+def _without_tilde(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: no such user; write the folder out") from None
+
+
+Folder = Annotated[Path, AfterValidator(_without_tilde)]
 
 
 def _known_layout(name: str) -> str:
@@ -52,35 +65,46 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    root: Path
+    root: Folder
     """Folder with manifest.csv, or one of the known layouts (distseg/data/layouts/)."""
     layout: Annotated[str, AfterValidator(_known_layout)] = "auto"
-    image_size: Annotated[int, Field(ge=8)] = 96
+    image_size: Annotated[int, Field(ge=8, le=8192)] = 96
     """Side of the square network input, pixels."""
-    clean_count: Annotated[int, Field(ge=0)] = 50
+    clean_count: Annotated[int, Field(ge=0, lt=2**31)] = 50
     """K, the images of the training split whose true masks are known; the others are the noisy stream."""
     noise: NoiseConfig = NoNoise()
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it imports, the torch loader elsewhere."""
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Per stream: as many read and decode, and as many transform."""
-    memory: Annotated[float, Field(ge=0)] = 1.0
+    memory: Annotated[float, Field(ge=0, le=_MOST_GIB)] = 1.0
     """GiB per stream and rank in which images and masks are kept at network resolution once they are decoded."""
-    device_memory: Annotated[float, Field(ge=0)] = 1.0
+    device_memory: Annotated[float, Field(ge=0, le=_MOST_GIB)] = 1.0
     """The same of a GPU's memory, for images under DALI: if all of a stream fit, they are decoded on the CPU and stay
     there; otherwise each is decoded on the GPU every time. The two decoders differ by a few of 255 grey levels."""
-    cache: Path | None = None
+    cache: Folder | None = None
     """Folder that `launch/prepare.py --cache` has filled from this data at this image_size."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What to do about files that cannot be used: end, or leave their samples out and say so."""
     follow_links: bool = False
     """Allow symbolic links that lead out of the root."""
+    orientation: Literal["apply", "ignore"] = "apply"
+    """apply: pixels are turned as a file's EXIF orientation says, as annotation tools show them. ignore: image and mask
+    are taken as stored, for masks that were drawn so."""
+    max_file_bytes: Annotated[int, Field(ge=1, lt=2**40)] = 2**29
+    """Larger files are refused unread."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 2**26
+    """Larger pictures are refused before they are decoded. The largest ISIC images have 6000×4000."""
     augment: AugmentConfig = AugmentConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2
     """About this much of the training images, where the data does not bring the split (distseg/data/splits.py)."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws the splits that the data does not bring: the same for all seeds of a study."""
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels)
 
     @model_validator(mode="after")
     def _fractions_leave_training_images(self) -> Self:

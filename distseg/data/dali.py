@@ -79,6 +79,7 @@ def load_batches(
             tuple(first[1][0]),
             reader.size,
             on_gpu,
+            reader.decoding.orientation == "apply",
             reader.on_device.stream if reader.on_device else None,
             batch_size=max_batch_size,
             num_threads=threads,
@@ -94,7 +95,7 @@ def load_batches(
                 return
             except RuntimeError:
                 if decoding:
-                    _raise_for_bad_file(pending)
+                    _raise_for_bad_file(pending, reader)
                 raise
             batch = pending.popleft()
             labels, true = _split(masks, device, stream)
@@ -110,7 +111,7 @@ def load_batches(
 
 
 @pipeline_def
-def _pipeline(inputs, names: tuple[str, ...], size: int, on_gpu: bool, stream: torch.cuda.Stream | None):
+def _pipeline(inputs, names: tuple[str, ...], size: int, on_gpu: bool, turns: bool, stream: torch.cuda.Stream | None):
     given = {}
     if "kept" in names:
         inputs, again = itertools.tee(inputs)
@@ -129,7 +130,7 @@ def _pipeline(inputs, names: tuple[str, ...], size: int, on_gpu: bool, stream: t
             fn.io.file.read(given["file"]),
             device="mixed",
             output_type=types.RGB,
-            adjust_orientation=False,
+            adjust_orientation=turns,
             jpeg_fancy_upsampling=True,  # as the CPU decodes
         )
         image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
@@ -173,6 +174,7 @@ def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, 
     if transform.elastic is not None:
         masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
     if decoding:
+        reader.check_unchanged(sample.image)
         image = {"file": np.frombuffer(os.fsencode(sample.image), np.uint8)}
     elif reader.on_device:
         image = {"kept": reader.on_device.image(sample.image)}
@@ -218,7 +220,7 @@ def _split(masks, device: torch.device, stream: torch.cuda.Stream | None) -> tup
     return torch.from_numpy(labels.copy()), torch.from_numpy(true.copy())
 
 
-def _raise_for_bad_file(pending: Sequence[Sequence[Request]]) -> None:
+def _raise_for_bad_file(pending: Sequence[Sequence[Request]], reader: PixelReader) -> None:
     """DALI's error does not say which file it met; read those in flight one by one."""
     for path in {request.sample.image: None for batch in pending for request in batch}:
-        read_image(path)
+        read_image(path, reader.decoding)

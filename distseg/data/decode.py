@@ -1,6 +1,6 @@
-"""Files into pixels on the CPU, strictly: what is truncated or no image raises, where other decoders fill in grey.
+"""Files into pixels on the CPU: what is truncated or no image raises, where other decoders fill in grey.
 
-EXIF orientation is ignored by the readers and refused by the checks: masks are drawn on the stored pixels.
+inspect.py looks harder, once before training; the readers here are what both loaders, the cache and the noise use.
 """
 
 import errno
@@ -8,103 +8,134 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from distseg.data.png import with_pixels_stored
+from distseg.data.resize import resize_mask
 from distseg.errors import BadFileError
 
 # What both loaders can decode; PIL would open more.
 FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "TIFF", "PPM", "WEBP")
-MAX_PIXELS = 2**26
-"""8192²; more is refused unread, as a decompression bomb. The largest ISIC images have 6000×4000."""
+MAX_SIDE = 2**16
+"""Pixels; a picture of one row takes seconds and gigabytes to reduce."""
+MAX_SCANS = 200
+"""Of a JPEG; each takes as long as a whole decoding, and cameras write at most a dozen."""
 
 _ORIENTATION = 0x0112
-_COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UNDONE = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused here, and at a lower bound
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+@dataclass(frozen=True)
+class Decoding:
+    """How files are read: the keys of `data` that concern decoding."""
+
+    orientation: Literal["apply", "ignore"] = "apply"
+    """Whether pixels are turned as a file's EXIF orientation says."""
+    max_file_bytes: int = 2**29
+    max_pixels: int = 2**26
+
+
+PLAIN = Decoding()
+
+
+def read_image(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB. Raises BadFileError where the file is missing or no image."""
-    with _opened(path) as image:
-        return _rgb(image)
+    with opened(path, decoding) as image:
+        turn = turn_of(image, decoding)
+        colours = _as_mode(image, "RGB")
+        return np.array(colours if turn is None else colours.transpose(turn))
 
 
-def read_mask(path: Path) -> NDArray[np.uint8]:
+def read_mask(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
     """(H, W) uint8 in {0, 1}: 1 where the grey value is not black. Raises BadFileError as `read_image` does."""
-    with _opened(path) as image:
-        return (_grey(image) > 0).astype(np.uint8)
+    # A PNG is inflated by png.py, to the same pixels in two thirds of the time.
+    content = with_pixels_stored(content_of(path, decoding), decoding.max_pixels)
+    with opened(path, decoding, content) as image:
+        turn = turn_of(image, decoding)
+        grey = _as_mode(image, "L")
+        return (np.asarray(grey if turn is None else grey.transpose(turn)) > 0).astype(np.uint8)
 
 
-def read_resized_image(path: Path, size: int) -> NDArray[np.uint8]:
+def read_resized_image(path: Path, size: int, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
     """(size, size, 3) uint8 RGB, squashed with an antialiasing filter.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least twice `size`: the inverse DCT averages as a box
     filter would, for a third of the time.
     """
-    with _opened(path) as image:
-        image.draft(None, (2 * size, 2 * size))  # does nothing to other formats
-        colours = image if image.mode == "RGB" else image.convert("RGB")
+    with opened(path, decoding) as image:
+        turn = turn_of(image, decoding)
+        drafted = image.draft(None, (2 * size, 2 * size))  # does nothing to other formats
+        # Where a side is no multiple of the reduction, the last reduced pixel lies partly outside the picture.
+        extent = drafted[1] if drafted else None
         # A triangle filter widened to the scale, which is DALI's too; cv2 has no antialiased linear filter.
-        return np.array(colours.resize((size, size), Image.Resampling.BILINEAR))
+        reduced = _as_mode(image, "RGB").resize((size, size), Image.Resampling.BILINEAR, box=extent)
+        return np.array(reduced if turn is None else reduced.transpose(turn))
 
 
-def read_resized_mask(path: Path, size: int) -> NDArray[np.uint8]:
-    """(size, size) uint8 in {0, 1}: of each cell the source pixel under its centre."""
-    with _opened(path, stored=True) as image:
-        # Before it becomes an array: copying a large mask out of PIL takes half as long as decoding it.
-        resized = image.resize((size, size), Image.Resampling.NEAREST)
-    return (_grey(resized) > 0).astype(np.uint8)
-
-
-def check_image(path: Path) -> tuple[int, int]:
-    """Decode the whole file and return (width, height).
-
-    Raises BadFileError that says what is wrong: also 16 bits a channel, CMYK, transparency and an EXIF orientation,
-    which decoders treat each in its own way.
-    """
-    return _decode_strictly(path)[1]
-
-
-def check_mask(path: Path) -> tuple[int, int]:
-    """`check_image` for a mask, which must also be binary: {0, 255} or {0, 1}, as grey values or palette indices."""
-    mask, size = _decode_strictly(path)
-    grey = mask if mask.mode in ("1", "L", "P") else mask.convert("L")
-    values = {value for value, count in enumerate(grey.histogram()) if count}
-    if not (values <= {0, 1} or values <= {0, 255}):
-        raise BadFileError(f"{path}: mask is not binary: it holds {_few(values)}; save it with 0 and 255 only")
-    if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette(), value) for value in values):
-        raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
-    return size
+def read_resized_mask(path: Path, size: int, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
+    """(size, size) uint8 in {0, 1}: each pixel has the class that covers most of its area, in a tie background."""
+    return resize_mask(read_mask(path, decoding), size, size)
 
 
 @contextmanager
-def _opened(path: Path, stored: bool = False) -> Iterator[Image.Image]:
-    """The image with its header read; whatever goes wrong in the block is a BadFileError that names the file.
+def opened(path: Path, decoding: Decoding, content: bytes | None = None) -> Iterator[Image.Image]:
+    """The image in `content`, or else in the file, with its header read.
 
-    With `stored`, a mask's PNG is inflated by png.py, to the same pixels in two thirds of the time.
+    Whatever goes wrong in the block is a BadFileError that names the file.
     """
-    try:
+    content = content_of(path, decoding) if content is None else content
+    with _named(path, decoding), Image.open(BytesIO(content), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > decoding.max_pixels or max(width, height) > MAX_SIDE:
+            raise BadFileError(f"{path}: {_bomb(f'{width}×{height}', decoding)}")
+        yield image
+
+
+def content_of(path: Path, decoding: Decoding) -> bytes:
+    """The bytes of a regular file of a sane size. Raises BadFileError."""
+    with _named(path, decoding):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise BadFileError(f"{path}: is {kind}; put the image there or take its row out of the data")
         if status.st_size == 0:
             raise BadFileError(f"{path}: the file is empty; fetch it again")
-        source = BytesIO(with_pixels_stored(path.read_bytes(), MAX_PIXELS)) if stored else path
-        with Image.open(source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadFileError(f"{path}: {_bomb(f'{width}×{height}')}")
-            yield image
+        if status.st_size > decoding.max_file_bytes:
+            raise BadFileError(
+                f"{path}: has {status.st_size:,} bytes, above data.max_file_bytes ({decoding.max_file_bytes:,}); "
+                "reduce the picture, or set a larger data.max_file_bytes if it is sound"
+            )
+        content = path.read_bytes()
+        if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+            raise BadFileError(f"{path}: a JPEG of {scans} scans, above {MAX_SCANS}; save it again")
+        return content
+
+
+@contextmanager
+def _named(path: Path, decoding: Decoding) -> Iterator[None]:
+    try:
+        yield
     except BadFileError:
         raise
     except Image.DecompressionBombError:
-        raise BadFileError(f"{path}: {_bomb('more than that')}") from None
+        raise BadFileError(f"{path}: {_bomb('more than that', decoding)}") from None
     except FileNotFoundError:
         raise BadFileError(f"{path}: no such file") from None
     except MemoryError:
@@ -116,59 +147,30 @@ def _opened(path: Path, stored: bool = False) -> Iterator[Image.Image]:
         raise BadFileError(f"{path}: cannot be decoded: {text}; fetch it again") from None
 
 
-def _bomb(size: str) -> str:
-    return f"a decompression bomb: {size}, above {MAX_PIXELS:,} pixels; reduce it or take its row out of the data"
+def _bomb(size: str, decoding: Decoding) -> str:
+    return (
+        f"a decompression bomb: {size}, above data.max_pixels ({decoding.max_pixels:,}) or {MAX_SIDE:,} on a side; "
+        "reduce it or take its row out of the data"
+    )
 
 
-def _rgb(image: Image.Image) -> NDArray[np.uint8]:
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
-def _grey(image: Image.Image) -> NDArray[np.uint8]:
-    return np.array(image if image.mode == "L" else image.convert("L"))
+def orientation_of(image: Image.Image) -> int:
+    """1 to 8; 1, as stored, also where the tag is missing, 0 (undefined) or no orientation."""
+    tag = image.getexif().get(_ORIENTATION, 1)
+    return tag if tag in _TURNS else 1
 
 
-def _decode_strictly(path: Path) -> tuple[Image.Image, tuple[int, int]]:
-    """The decoded image, of a JPEG only a thumbnail, and the (width, height) of what is in the file."""
-    with _opened(path) as image:
-        if image.format == "PNG":
-            image.verify()  # every chunk's checksum; loading looks at none
-    with _opened(path) as image:
-        size = image.size
-        if (wide := _wide_samples(image)) is not None:
-            raise BadFileError(f"{path}: stores {wide}; save it with 8 bits a channel")
-        if image.mode not in _COLOUR_MODES:
-            raise BadFileError(f"{path}: its colours are {image.mode}; save it as RGB or grey")
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        if orientation != 1:
-            raise BadFileError(
-                f"{path}: its EXIF orientation is {orientation}; turn the stored pixels of image and mask alike and "
-                "remove the tag"
-            )
-        image.draft(None, (size[0] // 8, size[1] // 8))  # JPEG only: reads every coefficient, draws few pixels
-        image.load()
-        if "A" in image.mode or "transparency" in image.info:
-            least, _ = image.convert("RGBA").getchannel("A").getextrema()
-            if least < 255:
-                raise BadFileError(f"{path}: parts of it are transparent; save it without an alpha channel")
-        return image.copy(), size
+def turn_of(image: Image.Image, decoding: Decoding) -> Image.Transpose | None:
+    """What is left to do to the pixels as PIL gives them, to be asked for before they are loaded.
 
-
-def _wide_samples(image: Image.Image) -> str | None:
-    """What is wider than 8 bits a channel; PIL reduces some such files as it loads them."""
-    raw = [str(argument) for tile in image.tile for argument in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
-    if any(";16" in argument or argument == "65535" for argument in raw) or image.mode.startswith("I;16"):
-        return "16 bits a channel"
-    if image.mode in ("I", "F"):
-        return "32 bits a channel" if image.format != "PNG" else "16 bits a channel"
-    return None
-
-
-def _is_lit(palette: list[int], index: int) -> bool:
-    red, green, blue = palette[3 * index : 3 * index + 3]
-    return 299 * red + 587 * green + 114 * blue >= 1000  # a grey value of 1, the least that every decoder shows
-
-
-def _few(values: set[int]) -> str:
-    shown = ", ".join(str(value) for value in sorted(values)[:5])
-    return f"{shown}, …" if len(values) > 5 else shown
+    PIL turns TIFF by itself, and no other format.
+    """
+    orientation = orientation_of(image)
+    turned_by_pil = image.format == "TIFF"
+    if (decoding.orientation == "apply") == turned_by_pil:
+        return None
+    return (_UNDONE if turned_by_pil else _TURNS).get(orientation)

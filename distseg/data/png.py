@@ -12,6 +12,9 @@ from zlib_ng import zlib_ng
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3
 _BLOCK = 0xFFFF
+_STRIP = 1 << 20
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""By colour type."""
 
 
 def with_pixels_stored(content: bytes, most_pixels: int) -> bytes:
@@ -71,3 +74,49 @@ def _parts(content: bytes) -> tuple[bytes, bytes, bytes, bytes]:
             last = end
         at = end
     return content[:first], content[16:29], b"".join(pieces), content[last:]
+
+
+def lacks_rows(content: bytes) -> bool:
+    """Whether a PNG's stream ends, as a sound stream does, before the rows that its header promises.
+
+    Decoders fill in the rest. What is damaged in another way is for them to find; False then.
+    """
+    try:
+        _, header, deflated, _ = _parts(content)
+        width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    except (ValueError, struct.error):
+        return False
+    bits = depth * _CHANNELS.get(colour, 1)
+    left = sum(
+        rows * (1 + (columns * bits + 7) // 8)
+        for rows, columns in (_interlaced(height, width) if interlaced else [(height, width)])
+        if rows and columns
+    )
+    inflate = zlib_ng.decompressobj()
+    try:
+        while left > 0 and not inflate.eof:
+            rows = inflate.decompress(deflated, min(left, _STRIP))
+            if not rows and not inflate.unconsumed_tail:
+                break
+            deflated = inflate.unconsumed_tail
+            left -= len(rows)
+    except zlib_ng.error:
+        return False
+    return left > 0
+
+
+def _interlaced(height: int, width: int) -> list[tuple[int, int]]:
+    """(rows, columns) of Adam7's seven passes (PNG specification, §8.2)."""
+    starts_and_steps = [
+        (0, 8, 0, 8),
+        (0, 8, 4, 8),
+        (4, 8, 0, 4),
+        (0, 4, 2, 4),
+        (2, 4, 0, 2),
+        (0, 2, 1, 2),
+        (1, 2, 0, 1),
+    ]
+    return [
+        ((height - row + row_step - 1) // row_step, (width - column + column_step - 1) // column_step)
+        for row, row_step, column, column_step in starts_and_steps
+    ]

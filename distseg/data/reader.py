@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distseg.data.cache import PixelCache
-from distseg.data.decode import read_resized_image, read_resized_mask
+from distseg.data.decode import PLAIN, Decoding, read_resized_image, read_resized_mask
 from distseg.data.device_images import DeviceImages
+from distseg.errors import BadFileError
 
 Request = TypeVar("Request")
 Work = TypeVar("Work")
@@ -34,15 +35,18 @@ class PixelReader:
         memory_bytes: int = 0,
         cache: PixelCache | None = None,
         on_device: DeviceImages | None = None,
+        decoding: Decoding = PLAIN,
     ) -> None:
         """`memory_bytes` bounds the pixels kept; what no longer fits is decoded anew each time."""
         self.size = size
         self.cache = cache
         self.on_device = on_device
         """Where a loader that works on a GPU finds the images instead, if they fit there."""
+        self.decoding = decoding
         self.kept_bytes = 0
         self._memory_bytes = memory_bytes
         self._kept: dict[tuple[str, Path], NDArray[np.uint8]] = {}
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
 
     def image(self, path: Path) -> NDArray[np.uint8]:
@@ -53,14 +57,27 @@ class PixelReader:
         """(size, size) uint8 in {0, 1}, not to be written to. Raises BadFileError."""
         return self._read("mask", path, read_resized_mask)
 
-    def _read(self, kind: str, path: Path, decode: Callable[[Path, int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    def check_unchanged(self, path: Path) -> None:
+        """Raises BadFileError where the file is another one than at the first call of this run."""
+        try:
+            status = path.stat()
+        except OSError:
+            return  # what is wrong with it is for decoding to say
+        stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._stamps.setdefault(path, stamp) != stamp:
+            raise BadFileError(f"{path}: has changed since this run first read it; put the old file back and resume")
+
+    def _read(
+        self, kind: str, path: Path, decode: Callable[[Path, int, Decoding], NDArray[np.uint8]]
+    ) -> NDArray[np.uint8]:
         cached = self.cache.find(path) if self.cache else None
         if cached is not None:
             return cached
         kept = self._kept.get((kind, path))
         if kept is not None:
             return kept
-        pixels = decode(path, self.size)
+        self.check_unchanged(path)
+        pixels = decode(path, self.size, self.decoding)
         pixels.setflags(write=False)
         with self._lock:
             if (kind, path) not in self._kept and self.kept_bytes + pixels.nbytes <= self._memory_bytes:

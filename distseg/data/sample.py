@@ -1,8 +1,13 @@
 """What a sample is, and what a problem with one is."""
 
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Literal
 
+from distseg.text import for_terminal
+
+Kind = Literal["image", "mask", "noisy_mask"]
 SPLITS = ("train", "val", "test")
 
 
@@ -17,9 +22,9 @@ class Sample:
     noisy_mask: Path | None = None
 
     @property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[Kind, Path]:
         """What there is of image, mask and noisy_mask."""
-        files = {"image": self.image, "mask": self.mask, "noisy_mask": self.noisy_mask}
+        files: dict[Kind, Path | None] = {"image": self.image, "mask": self.mask, "noisy_mask": self.noisy_mask}
         return {kind: path for kind, path in files.items() if path}
 
 
@@ -34,8 +39,34 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
+        return for_terminal(f"{self.file}: {self.reason}")
 
 
 def first_of(problems: list[Problem]) -> str:
     return str(problems[0]) + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+_LONGEST_ID = 200
+"""Bytes of UTF-8: file systems allow names of 255, and files are named by an id and an ending."""
+
+
+def fault_of_id(id: str) -> str | None:
+    """What is wrong with an id, or None. The one rule for the ids of every layout.
+
+    An id names files that are written, is a cell of tables that spreadsheets open, and is printed on terminals.
+    """
+    shown = repr(id if len(id) <= _LONGEST_ID else id[:_LONGEST_ID] + "…")
+    if not id or not id.isprintable() or any(unicodedata.category(letter) == "Cs" for letter in id):
+        return f"id {shown} must be of printable letters"
+    if len(id.encode()) > _LONGEST_ID:
+        return f"id {shown} must have at most {_LONGEST_ID} bytes"
+    if set(id) & set('/\\:*?"<>|'):
+        return f'id {shown} must not hold any of / \\ : * ? " < > |, for files are named by it'
+    if id[0] in "=+-@. " or id[-1] in ". ":
+        return f"id {shown} must begin with none of = + - @ . and end with no '.', and have no blank at its ends"
+    return None
+
+
+def leaves_root(path: str) -> bool:
+    """Whether a path of a table is absolute or climbs out of its folder, by the rules of any system."""
+    return any(".." in kind(path).parts or kind(path).anchor for kind in (PurePosixPath, PureWindowsPath))

@@ -59,8 +59,10 @@ class Stream:
         cache = open_cache(config)
         on_device = None
         if fit_on_device(samples, config, device):
-            on_device = DeviceImages(PixelReader(config.image_size, cache=cache).image, device)
-        self._reader = PixelReader(config.image_size, int(config.memory * 2**30), cache, on_device)
+            on_device = DeviceImages(
+                PixelReader(config.image_size, cache=cache, decoding=config.decoding).image, device
+            )
+        self._reader = PixelReader(config.image_size, int(config.memory * 2**30), cache, on_device, config.decoding)
         self._batches: Iterator[Batch] | None = None
         self.waited = 0.0
         self._next_index = 0
@@ -113,7 +115,7 @@ def evaluation_batches(
         [Request(samples[index], "true", transform) for index in indices]
         for indices in shard.evaluation_batches(len(samples), batch_size)
     )
-    reader = PixelReader(config.image_size, cache=open_cache(config))
+    reader = PixelReader(config.image_size, cache=open_cache(config), decoding=config.decoding)
     return _find_loader(config.pipeline)(requests, reader, batch_size, device, config.threads)
 
 

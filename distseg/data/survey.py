@@ -12,6 +12,9 @@ from distseg.data.layouts import LAYOUTS
 from distseg.data.sample import Problem, Sample, first_of
 from distseg.data.splits import draw_missing_splits
 from distseg.errors import UserError
+from distseg.text import for_terminal
+
+_SHOWN_NAMES = 6
 
 
 def read_samples(config: DataConfig) -> list[Sample]:
@@ -40,7 +43,7 @@ def survey(config: DataConfig) -> tuple[list[Sample], list[Problem]]:
     else:
         raise UserError(
             f"data.root {config.root}: no data in the layout {' | '.join(layouts)} (manifest.csv; the ISIC challenge's "
-            "…Training… folders; PH2's IMD* folders; images/ and masks/)"
+            f"…Training… folders; PH2's IMD* folders; images/ and masks/); {_what_is_there(config.root)}"
         )
     samples, problems = found.samples, found.problems
     if not samples and not problems:
@@ -52,6 +55,12 @@ def survey(config: DataConfig) -> tuple[list[Sample], list[Problem]]:
     unsound = {problem.id for problem in problems}
     sound = sorted((sample for sample in samples if sample.id not in unsound), key=lambda sample: sample.id)
     return sound, sorted(problems, key=lambda problem: (problem.id, problem.file))
+
+
+def _what_is_there(root: Path) -> str:
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
+    shown = ", ".join(for_terminal(name) for name in names[:_SHOWN_NAMES])
+    return f"it holds {shown}{', …' if len(names) > _SHOWN_NAMES else ''}" if names else "it is empty"
 
 
 def _contradictions(samples: list[Sample]) -> list[Problem]:

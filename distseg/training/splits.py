@@ -36,5 +36,5 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
     samples = usable_samples(config, folder.path, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.clean_count, seed)
-    noisy, noise_rate = write_noisy_masks(noisy, config.noise, folder.noisy_masks)
+    noisy, noise_rate = write_noisy_masks(noisy, config.noise, folder.noisy_masks, config.decoding)
     return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)

@@ -1,5 +1,6 @@
 """The cache on disk: the same bits as the originals, or one line that refuses it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from distseg.data import cache as cache_module
 from distseg.data.cache import open_cache, write_cache
 from distseg.data.checks import usable_samples
 from distseg.data.config import AugmentConfig, DataConfig
+from distseg.data.decode import Decoding
 from distseg.data.sample import Problem
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.data.survey import read_samples
@@ -79,11 +81,11 @@ def test_a_stopped_run_is_taken_up_where_it_was(cached, monkeypatch):
     shutil.rmtree(cached.cache)
     read, calls = cache_module._READERS["image"], []
 
-    def fail_at_the_eleventh(path: Path, size: int) -> np.ndarray:
+    def fail_at_the_eleventh(path: Path, size: int, decoding: Decoding) -> np.ndarray:
         calls.append(path)
         if len(calls) > 10:
             raise BadFileError("stopped")
-        return read(path, size)
+        return read(path, size, decoding)
 
     monkeypatch.setitem(cache_module._READERS, "image", fail_at_the_eleventh)
     with pytest.raises(BadFileError, match="stopped"):
@@ -133,6 +135,68 @@ def change_index(**changes):
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return change
+
+
+def craft(change, kind: str = "images"):
+    """Replace an array of the first shard by another, digest and all, as somebody who shares a cache could."""
+
+    def spoil(config: DataConfig) -> None:
+        path = config.cache / f"shard_00000_{kind}.npy"
+        np.save(path, change(np.load(path)))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("index.json", "shard_00000.json"):
+            record = json.loads((config.cache / name).read_text())
+            (record["shards"][0] if name == "index.json" else record)["sha256"][kind[:-1]] = digest
+            (config.cache / name).write_text(json.dumps(record))
+
+    return spoil
+
+
+def edit_shard(edit):
+    def spoil(config: DataConfig) -> None:
+        path = config.cache / "index.json"
+        index = json.loads(path.read_text())
+        edit(index["shards"][0])
+        path.write_text(json.dumps(index))
+
+    return spoil
+
+
+def climb(shard: dict) -> None:
+    shard["sources"][0]["image"][0] = "../../outside.png"
+
+
+CRAFTED = {
+    "shape": (craft(lambda array: array[:, :-1]), "is damaged: shard_00000_images.npy"),
+    "rows": (craft(lambda array: array[:-1]), "is damaged: shard_00000_images.npy"),
+    "dtype": (craft(lambda array: array.astype(np.float64)), "is damaged: shard_00000_images.npy"),
+    "scalar": (craft(lambda array: np.uint8(3)), "is damaged: shard_00000_images.npy"),
+    "labels": (craft(lambda array: array * 7, "masks"), "is damaged: shard_00000_masks.npy"),
+    "noisy labels": (craft(lambda array: array * 255, "noisy_masks"), "is damaged: shard_00000_noisy_masks.npy"),
+    "climbs": (edit_shard(climb), "is damaged: shard_00000.json"),
+    "other folder": (edit_shard(lambda shard: shard.update(name="../x/shard_00000.json")), "is no finished cache"),
+    "foreign kind": (edit_shard(lambda shard: shard["sha256"].update(weights="0" * 64)), "is no finished cache"),
+    "stamp of text": (
+        edit_shard(lambda shard: shard["sources"][0]["image"].__setitem__(1, "x")),
+        "is no finished cache",
+    ),
+    "deep": (lambda config: (config.cache / "index.json").write_text("[" * 100_000), "is no finished cache"),
+    "deep list": (
+        lambda config: (config.cache / "index.json").write_text('{"format": 3, "x": ' + "[" * 99_999),
+        "is no finished cache",
+    ),
+    "huge number": (change_index(image_size=10**400), "is no finished cache"),
+    "orientation": (change_index(orientation="ignore"), "made with data.orientation ignore, not apply"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_cache_is_refused_by_one_line(cached, name):
+    spoil, said = CRAFTED[name]
+    spoil(cached)
+    with pytest.raises(UserError, match=said) as raised:
+        open_cache(cached)
+    assert str(raised.value).startswith(f"data.cache {cached.cache}: ") and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

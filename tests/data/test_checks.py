@@ -12,6 +12,7 @@ from bad_files import write_bad_data
 from distseg.data.checks import usable_samples
 from distseg.data.config import DataConfig
 from distseg.errors import UserError
+from distseg.text import for_csv, for_terminal
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "name: x\ndata: {image_size: 32, clean_count: 1}\nmodel: {depth: 2}\ntrain: {steps: 1}\n"
@@ -54,11 +55,12 @@ def test_prepare_finds_and_names_every_kind_of_bad_file(bad_data, tmp_path):
     text = (tmp_path / "report" / "report.txt").read_text()
     with (tmp_path / "report" / "report.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert table == report["problems"]
-    assert all(f"{row['file']}: {row['reason']}" in text for row in table)
+    assert table == [{key: for_csv(said) for key, said in problem.items()} for problem in report["problems"]]
+    assert not any(row["id"].startswith(("=", "+", "-", "@")) for row in table)
+    assert all(for_terminal(f"{each['file']}: {each['reason']}") in text for each in report["problems"])
 
 
-def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, capsys):
+def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, caplog):
     root, expected = bad_data
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"and \d\d more") as raised:
@@ -69,8 +71,8 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, capsys):
     samples = usable_samples(skipping, run, check=True)
     assert [sample.id for sample in samples] == [f"good{number}" for number in range(9)]
     with (run / "left_out.csv").open(newline="") as file:
-        assert {row["id"] for row in csv.DictReader(file)} == expected.keys()
-    said = capsys.readouterr().err
+        assert {row["id"] for row in csv.DictReader(file)} == set(map(for_csv, expected))
+    [said] = caplog.messages
     assert said.startswith(f"left out {len(expected)} samples") and "left_out.csv" in said
 
     # A rank that does not check takes the main rank's word: it must not look into the files again.

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distseg.data.checks import find_bad_files
+from distseg.data.checks import inspect_files
 from distseg.data.config import AugmentConfig, DataConfig
+from distseg.data.decode import PLAIN
 from distseg.data.noise.polygon import PolygonNoise
 from distseg.data.noise.write import write_noisy_masks
 from distseg.data.splits import split_clean
@@ -29,7 +30,7 @@ def data_config(folder: str, **keys) -> DataConfig:
 def test_isic2017_is_sound_and_triangles_get_a_ninth_of_its_pixels_wrong(tmp_path):
     samples = read_samples(data_config("isic2017_128"))
     assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [1800, 121, 529]
-    assert find_bad_files(samples, threads=2) == []
+    assert inspect_files(samples, PLAIN, threads=2).problems == []
     clean, noisy = split_clean(samples, 50, seed=0)
     noisy, rate = write_noisy_masks(noisy, PolygonNoise(vertices=3), tmp_path)
     assert (len(clean), len(noisy)) == (50, 1750)
@@ -49,7 +50,7 @@ def test_original_resolution_gets_a_split_and_streams():
     config = data_config("isic_original", augment=AugmentConfig(rotate=180, scale=(0.8, 1.2)))
     samples = read_samples(config)
     assert [sum(s.split == split for s in samples) for split in ("train", "val", "test")] == [30, 5, 12]
-    assert find_bad_files(samples, threads=2) == []
+    assert inspect_files(samples, PLAIN, threads=2).problems == []
     _, noisy = split_clean(samples, 3, seed=0)
     stream = Stream(noisy, "noisy", "noisy", config, 0, ShardSpec(), 4, 1, CPU)
     batch = stream.batch(0, 0)

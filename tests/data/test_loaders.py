@@ -16,8 +16,9 @@ from torch.nn.functional import max_pool2d
 from distseg.data.augment import Transform, draw_transform, identity_transform
 from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig
-from distseg.data.decode import read_image, read_resized_image
+from distseg.data.decode import Decoding, read_image, read_mask, read_resized_image
 from distseg.data.reader import PixelReader
+from distseg.data.resize import resize_mask
 from distseg.data.sample import Sample
 from distseg.errors import UserError
 
@@ -298,28 +299,49 @@ def test_colour_map_is_applied_after_the_geometry(load_batches, tmp_path):
     assert np.any(geometry.numpy().sum(axis=0) == 0)  # the fill is black before the colours are mapped
 
 
-def test_orientation_metadata_is_ignored_for_images_as_for_masks(load_batches, tmp_path):
-    pixels = noise_image(20, 30, 7)
+UPRIGHT = {  # what a viewer does to the stored pixels (EXIF 2.32, orientation)
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("tag", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_orientation_is_applied_or_ignored_for_image_and_mask_alike(load_batches, tmp_path, format, tag):
+    pixels, mask = cv2.GaussianBlur(noise_image(20, 30, 7), (0, 0), 2), blob(20, 30, 0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me by 90 degrees"
-    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    Image.fromarray(pixels).save(tmp_path / "plain.jpg", quality=95)
-    Image.fromarray(blob(20, 30, 0)).save(tmp_path / "mask.png")
-    turned, plain = (
-        load_one(load_batches, Sample(n, "train", tmp_path / f"{n}.jpg", tmp_path / "mask.png"), identity_transform(16))
-        for n in ("turned", "plain")
-    )
-    np.testing.assert_array_equal(turned.images.numpy(), plain.images.numpy())
-    assert read_image(tmp_path / "turned.jpg").shape == (20, 30, 3)
+    exif[0x0112] = tag
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(format, {})
+    Image.fromarray(pixels).save(tmp_path / "turned.image", format, exif=exif, **lossless)
+    Image.fromarray(mask).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "plain.image", format, **lossless)
+    plain = read_image(tmp_path / "plain.image")
+    turned = Sample("turned", "train", tmp_path / "turned.image", tmp_path / "turned.png")
+    for orientation, upright in (("apply", UPRIGHT.get(tag, UPRIGHT[1])), ("ignore", UPRIGHT[1])):
+        decoding = Decoding(orientation)
+        np.testing.assert_array_equal(read_image(turned.image, decoding), upright(plain))
+        np.testing.assert_array_equal(read_mask(turned.mask, decoding), upright(mask))
+        request = [[Request(turned, "true", with_bytes(identity_transform(16)))]]
+        (batch,) = load_batches(iter(request), PixelReader(16, decoding=decoding), 1, CPU, 1)
+        square = read_resized_image(tmp_path / "plain.image", 16)
+        np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0).numpy(), upright(square))
+        np.testing.assert_array_equal(batch.masks[0].numpy(), upright(resize_mask(mask, 16, 16)))
 
 
 def test_reduction_is_antialiased_and_masks_are_not(load_batches, tmp_path):
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 200
-    sample = write_sample(tmp_path, "s", stripes, blob(256, 256, 0))
+    mask = blob(256, 256, 0)
+    sample = write_sample(tmp_path, "s", stripes, mask)
     batch = load_one(load_batches, sample, with_bytes(identity_transform(16)), size=16)
     assert batch.images[..., 1:-1].sub(100).abs().max() < 5
-    np.testing.assert_array_equal(batch.masks[0].numpy(), blob(256, 256, 0)[8::16, 8::16])
+    np.testing.assert_array_equal(batch.masks[0].numpy(), mask.reshape(16, 16, 16, 16).mean(axis=(1, 3)) > 0.5)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

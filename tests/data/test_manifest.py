@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distseg.data.checks import check_splits, find_bad_files, usable_samples
+from distseg.data.checks import check_splits, inspect_files, usable_samples
 from distseg.data.config import DataConfig
+from distseg.data.decode import PLAIN
 from distseg.data.sample import Sample
 from distseg.data.splits import split_clean
 from distseg.data.survey import read_samples
@@ -300,7 +301,7 @@ def test_good_files_pass_in_every_binary_encoding(dataset):
     rewrite(root / "masks/S006.png", np.full_like(mask, 255))
     assert cv2.imwrite(str(root / "masks/S007.bmp"), mask * 255)
     (root / "masks/S007.bmp").rename(root / "masks/S007.png")  # what it is stands in the file
-    assert find_bad_files(samples, threads=2) == []
+    assert inspect_files(samples, PLAIN, threads=2).problems == []
 
 
 def truncate(path: Path, keep: float) -> None:
@@ -336,7 +337,7 @@ def truncate_as_jpeg(path: Path, lost_bytes: int) -> None:
 def test_a_bad_file_is_named(dataset, name, damage, message):
     root, samples = dataset
     damage(root / name)
-    [problem] = find_bad_files(samples, threads=2)
+    [problem] = inspect_files(samples, PLAIN, threads=2).problems
     text = str(problem)
     assert text.startswith(str(root / name))
     assert message in text

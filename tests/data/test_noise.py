@@ -1,12 +1,13 @@
 import csv
 import hashlib
+import re
 import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from distseg.data.config import DataConfig
 from distseg.data.decode import read_mask
@@ -218,6 +219,40 @@ def boundary_length(mask: np.ndarray) -> int:
     return int((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
 
 
+def shift_by_brute_force(mask: np.ndarray, wrong: int, direction: np.ndarray) -> np.ndarray:
+    """Of all whole steps that leave some of the lesion in the frame, the one whose wrong pixels are nearest."""
+    nearest, least = mask, None
+    for distance in range(2 * sum(mask.shape)):
+        rows, columns = np.rint(distance * direction)
+        matrix = np.array([[1, 0, columns], [0, 1, rows]])
+        moved = cv2.warpAffine(mask, matrix, mask.shape[::-1], flags=cv2.INTER_NEAREST)
+        missed = abs(int(np.count_nonzero(moved != mask)) - wrong)
+        if moved.any() and (least is None or missed < least):
+            nearest, least = moved, missed
+    return nearest
+
+
+def test_boundary_moves_a_lesion_by_the_nearest_whole_step():
+    """Also where the count of wrong pixels goes up and down: several lesions, holes, and what leaves the frame."""
+    rng, compared = np.random.default_rng(0), 0
+    for seed in range(400):
+        mask = np.zeros(tuple(int(side) for side in rng.integers(6, 40, 2)), np.uint8)
+        for _ in range(rng.integers(1, 4)):
+            centre, axes = rng.integers(0, mask.shape[::-1]), rng.integers(1, 1 + min(mask.shape) // 2, 2)
+            cv2.ellipse(mask, centre.tolist(), axes.tolist(), float(rng.uniform(0, 180)), 0, 360, 1, -1)
+        if seed % 3 == 0:
+            mask &= (rng.random(mask.shape) < 0.6).astype(np.uint8)
+        beta, draws = float(rng.uniform(0.1, 1)), generator(seed)
+        _, way, direction = draws.random(), draws.integers(3), draws.random() * 2 * np.pi
+        if way < 2 or not mask.any():
+            continue
+        wrong = round(beta * int(mask.sum()))
+        expected = shift_by_brute_force(mask, wrong, np.array([np.sin(direction), np.cos(direction)]))
+        np.testing.assert_array_equal(boundary(mask, 1.0, beta, generator(seed)), expected)
+        compared += 1
+    assert compared > 100
+
+
 def test_boundary_takes_the_pixels_nearest_to_the_contour():
     square = np.zeros((40, 40), np.uint8)
     square[10:30, 10:30] = 1
@@ -318,11 +353,45 @@ def test_another_process_draws_the_same_bits():
             "'polygon', .* or 'unsupervised'",
         ),
         ({"kind": "boundary", "beta": 0}, "greater than 0"),
+        ({"kind": "polygon", "vertices": 10**8}, "less than or equal to 10000"),
+        ({"kind": "markov", "steps": 10**9}, "less than or equal to 10000"),
+        ({"kind": "polygon", "seed": 10**30}, "less than"),
+        ({"kind": "mixed", "annotators": [{"kind": "box", "seed": 1}, {"kind": "polygon"}]}, "set data.noise.seed"),
     ],
 )
 def test_a_parameter_of_another_kind_is_told(values: dict, said: str):
     with pytest.raises(ValueError, match=said):
         noise_of(**values)
+
+
+BOX = {"kind": "box"}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "said"),
+    [
+        ({"kind": "ring"}, ("kind",), "'none', 'polygon', .* or 'mixed'"),
+        ({"kind": ["box"]}, ("kind",), "should be"),
+        ({"kind": "polygon", "vertice": 4}, ("vertice",), "unknown key; did you mean vertices?"),
+        ({"kind": "box", "qqq": 4}, ("qqq",), "unknown key; known: kind, seed"),
+        ({"kind": "polygon", "vertices": "many"}, ("vertices",), "valid integer"),
+        ({"kind": "mixed", "annotators": [BOX, {"kind": "box", "sede": 1}]}, ("annotators", 1, "sede"), "seed?"),
+        ({"kind": "mixed", "annotators": [BOX, {"kind": "none"}]}, ("annotators", 1, "kind"), "'polygon'"),
+    ],
+)
+def test_a_wrong_key_is_named_without_the_kind_in_its_place(values: dict, key: tuple, said: str):
+    with pytest.raises(ValidationError) as raised:
+        noise_of(**values)
+    [problem] = raised.value.errors()
+    assert problem["loc"] == key
+    assert re.search(said, problem["msg"])
+
+
+def test_null_takes_back_a_parameter_of_another_kind_and_asks_for_an_own_ones_default():
+    assert noise_of(kind="box", vertices=None, alpha=None, annotators=None) == noise_of(kind="box")
+    assert noise_of(kind="polygon", vertices=None).parameters == "vertices=3"
+    with pytest.raises(ValidationError, match="unknown key"):
+        noise_of(kind="box", vertice=None)
 
 
 def test_a_level_is_written_as_papers_write_it():

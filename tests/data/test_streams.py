@@ -337,7 +337,7 @@ def test_training_never_sees_an_evaluation_image(open_stream, config):
 
 
 def test_noisy_stream_learns_from_noisy_masks_and_knows_the_true_ones(open_stream, config):
-    plain = config.model_copy(update={"augment": AugmentConfig()})
+    plain = config.model_copy(update={"augment": AugmentConfig(), "image_size": 32})  # the files' own
     batch = open_stream(config=plain).batch(0, 0)
     assert torch.all(batch.masks == 1 - batch.true_masks)  # the data set's noisy masks are the complements
 

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
+from distseg.data import synthetic
 from distseg.data.synthetic import draw_lesion, write_dataset
 from distseg.errors import UserError
-from distseg.testing import dermoscopy
 
 COUNTS = {"train": 4, "val": 1, "test": 2}
 SIZE = 48
@@ -127,12 +127,12 @@ def test_a_complete_dataset_is_left_alone_and_another_replaced(tmp_path, monkeyp
     write_dataset(folder, COUNTS, SIZE, seed=3)
     before = contents(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(dermoscopy, "draw_lesion", lambda *_: pytest.fail("drew what is there"))
+        patch.setattr(synthetic, "draw_lesion", lambda *_: pytest.fail("drew what is there"))
         write_dataset(folder, COUNTS, SIZE, seed=3)
     assert contents(folder) == before
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dermoscopy, "draw_lesion", interrupt)
+        patch.setattr(synthetic, "draw_lesion", interrupt)
         write_dataset(folder, {"train": 1}, SIZE, seed=4)
     assert contents(folder) == before
 
@@ -152,7 +152,7 @@ def test_an_interrupted_write_leaves_nothing_and_can_be_repeated(tmp_path, monke
         return draw_lesion(size, rng)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dermoscopy, "draw_lesion", draw_then_stop)
+        patch.setattr(synthetic, "draw_lesion", draw_then_stop)
         with pytest.raises(KeyboardInterrupt):
             write_dataset(folder, COUNTS, SIZE, seed=3)
     assert not folder.exists()

@@ -59,21 +59,52 @@ def _flip_nearest(mask: Mask, label: int, count: int) -> Mask:
 
 
 def _shifted(mask: Mask, wrong: int, direction: NDArray[np.float64]) -> Mask:
-    """`mask` moved along `direction` (rows, columns) until `wrong` pixels differ, to the nearest whole step."""
+    """`mask` moved along `direction` (rows, columns) until `wrong` pixels differ, to the nearest whole step.
 
-    def moved(distance: int) -> Mask:
-        rows, columns = np.rint(distance * direction)
-        matrix = np.float64([[1, 0, columns], [0, 1, rows]])
-        return cv2.warpAffine(mask, matrix, mask.shape[::-1], flags=cv2.INTER_NEAREST)
+    The count of wrong pixels is no monotone function of the step: every step is counted that leaves some of the lesion
+    in the frame. Of two that are as near the shorter one is taken.
+    """
+    area, nearest, least = int(mask.sum()), (0, 0), int(mask.sum()) + 1
+    top, bottom, left, right = _extent(mask)
+    lesion, integral = mask[top:bottom, left:right], cv2.integral(mask)
+    for distance in range(2 * sum(mask.shape)):
+        rows, columns = (int(step) for step in np.rint(distance * direction))
+        inside = _in_frame(integral, rows, columns)
+        if inside == 0:
+            break  # and farther out there is none either
+        missed = abs(area + inside - 2 * _overlap(lesion, rows, columns) - wrong)
+        if missed < least:
+            nearest, least = (rows, columns), missed
+    moved = np.zeros_like(mask)
+    target, source = _windows(mask.shape, *nearest)
+    moved[target] = mask[source]
+    return moved
 
-    def differing(distance: int) -> int:
-        return int(np.count_nonzero(moved(distance) != mask))
 
-    # Bisection between a shift that changes too little and one that changes enough; once the lesion has left the frame
-    # its whole area is wrong.
-    low, high = 0, 2 * sum(mask.shape)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if differing(middle) < wrong else (low, middle)
-    nearest = low if wrong - differing(low) <= differing(high) - wrong else high
-    return moved(nearest) if moved(nearest).any() else moved(low)
+def _windows(shape: tuple[int, ...], rows: int, columns: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where the pixels of a frame go that is moved by (rows, columns), and where they come from."""
+    steps = tuple(zip(shape, (rows, columns), strict=True))
+    target = tuple(slice(max(step, 0), max(side + min(step, 0), 0)) for side, step in steps)
+    source = tuple(slice(max(-step, 0), max(side - max(step, 0), 0)) for side, step in steps)
+    return target, source
+
+
+def _extent(mask: Mask) -> tuple[int, int, int, int]:
+    """First row, row after the last, first column, column after the last of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _in_frame(integral: NDArray[np.int32], rows: int, columns: int) -> int:
+    """How many of the lesion's pixels a shift leaves in the frame."""
+    height, width = integral.shape[0] - 1, integral.shape[1] - 1
+    top, bottom, left, right = max(-rows, 0), height - max(rows, 0), max(-columns, 0), width - max(columns, 0)
+    if top >= bottom or left >= right:
+        return 0
+    return int(integral[bottom, right] - integral[top, right] - integral[bottom, left] + integral[top, left])
+
+
+def _overlap(lesion: Mask, rows: int, columns: int) -> int:
+    """How many pixels the lesion shares with itself moved by a shift."""
+    target, source = _windows(lesion.shape, rows, columns)
+    return int(np.count_nonzero(lesion[target] & lesion[source]))

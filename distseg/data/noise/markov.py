@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.resize import resize_mask
 from distseg.section import Fraction
 
 _CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
@@ -43,11 +44,11 @@ def markov(mask: Mask, steps: int, theta1: float, theta2: float, theta3: float, 
     """
     scale = max(1.0, max(mask.shape) / _WALK_SIDE)
     height, width = (max(1, round(side / scale)) for side in mask.shape)
-    walker = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+    walker = resize_mask(mask, height, width).copy()
     for grows in rng.random(steps) < theta1:
         # The default border of these two neither grows nor shrinks a lesion that touches the frame.
         rim = cv2.dilate(walker, _CROSS) - walker if grows else walker - cv2.erode(walker, _CROSS)
         places = np.flatnonzero(rim)
         walker.reshape(-1)[places[rng.random(len(places)) < theta2]] ^= 1
-    drawn = cv2.resize(walker, mask.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    drawn = resize_mask(walker, *mask.shape)
     return drawn ^ (rng.random(mask.shape) < theta3).astype(np.uint8) if theta3 else drawn

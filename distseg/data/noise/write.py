@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from distseg.data.decode import read_image, read_mask
+from distseg.data.decode import PLAIN, Decoding, read_image, read_mask
 from distseg.data.noise.kind import Image, Mask, NoiseKind
 from distseg.data.sample import Sample
 from distseg.errors import UserError
@@ -25,7 +25,9 @@ def corrupt(mask: Mask, noise: NoiseKind, sample_id: str, image: Image | None = 
     return noise.draw_for(sample_id, mask, image)
 
 
-def write_noisy_masks(samples: list[Sample], noise: NoiseKind, folder: Path) -> tuple[list[Sample], float]:
+def write_noisy_masks(
+    samples: list[Sample], noise: NoiseKind, folder: Path, decoding: Decoding = PLAIN
+) -> tuple[list[Sample], float]:
     """Give each sample a noisy mask, as PNG (0/255) in `folder`, and say how wrong they are.
 
     Each file is written aside and renamed, manifest.csv (id, mask, kind, parameters, seed, wrong_pixel_rate) last; a
@@ -37,12 +39,12 @@ def write_noisy_masks(samples: list[Sample], noise: NoiseKind, folder: Path) -> 
         a sample without a noisy mask of its own counts as 0.
     """
     if noise.kind == "none":
-        return samples, _mean(_own_rate(sample) for sample in samples)
+        return samples, _mean(_own_rate(sample, decoding) for sample in samples)
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(sample: Sample) -> tuple[Sample, float]:
-        true = read_mask(sample.mask)
-        noisy = corrupt(true, noise, sample.id, read_image(sample.image) if noise.looks_at_image else None)
+        true = read_mask(sample.mask, decoding)
+        noisy = corrupt(true, noise, sample.id, read_image(sample.image, decoding) if noise.looks_at_image else None)
         path = folder / f"{sample.id}.png"
         write_atomically(path, cv2.imencode(".png", noisy * 255)[1].tobytes(), durable=False)  # can be drawn again
         return replace(sample, noisy_mask=path), _wrong_pixel_rate(noisy, true)
@@ -59,10 +61,10 @@ def write_noisy_masks(samples: list[Sample], noise: NoiseKind, folder: Path) -> 
     return [sample for sample, _ in written], _mean(rate for _, rate in written)
 
 
-def _own_rate(sample: Sample) -> float:
+def _own_rate(sample: Sample, decoding: Decoding) -> float:
     if sample.noisy_mask is None:
         return 0.0
-    noisy, true = read_mask(sample.noisy_mask), read_mask(sample.mask)
+    noisy, true = read_mask(sample.noisy_mask, decoding), read_mask(sample.mask, decoding)
     if noisy.shape != true.shape:
         raise UserError(f"{sample.noisy_mask}: not of the size of {sample.mask}; resample it, nearest neighbour")
     return _wrong_pixel_rate(noisy, true)

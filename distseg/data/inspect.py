@@ -1,0 +1,151 @@
+"""A strict look at single files, once before training: decoded completely, of a known kind, and what they show."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.Image import Transpose
+
+from distseg.data.decode import Decoding, content_of, opened, orientation_of, turn_of
+from distseg.data.png import lacks_rows
+from distseg.errors import BadFileError
+
+_COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+_SHOWN_VALUES = 5
+_PADDING = 64
+"""Bytes that some cameras leave before the end of a JPEG, when all of it has been decoded."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    size: tuple[int, int]
+    """(width, height) as it is trained on."""
+    orientation: int
+    """The EXIF orientation, 1 to 8."""
+    digest: str
+    """SHA-256 of the file."""
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    size: tuple[int, int]
+    lit: float
+    """The share of pixels that are lesion."""
+    lit_border: float
+    """The share of the frame's outermost pixels that are lesion."""
+
+
+def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
+    """Decode the whole file. Raises BadFileError that says what is wrong.
+
+    Wrong are also 16 bits a channel, CMYK, transparency and several pages, which decoders treat each in its own way.
+    """
+    return _decode_strictly(path, decoding)[1]
+
+
+def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
+    """As `inspect_image`, of a mask, which must be binary too: {0, 255} or {0, 1}, grey values or palette indices."""
+    mask, facts = _decode_strictly(path, decoding)
+    grey = mask if mask.mode in ("1", "L", "P") else mask.convert("L")
+    values = {value for value, count in enumerate(grey.histogram()) if count}
+    if not (values <= {0, 1} or values <= {0, 255}):
+        raise BadFileError(
+            f"{path}: mask is not binary: it holds {_values(mask, values)}; save it with background as 0 and lesion as "
+            "255, and nothing else"
+        )
+    if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette() or [], value) for value in values):
+        raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
+    lit = np.asarray(grey) > 0
+    return MaskFacts(facts.size, float(lit.mean()), float(_border(lit).mean()))
+
+
+def _decode_strictly(path: Path, decoding: Decoding) -> tuple[Image.Image, ImageFacts]:
+    """The decoded image as it is stored, of a JPEG only a thumbnail, and what is known of the whole."""
+    content = content_of(path, decoding)
+    with opened(path, decoding, content) as image:
+        if image.format == "PNG":
+            image.verify()  # every chunk's checksum; loading looks at none
+            if lacks_rows(content):
+                raise BadFileError(f"{path}: has fewer rows than its header says; fetch it again")
+    with opened(path, decoding, content) as image:
+        if (wide := _wide_samples(image)) is not None:
+            raise BadFileError(f"{path}: stores {wide}; save it with 8 bits a channel")
+        if image.mode not in _COLOUR_MODES:
+            raise BadFileError(f"{path}: its colours are {image.mode}; save it as RGB or grey")
+        pages, of_one_page = getattr(image, "n_frames", 1), ("JPEG", "MPO")  # phones keep a preview after a JPEG
+        if pages > 1 and image.format not in of_one_page:
+            raise BadFileError(f"{path}: has {pages} pages; save the one that is meant as a file of its own")
+        orientation, turn, (width, height) = orientation_of(image), turn_of(image, decoding), image.size
+        if image.format in of_one_page:
+            _check_jpeg(path, content, image.mode)
+            image.draft(None, (width // 8, height // 8))
+        image.load()
+        _check_palette_and_alpha(path, image)
+        if turn in (Transpose.TRANSPOSE, Transpose.TRANSVERSE, Transpose.ROTATE_90, Transpose.ROTATE_270):
+            width, height = height, width
+        return image.copy(), ImageFacts((width, height), orientation, hashlib.sha256(content).hexdigest())
+
+
+def _check_jpeg(path: Path, content: bytes, mode: str) -> None:
+    """PIL's decoder fills in grey where scan data are damaged; libjpeg-turbo's warnings say where that was."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    try:
+        simplejpeg.decode_jpeg(
+            content, "GRAY" if mode == "L" else "RGB", min_height=max(height // 8, 1), min_width=max(width // 8, 1)
+        )  # reads every coefficient, draws few pixels
+    except ValueError as error:
+        padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
+        if padding is None or int(padding[1]) > _PADDING:
+            raise BadFileError(f"{path}: cannot be decoded: damaged or truncated: {error}; fetch it again") from None
+
+
+def _check_palette_and_alpha(path: Path, image: Image.Image) -> None:
+    if image.mode == "P" and (palette := image.getpalette()) is not None:
+        highest = int(image.getextrema()[1])
+        if highest >= len(palette) // 3:
+            raise BadFileError(
+                f"{path}: uses colour {highest} of a palette of {len(palette) // 3}; save it again as grey or RGB"
+            )
+    if "A" in image.mode or "transparency" in image.info:
+        least, _ = image.convert("RGBA").getchannel("A").getextrema()
+        if least < 255:
+            raise BadFileError(f"{path}: parts of it are transparent; save it without an alpha channel")
+
+
+def _wide_samples(image: Image.Image) -> str | None:
+    """What is wider than 8 bits a channel; PIL reduces some such files as it loads them."""
+    tiles = getattr(image, "tile", [])
+    raw = [str(argument) for tile in tiles for argument in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
+    if any(";16" in argument or argument == "65535" for argument in raw) or image.mode.startswith("I;16"):
+        return "16 bits a channel"
+    if image.mode in ("I", "F"):
+        return "32 bits a channel" if image.format != "PNG" else "16 bits a channel"
+    return None
+
+
+def _is_lit(palette: list[int], index: int) -> bool:
+    red, green, blue = palette[3 * index : 3 * index + 3]
+    return 299 * red + 587 * green + 114 * blue >= 1000  # a grey value of 1, the least that every decoder shows
+
+
+def _values(mask: Image.Image, greys: set[int]) -> str:
+    """The values of a mask, the most frequent ones first where they are colours."""
+    if mask.mode in ("RGB", "RGBA", "LA", "PA"):
+        colours = mask.convert("RGB").getcolors(maxcolors=2**24) or []
+        if any(len(set(colour)) > 1 for _, colour in colours):
+            return _few([f"the colour {colour}" for _, colour in sorted(colours, reverse=True)])
+    return _few([str(value) for value in sorted(greys)])
+
+
+def _few(values: list[str]) -> str:
+    shown = ", ".join(values[:_SHOWN_VALUES])
+    return f"{shown}, …" if len(values) > _SHOWN_VALUES else shown
+
+
+def _border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
