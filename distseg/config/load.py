@@ -3,8 +3,10 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -103,10 +105,14 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     """The first of a validation's problems in one line that names the key and the mend; the others are counted."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    path, section = _place(first["loc"], root)
+    path, section, others = _place(first["loc"], root)
     key = for_terminal(".".join(path))  # a key may be anybody's text
     if first["type"] == "extra_forbidden":
-        text = f"{key}: unknown key{_suggestion(path[-1], section)}"
+        text = f"{key}: unknown key{_suggestion(path[-1], section, others)}"
+    elif first["type"] == "union_tag_invalid":
+        text = f"{key}.kind: input should be {first['ctx']['expected_tags']}, got {first['ctx']['tag']!r}"
+    elif first["type"] == "union_tag_not_found":
+        text = f"{key}.kind: required; add {key}.kind=VALUE"
     elif first["type"] == "missing":
         text = f"{key}: required; add {key}=VALUE"
     else:
@@ -118,35 +124,41 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _suggestion(key: str, section: type[BaseModel]) -> str:
-    close = difflib.get_close_matches(key, section.model_fields, n=1)
+def _suggestion(key: str, section: type[BaseModel], others: Iterable[type[BaseModel]]) -> str:
+    """What may have been meant by an unknown key of `section`; `others` are the sections that could be in its place."""
+    parts = [kinds_of(field.annotation).values() for field in section.model_fields.values()]
+    names = {name for other in (section, *others, *chain(*parts)) for name in other.model_fields}
+    close = difflib.get_close_matches(key, sorted(names), n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"
 
 
-def _place(location: tuple[str | int, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """The dotted path of a problem and the section that its last key is in, from where pydantic says that it is.
+def _place(
+    location: tuple[str | int, ...], root: type[BaseModel]
+) -> tuple[list[str], type[BaseModel], Iterable[type[BaseModel]]]:
+    """Where pydantic says that a problem is: the key's dotted path, its section, and what could be in its place.
 
-    pydantic names the chosen member of a union in between, which is no key; numbers count the items of a list.
+    pydantic names the chosen member of a union in between, which is no key; numbers count the items of a list, and some
+    words are keys of a mapping.
     """
     path: list[str] = []
-    section, inside = root, cast(Any, root)
+    section, others = root, dict[str, type[BaseModel]]()
+    inside = {"": root}
     for part in location:
-        if isinstance(part, int):
-            path.append(str(part))
-        elif (chosen := kinds_of(inside).get(part)) is not None:
-            inside = section = chosen
-        else:
-            path.append(part)
-            section = _section_in(inside) or section
-            field = section.model_fields.get(part)  # none where the part is a key of a mapping
-            inside = field.annotation if field else inside
-    return path, section
+        if isinstance(part, str) and part and part in inside:
+            section, others, inside = inside[part], inside, {"": inside[part]}
+            continue
+        path.append(str(part))
+        if (holder := inside.get("")) is not None and isinstance(part, str):
+            section, others = holder, others if holder is section else {}
+            if part in section.model_fields:
+                inside = _sections_in(section.model_fields[part].annotation)
+    return path, section, others.values()
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The first section that a field holds, alone, in a list or in a mapping; None for a plain value or a union."""
+def _sections_in(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The sections that a field holds, alone, in a list or in a mapping: one under "", those of a union by their words."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if kinds_of(annotation):
-        return None
-    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+        return {"": annotation}
+    if members := kinds_of(annotation):
+        return dict(members)
+    return next((found for part in get_args(annotation) if (found := _sections_in(part))), {})

@@ -120,7 +120,7 @@ def _choice(dotted: str, field: FieldInfo, variant: type[BaseModel]) -> str:
     for part in _alternatives(field.annotation):
         tags = [item.tag for item in getattr(part, "__metadata__", ()) if isinstance(item, Tag)]
         if _bare(part) is variant and tags:
-            return f"{dotted}={tags[0]}"
+            return f"{dotted}.name={tags[0]}"
     raise TypeError(f"{dotted}: {variant.__name__} has neither a discriminator nor a tag")
 
 

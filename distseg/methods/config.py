@@ -20,12 +20,16 @@ from distseg.methods.presets import PRESETS
 from distseg.methods.weighting.aligned import AlignedConfig
 from distseg.methods.weighting.learned import LearnedConfig
 from distseg.methods.weighting.uniform import UniformConfig
-from distseg.section import Section, kinds_of
+from distseg.section import Section, kinds_of, of_kind
 
 # The registry of the parts: a new one is added to its line.
-WeightingConfig = Annotated[UniformConfig | AlignedConfig | LearnedConfig, Field(discriminator="kind")]
-LossConfig = Annotated[CrossEntropyConfig | GeneralisedCrossEntropyConfig | TLossConfig, Field(discriminator="kind")]
-LabelsConfig = Annotated[DrawnConfig | CorrectedConfig, Field(discriminator="kind")]
+Weightings = UniformConfig | AlignedConfig | LearnedConfig
+Losses = CrossEntropyConfig | GeneralisedCrossEntropyConfig | TLossConfig
+LabelModels = DrawnConfig | CorrectedConfig
+
+WeightingConfig = Annotated[Weightings, Field(discriminator="kind"), of_kind(Weightings)]
+LossConfig = Annotated[Losses, Field(discriminator="kind"), of_kind(Losses)]
+LabelsConfig = Annotated[LabelModels, Field(discriminator="kind"), of_kind(LabelModels)]
 
 
 class MethodConfig(Section):
@@ -48,12 +52,9 @@ class MethodConfig(Section):
         preset = PRESETS.get(values.get("name", cls.model_fields["name"].default), {})
         parts = {part: _over(part, preset.get(part, {}), values.get(part)) for part in _PARTS}
         rest = {key: value for key, value in values.items() if key not in _PARTS}
-        for key in [key for key in rest if key not in cls.model_fields]:
-            if homes := _homes_of(key):
-                value = rest.pop(key)
-                if value is not None:
-                    part = _home_in(key, homes, parts)
-                    parts[part] = {**parts[part], key: value}
+        for key in rest.keys() - cls.model_fields.keys():
+            if (part := _part_with(key)) is not None and (value := rest.pop(key)) is not None:
+                parts[part] = {**parts[part], key: value}
         return rest | parts
 
     @model_validator(mode="after")
@@ -90,41 +91,21 @@ class MethodConfig(Section):
 _PARTS = ("phases", "weighting", "loss", "labels")
 
 
-def _kind_of(part: str, values: Any) -> str:
-    """The kind of a part that is given as a mapping; its default where the mapping does not say."""
-    default: str = MethodConfig.model_fields[part].default.kind
-    return values.get("kind", default) if isinstance(values, dict) else default
-
-
 def _over(part: str, preset: dict[str, Any], given: Any) -> Any:
     """A part as given, over the preset's where both are of one kind; a word alone is a kind."""
-    preset = {"kind": _kind_of(part, None)} | preset
+    preset = {"kind": MethodConfig.model_fields[part].default.kind} | preset
     if given is None:
         return preset
     if isinstance(given, str):
         given = {"kind": given}
-    if not isinstance(given, dict) or given.get("kind", preset["kind"]) != preset["kind"]:
+    if not isinstance(given, dict) or (given.get("kind") or preset["kind"]) != preset["kind"]:
         return given
     return preset | {key: value for key, value in given.items() if value is not None}
 
 
-def _homes_of(key: str) -> list[tuple[str, str]]:
-    """(part, kind) of every part that has a key of this name."""
-    return [
-        (part, kind)
-        for part in _PARTS
-        for kind, member in kinds_of(MethodConfig.model_fields[part].annotation).items()
-        if key in member.model_fields and key != "kind"
-    ]
-
-
-def _home_in(key: str, homes: list[tuple[str, str]], parts: dict[str, Any]) -> str:
-    """The part that the key belongs to; ValueError where the method's part is of a kind without it."""
-    for part, kind in homes:
-        if _kind_of(part, parts[part]) == kind:
+def _part_with(key: str) -> str | None:
+    """The part that has a key of this name, whatever its kind; no two have."""
+    for part in _PARTS:
+        if any(key in member.model_fields for member in kinds_of(MethodConfig.model_fields[part].annotation).values()):
             return part
-    part, kind = homes[0]
-    raise ValueError(
-        f"{key} is a key of {part}: {kind}, and this method has {part}: {_kind_of(part, parts[part])}; remove it "
-        f"(method.{key}=null takes it back), or set method.{part}.kind={kind}"
-    )
+    return None

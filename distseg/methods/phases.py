@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from distseg.data.batch import Batch
 from distseg.data.streams import Stream
 from distseg.methods.context import Context
-from distseg.section import Fraction, Section
+from distseg.section import Fraction, Section, of_kind
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,5 @@ class TruthConfig(Section):
         return Phases(((0, Phase(clean=context.true_stream())),))
 
 
-PhasesConfig = Annotated[NoisyConfig | CleanConfig | UnionConfig | TruthConfig, Field(discriminator="kind")]
+Schedules = NoisyConfig | CleanConfig | UnionConfig | TruthConfig
+PhasesConfig = Annotated[Schedules, Field(discriminator="kind"), of_kind(Schedules)]

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from distseg.section import Count, Section
 
@@ -26,22 +26,31 @@ class ImportedConfig(Section):
     """Keyword arguments of the callable."""
 
 
-def _by_name(values: Any, handler: ValidatorFunctionWrapHandler) -> UNetConfig | ImportedConfig:
-    """The kind that `name` says; a key of the other kind is an error, unless it is null, which takes it back."""
+def _kind_of(values: Any) -> str:
+    name = values.get("name", "unet") if isinstance(values, dict) else getattr(values, "name", "unet")
+    return "unet" if name == "unet" else "package.module:callable"
+
+
+def _keys_of_the_kind(values: Any) -> Any:
+    """Without keys that are null, which takes them back; ValueError for a key of the other kind."""
     if not isinstance(values, dict):
-        return handler(values)
+        return values
     values = {key: value for key, value in values.items() if value is not None}
     name = values.get("name", "unet")
     if name == "unet":
         if values.pop("options", None):
             raise ValueError("options are for imported models; unet takes width, depth and norm")
-        return UNetConfig.model_validate(values)
+        return values
     if not isinstance(name, str) or not re.fullmatch(IMPORTABLE, name):
         raise ValueError(f"name {name!r} is neither `unet` nor `package.module:callable`")
     for key in sorted(values.keys() - ImportedConfig.model_fields.keys()):
         mend = f"remove it, model.{key}=null takes it back; the network's own arguments are model.options.NAME=VALUE"
         raise ValueError(f"{key} is no key of an imported network, as name={name} is; {mend}")
-    return ImportedConfig.model_validate(values)
+    return values
 
 
-ModelConfig = Annotated[UNetConfig | ImportedConfig, WrapValidator(_by_name)]
+ModelConfig = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[ImportedConfig, Tag("package.module:callable")],
+    Discriminator(_kind_of),
+    BeforeValidator(_keys_of_the_kind),
+]

@@ -41,7 +41,7 @@ class Brier(Loss):
         error = (logits[:, 0].sigmoid() - (labels == 1).float()).square()
         return self.factor * (weights.full(labels) * torch.where(labels == 255, 0.0, error)).sum(), None
 '''
-REGISTRY = "LossConfig = Annotated["
+REGISTRY = "Losses = "
 
 
 def test_a_loss_is_one_file_and_one_line_in_the_registry(tmp_path: Path, drawn_data: Path) -> None:

@@ -70,10 +70,10 @@ def test_a_key_needs_no_part_before_it() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"name": "noisy_only", "estimator": "reverse"}, "estimator is a key of weighting: aligned"),
-        ({"name": "noisy_only", "estimator": "reverse"}, "method.estimator=null takes it back"),
-        ({"name": "finetune", "q": 0.5}, "set method.loss.kind=generalised_cross_entropy"),
-        ({"name": "clean_only", "clean_phase": 0.5}, "this method has phases: clean"),
+        ({"name": "noisy_only", "estimator": "reverse"}, "estimator is no key of uniform; remove it"),
+        ({"name": "noisy_only", "estimator": "reverse"}, "estimator=null takes it back), or set kind=aligned"),
+        ({"name": "finetune", "q": 0.5}, "or set kind=generalised_cross_entropy"),
+        ({"name": "clean_only", "clean_phase": 0.5}, "clean_phase is no key of clean"),
         ({"name": "t_loss", "weighting": "aligned"}, "t_loss: takes one weight an image"),
         ({"name": "clean_only", "labels": "corrected"}, "there are no noisy images to correct"),
         ({"name": "union", "weighting": "aligned"}, "set phases.kind=noisy or weighting.kind=uniform"),

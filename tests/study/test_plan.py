@@ -50,7 +50,7 @@ def test_the_grid_runs_each_thing_once(write) -> None:
     }
     assert {run.seed for run in runs[: len(runs) // 3]} == {0}
     by_method = {run.method: run for run in runs}
-    assert by_method["with_clean"].config.method.include_clean
+    assert by_method["with_clean"].config.method.phases.include_clean
     assert by_method["clean_only"].config.optim.lr == 1e-3 and by_method["oracle"].config.optim.lr == 1e-2
     assert {c.config.data.clean_count for c in runs if c.method == "noisy_only"} == {10}
     assert {c.config.data.noise.kind for c in runs if c.method == "clean_only"} == {"none"}
@@ -80,7 +80,7 @@ def test_the_name_follows_from_everything_that_changes_a_result(write) -> None:
         ({"seeds": [1, 1]}, "seeds: one of them is there twice"),
         ({"sedes": [1]}, "sedes: unknown key; did you mean seeds?"),
         ({"methods": {"mine": []}}, "methods.mine: config"),
-        ({"noise": [{"kind": "box", "vertices": 3}]}, "noise.0: vertices is no parameter of box noise"),
+        ({"noise": [{"kind": "box", "vertices": 3}]}, "noise.0: vertices is no key of box"),
         ({"noise": [{"kind": "box", "vertice": 3}]}, "noise.0.vertice: unknown key; did you mean vertices?"),
         ({"base": "gone.yaml"}, "gone.yaml: no such file"),
     ],
@@ -133,7 +133,7 @@ def test_a_grid_is_tried_by_every_method_and_one_of_its_own_takes_its_place(writ
         ("pixel_reweight", {"optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "patch(4)"}),
     ]
     assert [run.config.optim.lr for run in box] == [1e-3, 0.02, 0.5, 0.5]
-    assert box[3].config.method.granularity == "patch(4)" and box[3].config.method.clean_phase == 0.3
+    assert box[3].config.method.weighting.granularity == "patch(4)" and box[3].config.method.phases.clean_phase == 0.3
     assert box[0].name.startswith("noisy_only-lr0.001-momentum0.9-polygon_3-kany-s0-")
     assert box[3].tags == {
         "method": "pixel_reweight", "noise": "polygon(3)", "clean_count": "10", "seed": "0",

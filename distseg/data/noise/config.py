@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distseg.data.noise.choice import by_kind
 from distseg.data.noise.mixed import MixedNoise
 from distseg.data.noise.none import NoNoise
 from distseg.data.noise.registry import Kinds
+from distseg.section import of_kind
 
 NoiseConfig = Annotated[
     NoNoise | Kinds | MixedNoise,
     Field(discriminator="kind"),
-    by_kind(NoNoise | Kinds | MixedNoise, default="none"),
+    of_kind(NoNoise | Kinds | MixedNoise, default="none"),
 ]

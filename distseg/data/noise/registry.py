@@ -6,10 +6,10 @@ from pydantic import Field
 
 from distseg.data.noise.boundary import BoundaryNoise
 from distseg.data.noise.box import BoxNoise
-from distseg.data.noise.choice import by_kind
 from distseg.data.noise.markov import MarkovNoise
 from distseg.data.noise.polygon import PolygonNoise
 from distseg.data.noise.unsupervised import UnsupervisedNoise
+from distseg.section import of_kind
 
 Kinds = (
     PolygonNoise
@@ -20,5 +20,5 @@ Kinds = (
 )  # fmt: skip
 """One line a kind."""
 
-Annotator = Annotated[Kinds, Field(discriminator="kind"), by_kind(Kinds)]
+Annotator = Annotated[Kinds, Field(discriminator="kind"), of_kind(Kinds)]
 """One of `Kinds`, chosen by its key `kind`."""
