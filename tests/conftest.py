@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distseg.data.synthetic import write_dataset
+from distseg.distributed.runtime import free_port
 from distseg.testing.launcher import train_command, train_environment
 
 ROOT = Path(__file__).parents[1]
@@ -29,16 +30,46 @@ def drawn_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Bits depend on the number of threads; a model of the tests' own is found from the repository's root.
+ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 @pytest.fixture(scope="session")
 def train() -> Callable[..., subprocess.CompletedProcess]:
     """Run `launch/train.py` to its end; `train(ranks, *arguments)`."""
 
-    # Bits depend on the number of threads; a model of the tests' own is found from the repository's root.
-    environment = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
     def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            train_command(ranks, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+            train_command(ranks, *arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_ranks() -> Callable[..., subprocess.CompletedProcess]:
+    """`train` without DeepSpeed's launcher, which takes longer to start than a rank; the ranks' outputs are joined."""
+
+    def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = train_command(0, *arguments)
+        processes = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            outputs, errors = zip(*(process.communicate(timeout=280) for process in processes), strict=True)
+        finally:
+            for process in processes:
+                process.kill()
+        code = max((process.returncode for process in processes), key=abs)
+        return subprocess.CompletedProcess(command, code, "".join(outputs), "".join(errors))
 
     return run

@@ -32,7 +32,9 @@ def prepare(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_training_from_the_cache_without_the_bad_file(config: Path, drawn_data: Path, tmp_path: Path, train) -> None:
+def test_training_from_the_cache_without_the_bad_file(
+    config: Path, drawn_data: Path, tmp_path: Path, train_ranks
+) -> None:
     data, cache = tmp_path / "data", tmp_path / "cache"
     shutil.copytree(drawn_data, data)
     victim = sorted((data / "images").iterdir())[3]
@@ -46,7 +48,7 @@ def test_training_from_the_cache_without_the_bad_file(config: Path, drawn_data: 
 
     losses = {}
     for name, key in (("originals", []), ("cached", [f"data.cache={cache}"])):
-        run = train(2, *arguments, *key, "--runs-dir", str(tmp_path / name))
+        run = train_ranks(2, *arguments, *key, "--runs-dir", str(tmp_path / name))
         assert run.returncode == 0, run.stderr
         assert run.stderr.count("left out 1 samples") == 1
         folder = tmp_path / name / "prepared"

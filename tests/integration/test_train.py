@@ -135,9 +135,9 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path:
     assert actual == expected
 
 
-def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_path: Path, train) -> None:
+def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_path: Path, train_ranks) -> None:
     before = sorted(tmp_path.iterdir())
-    done = train(2, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), "--dry-run")
+    done = train_ranks(2, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "16 noisy, 4 clean, 6 val, 6 test" in done.stdout
     assert "12 steps of 4 images on 2 ranks (cpu)" in done.stdout

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,38 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiles_ahead_of_time_without_spills(capability: int, tmp_path: Path) -> None:
+CAPABILITIES = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple[subprocess.Popen, Path]]]:
+    """A compiler for each capability and the folder of its output; all at once, because each takes one core."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(PROGRAM.parents[2])}
-    ran = subprocess.run(
-        [sys.executable, str(PROGRAM), str(capability)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert ran.returncode == 0, ran.stderr
-    variants = [json.loads(line) for line in ran.stdout.splitlines()]
+    environment["PYTHONPATH"] = str(PROGRAM.parents[2])
+    started = {}
+    for capability in CAPABILITIES:
+        folder = tmp_path_factory.mktemp("triton")
+        with (folder / "stdout").open("w") as output, (folder / "stderr").open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), str(capability)],
+                env=environment | {"TRITON_CACHE_DIR": str(folder / "cache")},
+                stdout=output,
+                stderr=errors,
+            )
+        started[capability] = process, folder
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_compiles_ahead_of_time_without_spills(
+    capability: int, compilers: dict[int, tuple[subprocess.Popen, Path]]
+) -> None:
+    process, folder = compilers[capability]
+    assert process.wait(timeout=280) == 0, (folder / "stderr").read_text()
+    variants = [json.loads(line) for line in (folder / "stdout").read_text().splitlines()]
     assert {variant["kernel"] for variant in variants} == KERNELS
     assert all(variant["REG"] > 0 for variant in variants)
     spilled = [variant for variant in variants if variant["LOCAL"] or variant["STACK"]]
