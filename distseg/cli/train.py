@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell_error
-from distseg.config.load import load_config
-from distseg.config.schema import Config
 from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, UserError
 
 if TYPE_CHECKING:
+    from distseg.config.schema import Config
     from distseg.distributed.lifeline import Lifeline
     from distseg.distributed.runtime import Runtime
 
@@ -33,6 +32,9 @@ PREEMPTED = 75
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train; returns the exit code. The process must then end by `leave`."""
     arguments = parse_arguments(argv, prog)
+    # Late: help must not wait for what a config needs.
+    from distseg.config.load import load_config
+
     try:
         return run(load_config(arguments.config, arguments.overrides), arguments)
     except UserError as error:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 1
 
 
-def run(config: Config, arguments: argparse.Namespace) -> int:
+def run(config: "Config", arguments: argparse.Namespace) -> int:
     """Join the other ranks, train, and take leave of them; returns the exit code."""
     # Late, so that a wrong key is told at once and not after the seconds that torch and DeepSpeed take to import.
     from distseg.distributed.collectives import FailedElsewhere
@@ -88,7 +90,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     return code
 
 
-def train(config: Config, arguments: argparse.Namespace, runtime: "Runtime", lifeline: "Lifeline") -> None:
+def train(config: "Config", arguments: argparse.Namespace, runtime: "Runtime", lifeline: "Lifeline") -> None:
     """Train the run of this config, or rehearse it, and print the outcome on the main rank."""
     from distseg.distributed.collectives import main_rank_first
     from distseg.training.trainer import Trainer, earlier_result
