@@ -15,7 +15,9 @@ Exit codes: 0 all done; 1 a run failed; 2 bad config or data; 75 stopped by a si
 """
 
 import argparse
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from distseg.study.plan import StudyConfig, StudyRun
     from distseg.study.scheduler import State
     from distseg.tracking.mlflow import Study
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -47,17 +51,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     places = share_machine(arguments.parallel, study.ranks)
     tracked = open_study(study, runs, folder, arguments.config)
     if arguments.report:
-        say_in_passing(make_report(folder, tracked))
+        make_report(folder, tracked)
         return 0
     chosen = runs if arguments.index is None else [runs[arguments.index]]
     parent = Parent(tracked.uri, tracked.run_id) if tracked else None
     code = run_all(chosen, folder, parent, study.ranks, places)
     if arguments.index is None:
         states = [state_of(run, folder) for run in runs]
+        if code != PREEMPTED and "finished" in states:
+            make_report(folder, tracked)
         if tracked:
             close_study(tracked, states, code)
-        if code != PREEMPTED and "finished" in states:
-            say_in_passing(make_report(folder, tracked))
     return code
 
 
@@ -88,18 +92,32 @@ def open_study(study: "StudyConfig", runs: "list[StudyRun]", folder: StudyFolder
 def close_study(tracked: "Study", states: "list[State]", code: int) -> None:
     from distseg.study.scheduler import PREEMPTED
 
-    tracked.log_metrics({f"runs/{state}": states.count(state) for state in ("finished", "failed")})
-    tracked.log_metrics({"runs/planned": len(states)})
-    tracked.finish("FINISHED" if code == 0 else "KILLED" if code == PREEMPTED else "FAILED")
+    with tracking_may_fail():
+        tracked.log_metrics({f"runs/{state}": states.count(state) for state in ("finished", "failed")})
+        tracked.log_metrics({"runs/planned": len(states)})
+        tracked.finish("FINISHED" if code == 0 else "KILLED" if code == PREEMPTED else "FAILED")
 
 
-def make_report(folder: StudyFolder, tracked: "Study | None") -> str:
+def make_report(folder: StudyFolder, tracked: "Study | None") -> None:
     # Late: it takes the seconds that matplotlib and torch take to import.
     from distseg.study.local import LocalRuns
     from distseg.study.report import write_report
 
-    publish = tracked.log_file if tracked else None
-    return write_report(LocalRuns(folder), str(folder.path), folder.report, publish)
+    report = write_report(LocalRuns(folder), str(folder.path), folder.report)
+    say_in_passing(report.text)
+    if tracked:
+        with tracking_may_fail():
+            for file in report.files:
+                tracked.log_file(file, "report")
+
+
+@contextmanager
+def tracking_may_fail() -> Iterator[None]:
+    """Once the runs are made, a server that has gone is a warning: their folders hold everything that it lacks."""
+    try:
+        yield
+    except UserError as error:
+        _log.warning("%s", error)
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
