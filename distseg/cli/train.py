@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell_error
+from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell, tell_error
 from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, UserError
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if _is_first_rank():
-            print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+            tell("interrupted; --resume continues from the last checkpoint")
         return INTERRUPTED
     except OSError:
         raise
@@ -76,7 +76,7 @@ def run(config: "Config", arguments: argparse.Namespace) -> int:
     except Preempted as stop:
         code = PREEMPTED
         if runtime.is_main:
-            print(f"{config.name}: {stop}", file=sys.stderr)
+            tell(f"{config.name}: {stop}")
     except (Diverged, NotSaved) as error:
         if runtime.is_main:
             tell_error(error)
