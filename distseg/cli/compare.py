@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING
 
 from distseg.cli.process import say
 from distseg.run_folder import RunFolder
-from distseg.study.comparison import group_runs, read_run
-from distseg.study.records import read_history
-from distseg.study.tables import groups_table, results_table
 from distseg.text import for_terminal
 
 if TYPE_CHECKING:
@@ -37,6 +34,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--allow-import", action="store_true", help="run the code that the runs' model.name names")
     parser.add_argument("--markdown", action="store_true", help="tables as GitHub's markdown")
     arguments = parser.parse_args(argv)
+    # Late: help must not wait for what a config needs.
+    from distseg.study.comparison import group_runs, read_run
+    from distseg.study.tables import groups_table, results_table
+
     runs = [read_run(run) for run in arguments.runs]
     groups = group_runs(runs)
     say(results_table(runs, arguments.markdown))
@@ -44,7 +45,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         say("\nmean ± standard deviation of runs that differ in seed and name only")
         say(("\n" if arguments.markdown else "") + groups_table(groups, arguments.markdown))
     if arguments.figure:
-        # Late: the tables need no torch.
         from distseg.pages.figures import save_png
 
         save_png(draw(arguments.runs, arguments.allow_import), arguments.figure)
@@ -56,6 +56,7 @@ def draw(runs: Sequence[Path], allow_import: bool) -> "np.ndarray":
     import torch
 
     from distseg.pages.figures import comparison_figure
+    from distseg.study.records import read_history
     from distseg.training.checkpoint import load_network
 
     records = {

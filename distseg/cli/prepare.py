@@ -16,10 +16,9 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distseg.cli.process import say
-from distseg.config.load import load_config
-from distseg.config.schema import Config
 from distseg.data.cache import write_cache
 from distseg.data.checks import check_masks, check_splits, inspect_files, problems_table
 from distseg.data.decode import read_image, read_mask
@@ -30,16 +29,22 @@ from distseg.data.survey import survey
 from distseg.errors import UserError
 from distseg.files import write_atomically
 
+if TYPE_CHECKING:
+    from distseg.config.schema import Config
+
 SHOWN = 20
 SHOWN_MASKS = 6
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
+    # Late: help must not wait for what a config needs.
+    from distseg.config.load import load_config
+
     return prepare(load_config(arguments.config, arguments.overrides), arguments)
 
 
-def prepare(config: Config, arguments: argparse.Namespace) -> int:
+def prepare(config: "Config", arguments: argparse.Namespace) -> int:
     # The whole data set, whatever an earlier cache says.
     samples, problems = survey(config.data)
     inspection = inspect_files(samples, config.data.decoding, arguments.threads)
@@ -67,7 +72,7 @@ def prepare(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def draw_noisy_masks(config: Config, good: list[Sample], folder: Path) -> None:
+def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None:
     """What `data.noise` makes of the training images that are not clean ones, to be looked at and shared."""
     # Late: it takes the seconds that torch takes to import.
     from distseg.pages.figures import contact_sheet, save_png

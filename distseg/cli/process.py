@@ -1,5 +1,7 @@
 """How a command speaks and ends: results on stdout, and one line on stderr for what went wrong."""
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -18,13 +20,16 @@ def run_command(command: Callable[[], int]) -> int:
     2 for a UserError, 1 for a file or a stream that fails, 130 for Ctrl-C.
     """
     set_up_logging()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold bytes that no encoding has letters for
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except UserError as error:
         tell_error(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return INTERRUPTED
     except OSError as error:
         tell_error(f"{error.filename}: {error.strerror}" if error.filename else error)
@@ -33,7 +38,13 @@ def run_command(command: Callable[[], int]) -> int:
 
 def tell_error(error: Exception | str) -> None:
     """`error: …` on stderr, in one line whatever the text holds."""
-    print(f"error: {for_terminal(' '.join(str(error).split()))}", file=sys.stderr)
+    tell(f"error: {for_terminal(' '.join(str(error).split()))}")
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr; where that cannot be written to, nobody is left to tell."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def say(text: str) -> None:
@@ -54,7 +65,7 @@ def say_in_passing(text: str) -> None:
     try:
         say(text)
     except OSError as error:
-        print(f"warning: {error}", file=sys.stderr)
+        tell(f"warning: {error}")
 
 
 def set_up_logging() -> None:
@@ -72,7 +83,7 @@ class _Terminal(logging.Handler):
         if record.levelno < logging.WARNING:
             say_in_passing(text)
         else:
-            print(f"{record.levelname.lower()}: {text}", file=sys.stderr)
+            tell(f"{record.levelname.lower()}: {text}")
 
 
 def _drop_stdout() -> None:

@@ -30,11 +30,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         from distseg.study.local import LocalRuns
 
         source = LocalRuns(StudyFolder(Path(arguments.study)))
-        say_in_passing(write_report(source, arguments.study, arguments.folder))
+        say_in_passing(write_report(source, arguments.study, arguments.folder).text)
         return 0
     from distseg.tracking.mlflow import Study
 
     tracked = Study(arguments.uri, arguments.study)
-    said = write_report(tracked, f"MLflow run {tracked.run_id}", arguments.folder, tracked.log_file)
-    say_in_passing(said)
+    report = write_report(tracked, f"MLflow run {tracked.run_id}", arguments.folder)
+    say_in_passing(report.text)
+    for file in report.files:
+        tracked.log_file(file, "report")
     return 0

@@ -15,21 +15,31 @@ Exit codes: 0 all done; 1 a run failed; 2 bad config or data; 75 stopped by a si
 """
 
 import argparse
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distseg.cli.process import say, say_in_passing
-from distseg.config.schema import Config
 from distseg.errors import UserError
 from distseg.files import write_atomically
 from distseg.study.folder import StudyFolder
-from distseg.study.plan import StudyConfig, StudyRun, load_study, plan_json
-from distseg.study.scheduler import PREEMPTED, Parent, State, lock_file, run_all, share_machine, state_of
-from distseg.tracking.mlflow import Study, store_of
+
+if TYPE_CHECKING:
+    from distseg.study.plan import StudyConfig, StudyRun
+    from distseg.study.scheduler import State
+    from distseg.tracking.mlflow import Study
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
+    # Late: help must not wait for what a config needs.
+    from distseg.study.plan import load_study
+    from distseg.study.scheduler import PREEMPTED, Parent, run_all, share_machine, state_of
+
     study, runs = load_study(arguments.config, arguments.overrides)
     folder = StudyFolder(arguments.runs_dir / study.name)
     if arguments.list:
@@ -41,24 +51,28 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     places = share_machine(arguments.parallel, study.ranks)
     tracked = open_study(study, runs, folder, arguments.config)
     if arguments.report:
-        say_in_passing(make_report(folder, tracked))
+        make_report(folder, tracked)
         return 0
     chosen = runs if arguments.index is None else [runs[arguments.index]]
     parent = Parent(tracked.uri, tracked.run_id) if tracked else None
     code = run_all(chosen, folder, parent, study.ranks, places)
     if arguments.index is None:
         states = [state_of(run, folder) for run in runs]
+        if code != PREEMPTED and "finished" in states:
+            make_report(folder, tracked)
         if tracked:
             close_study(tracked, states, code)
-        if code != PREEMPTED and "finished" in states:
-            say_in_passing(make_report(folder, tracked))
     return code
 
 
-def open_study(study: StudyConfig, runs: list[StudyRun], folder: StudyFolder, config: Path) -> Study | None:
+def open_study(study: "StudyConfig", runs: "list[StudyRun]", folder: StudyFolder, config: Path) -> "Study | None":
     """Write the plan, and open the study's MLflow run, one for all tasks of a job array; None with tracking off."""
+    from distseg.study.plan import plan_json
+    from distseg.study.scheduler import lock_file
+    from distseg.tracking.mlflow import Study, store_of
+
     folder.make()
-    first: Config = runs[0].config
+    first = runs[0].config
     about = (
         f"{len(runs)} runs: {', '.join(study.methods)}; noise {', '.join(noise.level for noise in study.noise)}; "
         f"K = {', '.join(map(str, study.clean_counts))}; seeds {', '.join(map(str, study.seeds))}."
@@ -75,19 +89,35 @@ def open_study(study: StudyConfig, runs: list[StudyRun], folder: StudyFolder, co
     return tracked
 
 
-def close_study(tracked: Study, states: list[State], code: int) -> None:
-    tracked.log_metrics({f"runs/{state}": states.count(state) for state in ("finished", "failed")})
-    tracked.log_metrics({"runs/planned": len(states)})
-    tracked.finish("FINISHED" if code == 0 else "KILLED" if code == PREEMPTED else "FAILED")
+def close_study(tracked: "Study", states: "list[State]", code: int) -> None:
+    from distseg.study.scheduler import PREEMPTED
+
+    with tracking_may_fail():
+        tracked.log_metrics({f"runs/{state}": states.count(state) for state in ("finished", "failed")})
+        tracked.log_metrics({"runs/planned": len(states)})
+        tracked.finish("FINISHED" if code == 0 else "KILLED" if code == PREEMPTED else "FAILED")
 
 
-def make_report(folder: StudyFolder, tracked: Study | None) -> str:
+def make_report(folder: StudyFolder, tracked: "Study | None") -> None:
     # Late: it takes the seconds that matplotlib and torch take to import.
     from distseg.study.local import LocalRuns
     from distseg.study.report import write_report
 
-    publish = tracked.log_file if tracked else None
-    return write_report(LocalRuns(folder), str(folder.path), folder.report, publish)
+    report = write_report(LocalRuns(folder), str(folder.path), folder.report)
+    say_in_passing(report.text)
+    if tracked:
+        with tracking_may_fail():
+            for file in report.files:
+                tracked.log_file(file, "report")
+
+
+@contextmanager
+def tracking_may_fail() -> Iterator[None]:
+    """Once the runs are made, a server that has gone is a warning: their folders hold everything that it lacks."""
+    try:
+        yield
+    except UserError as error:
+        _log.warning("%s", error)
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:

@@ -17,13 +17,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell_error
-from distseg.config.load import load_config
-from distseg.config.schema import Config
+from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell, tell_error
 from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, StorageError, UserError
 
 if TYPE_CHECKING:
+    from distseg.config.schema import Config
     from distseg.distributed.runtime import Runtime
     from distseg.distributed.watchdog import Watchdog
 
@@ -34,6 +33,9 @@ PREEMPTED = 75
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train; returns the exit code. The process must then end by `leave`."""
     arguments = parse_arguments(argv, prog)
+    # Late: help must not wait for what a config needs.
+    from distseg.config.load import load_config
+
     try:
         return run(load_config(arguments.config, arguments.overrides), arguments)
     except UserError as error:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if _is_first_rank():
-            print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+            tell("interrupted; --resume continues from the last checkpoint")
         return INTERRUPTED
     except OSError:
         raise
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return 1
 
 
-def run(config: Config, arguments: argparse.Namespace) -> int:
+def run(config: "Config", arguments: argparse.Namespace) -> int:
     """Join the other ranks, train, and take leave of them; returns the exit code."""
     # Late, so that a wrong key is told at once and not after the seconds that torch and DeepSpeed take to import.
     from distseg.distributed.collectives import FailedElsewhere
@@ -76,7 +78,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     except Preempted as stop:
         code = PREEMPTED
         if runtime.is_main:
-            print(f"{config.name}: {stop}", file=sys.stderr)
+            tell(f"{config.name}: {stop}")
     except (Diverged, NotSaved, StorageError) as error:
         if runtime.is_main or isinstance(error, StorageError):
             tell_error(error)
@@ -90,7 +92,7 @@ def run(config: Config, arguments: argparse.Namespace) -> int:
     return code
 
 
-def train(config: Config, arguments: argparse.Namespace, runtime: "Runtime", watchdog: "Watchdog") -> None:
+def train(config: "Config", arguments: argparse.Namespace, runtime: "Runtime", watchdog: "Watchdog") -> None:
     """Train the run of this config, or rehearse it, and print the outcome on the main rank."""
     from distseg.distributed.collectives import main_rank_first
     from distseg.run_lock import run_lock

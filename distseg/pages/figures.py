@@ -34,7 +34,9 @@ _MOST_CHARTS = 100
 _DPI = 120
 # Inches.
 _TILE, _GAP, _NOTE, _MARGIN, _TITLE = 1.5, 0.06, 0.16, 0.12, 0.22
-_CURVE_HEIGHT, _CURVE_LEFT, _CURVE_BELOW = 2.1, 0.55, 0.45
+_CURVE_HEIGHT, _CURVE_LEFT, _CURVE_BELOW, _LEAST_CURVE = 2.1, 0.6, 0.45, 2.5
+_LONGEST_TITLE = 24
+"""Letters that fit over a tile."""
 _TEXT: dict[str, Any] = {"fontsize": 8, "color": "#222222"}
 
 
@@ -155,7 +157,8 @@ def comparison_figure(
     true = true_masks[:_MOST_ROWS].cpu()
     colour = _colours([*runs, *predictions])
     titles = ("image, true mask", "training mask", *predictions)
-    figure, grid = _sheet(len(pictures), titles, above=_CURVE_HEIGHT + _CURVE_BELOW)
+    least = _CURVE_LEFT + _LEAST_CURVE + _legend_width(runs)
+    figure, grid = _sheet(len(pictures), titles, above=_CURVE_HEIGHT + _CURVE_BELOW, least_width=least)
     for axes, name in zip(grid[0][2:], predictions, strict=True):
         axes.title.set_color(colour[name])
     _draw_curves(figure, runs, colour)
@@ -290,12 +293,13 @@ def _axes(figure: "Figure", left: float, top: float, width: float, height: float
 
 
 def _sheet(
-    rows: int, titles: Sequence[str], caption: str = "", above: float = 0.0
+    rows: int, titles: Sequence[str], caption: str = "", above: float = 0.0, least_width: float = 0.0
 ) -> tuple["Figure", list[list["Axes"]]]:
     """A figure of rows × len(titles) square tiles, titles over the first row; `above` them inches left free."""
     top = _MARGIN + above + (_TITLE if caption else 0) + _TITLE
     across, down = _TILE + _GAP, _TILE + _NOTE + _GAP
     width, height = 2 * _MARGIN + len(titles) * across - _GAP, top + rows * down - _GAP + _MARGIN
+    width = max(width, least_width)
     figure = _figure(width, height)
     figure.text(_MARGIN / width, 1 - (_MARGIN + above) / height, caption, va="top", **_TEXT)
     grid = [
@@ -306,8 +310,14 @@ def _sheet(
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="#BBBBBB", linewidth=0.5)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, pad=4, **_TEXT)
+        axes.set_title(_shortened(title), pad=4, **_TEXT)
     return figure, grid
+
+
+def _shortened(title: str) -> str:
+    """A title that fits over a tile: both ends of a longer one, as run names end in what tells them apart."""
+    half = _LONGEST_TITLE // 2
+    return title if len(title) <= _LONGEST_TITLE else f"{title[: half - 1]}…{title[-half:]}"
 
 
 def _contour(axes: "Axes", mask: np.ndarray, colour: str, width: float = 1.3) -> None:

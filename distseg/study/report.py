@@ -4,7 +4,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distseg.errors import UserError
@@ -33,13 +34,18 @@ _SCORES = ("dice", "jaccard", "sensitivity", "specificity")
 _Point = tuple[float | str, float, float]
 
 
-def write_report(
-    source: RunSource, where: str, folder: Path, publish: Callable[[Path, str], None] | None = None
-) -> str:
-    """Write report.html, its PNGs and CSVs into `folder`; returns the text for a terminal.
+@dataclass(frozen=True)
+class Report:
+    text: str
+    """For a terminal."""
+    files: list[Path]
 
-    `source` holds the study, and `where` names it in messages. `publish(file, "report")` is called for each file that
-    has been written. Raises UserError where the source holds no valid plan or no finished run.
+
+def write_report(source: RunSource, where: str, folder: Path) -> Report:
+    """Write report.html, its PNGs and CSVs into `folder`.
+
+    `source` holds the study, and `where` names it in messages. Raises UserError where the source holds no valid plan
+    or no finished run.
     """
     text = source.read_text("plan.json")
     if text is None:
@@ -58,10 +64,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
-    if publish:
-        for name in files:
-            publish(folder / name, "report")
-    return _terminal_text(plan, cells, missing, folder / "report.html")
+    return Report(_terminal_text(plan, cells, missing, folder / "report.html"), [folder / name for name in files])
 
 
 def results_csv(cells: Sequence[Cell], plan: Plan) -> str:

@@ -79,6 +79,23 @@ def test_a_reader_that_has_gone_is_no_error(words: list[str], drawn_data: Path, 
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_an_error_that_nobody_reads_ends_in_its_exit_code() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        done = call(*DISTSEG, "sweep", "gone.yaml", stdout=pipe, stderr=pipe, capture_output=False)
+    assert done.returncode == 2
+
+
+def test_results_are_shown_in_a_terminal_of_any_encoding(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "result.json").write_text('{"method": "oracle"}')  # its figures are shown as dashes
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = call(*DISTSEG, "compare", str(tmp_path), env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2013" in done.stdout
+
+
 def test_results_that_go_to_a_full_device_end_in_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         words = ["sweep", "configs/experiments/paper.yaml", "data.root=/data", "--list"]

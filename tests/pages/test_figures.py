@@ -227,3 +227,15 @@ def test_a_logarithmic_axis_sets_factors_of_two_apart_evenly():
     steps = np.diff([group.mean() for group in markers])
     assert len(markers) == 4
     assert steps == pytest.approx([steps.mean()] * 3, abs=1.5)
+
+
+def test_a_long_name_fits_over_its_column_and_leaves_the_curves_their_room():
+    images, noisy, true = samples(1)
+    name = "noisy_only-boundary_0.7_0.5-kany-s0-da247bfb" * 2
+    picture = comparison_figure({name: RUNS["noisy_only"]}, images, noisy, true, {name: true > 0})
+    assert has_colour(picture[:250], (0x00, 0x72, 0xB2))  # the curve
+    title = picture[300:].astype(int)
+    _, (top, _) = tiles(title)
+    (_, _, (left, right)), _ = tiles(title)
+    written = np.flatnonzero((np.abs(title[:top] - (0x00, 0x72, 0xB2)).sum(axis=2) < 60).any(axis=0))
+    assert left - 12 <= written.min() and written.max() <= right + 12

@@ -33,7 +33,7 @@ class Dictionary:
     """What MLflow would answer."""
 
     def __init__(self) -> None:
-        self.run_id, self.files, self.children, self.champion = "parent", {}, [], None
+        self.run_id, self.children, self.champion = "parent", [], None
         for seed in SEEDS:
             hard = np.random.default_rng(seed).uniform(0.2, 0.6, len(IDS))
             self.add("noisy_only", "box", "any", seed, hard)
@@ -80,9 +80,6 @@ class Dictionary:
     def images(self, run_id, key):
         return {10: b"\x89PNG early", 90: b"\x89PNG late", 50: b"\x89PNG"}
 
-    def log_file(self, path, folder=None):
-        self.files[f"{folder}/{path.name}"] = path.read_bytes()
-
 
 def cells_of(study: Dictionary) -> list[Cell]:
     plan = Plan.model_validate(study.plan())
@@ -121,7 +118,7 @@ def test_the_champion_is_held_against_every_other_method_and_where_it_falls_shor
     """It is 0.1 above clean_only of K = 4 and 0.1 below that of K = 8; the seeds' means are some hundredths apart."""
     study = Dictionary()
     study.champion = "pixel_reweight"
-    told = write_report(study, "run parent", tmp_path)
+    told = write_report(study, "run parent", tmp_path).text
     assert "pixel_reweight is above every other method but the oracle" in told and "in 2 of 4 settings" in told
     short = [line for line in told.splitlines() if line.startswith("Not at")]
     assert [line.split(":")[0] for line in short] == ["Not at box, K = 8", "Not at polygon(3), K = 8"]
@@ -153,19 +150,20 @@ def test_what_has_not_finished_is_left_out_and_named(tmp_path: Path) -> None:
     study = Dictionary()
     study.add("pixel_reweight", "box", "4", 2, np.full(len(IDS), 1.0), status="KILLED", name="cut-off")
     assert rows_of(study)["box", "4", "pixel_reweight"]["seeds"] == "2"
-    told = write_report(study, "run parent", tmp_path)
+    told = write_report(study, "run parent", tmp_path).text
     assert "1 of 17 runs have not finished: cut-off" in told
 
 
-def test_the_report_holds_its_pictures_and_goes_to_the_tracker(tmp_path: Path) -> None:
+def test_the_report_holds_its_pictures_and_names_its_files(tmp_path: Path) -> None:
     study = Dictionary()
-    told = write_report(study, "run parent", tmp_path / "report", study.log_file)
+    report = write_report(study, "run parent", tmp_path / "report")
+    told = report.text
     assert "polygon(3)  8  pixel_reweight" in told
     names = {"dice_by_noise.png", "dice_by_clean_count.png", "dice_by_wrong_pixels.png", "auroc.png", "cost.png"}
     names |= {f"weights_{level}_{when}.png" for level in (0, 1) for when in ("early", "late")}
     written = {path.name for path in (tmp_path / "report").iterdir()}
     assert written == names | {"report.html", "results.csv", "runs.csv"}
-    assert study.files.keys() == {f"report/{name}" for name in written}
+    assert {path.name for path in report.files} == written
     assert (tmp_path / "report" / "weights_1_early.png").read_bytes() == b"\x89PNG early"
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == len(names)
@@ -222,7 +220,7 @@ def test_runs_that_share_no_test_image_have_no_interval_and_no_p_and_it_is_said(
         study.add("union", "box", "4", seed, np.full(len(IDS), 0.99 - 0.01 * seed), ids=[f"x{n}" for n in IDS])
     row = rows_of(study)["box", "4", "union"]
     assert [row[f"dice_minus_noisy_only{part}"] for part in ("", "_low", "_high", "_p")] == [""] * 4
-    told = write_report(study, "run parent", tmp_path)
+    told = write_report(study, "run parent", tmp_path).text
     page = (tmp_path / "report.html").read_text()
     assert page.count("other test images") > 1
     assert "union is above" in told and "in 0 of 1 settings" in told  # far above, and on other images
@@ -246,7 +244,7 @@ def grid_study() -> Dictionary:
 
 def test_a_grid_is_an_axis_of_the_report_and_its_points_are_chosen_by_validation(tmp_path: Path) -> None:
     study = grid_study()
-    told = write_report(study, "run parent", tmp_path)
+    told = write_report(study, "run parent", tmp_path).text
     best = "noisy_only with optim.lr=0.01 (0.700); pixel_reweight with optim.lr=0.1 (0.800)."
     assert f"Best by validation Dice at box, K = 4: {best}" in told
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
