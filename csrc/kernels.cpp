@@ -485,6 +485,9 @@ template <typename acc_t>
 void patch_shares(
     const acc_t* u, const void* y, bool byte_labels, int64_t batch, int64_t height, int64_t width, int64_t cell,
     acc_t* map, double* sums) {
+  std::fill_n(sums, batch * kSums, 0.0);
+  if (height == 0 || width == 0) return;
+  cell = std::min(cell, std::max(height, width));  // a patch larger than the image is the image
   const int64_t bands = (height + cell - 1) / cell;
   std::vector<double> partial(batch * bands * kSums);
   const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(cell, height) * width));
@@ -521,7 +524,6 @@ void patch_shares(
       }
     }
   });
-  std::fill_n(sums, batch * kSums, 0.0);
   for (int64_t index = 0; index < batch * bands; ++index)
     for (int64_t i = 0; i < kSums; ++i) sums[index / bands * kSums + i] += partial[index * kSums + i];
 }

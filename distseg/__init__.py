@@ -5,7 +5,7 @@ from distseg import PixelReweighter, weighted_loss
 
 import importlib
 
-_PUBLIC = {"PixelReweighter": "distseg.meta", "weighted_loss": "distseg.ops", "pixel_loss": "distseg.ops"}
+_PUBLIC = {"PixelReweighter": "distseg.meta", "weighted_loss": "distseg.meta.loss", "pixel_loss": "distseg.ops"}
 __all__ = ["PixelReweighter", "pixel_loss", "weighted_loss"]
 
 

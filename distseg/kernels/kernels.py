@@ -12,8 +12,10 @@ from distseg.kernels.pixels import (
     IGNORE,
     binary,
     locate,
-    read_labels,
+    read_classes,
+    read_logits,
     read_map,
+    read_valid,
     read_weights,
     softmax,
     tile_offsets,
@@ -37,16 +39,16 @@ def alignment_kernel(
     CPAD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     image, pixel, there = locate(pixels, blocks, BLOCK)
-    label, valid = read_labels(y_ptr, image, pixel, there, pixels)
+    label, valid, unknown = read_classes(y_ptr, image, pixel, there, pixels, channels)
     if CPAD == 1:
         at = image * pixels + pixel
-        z = tl.where(valid, tl.load(z_ptr + at, mask=there, other=0.0).to(ACC), 0.0)
+        z = read_logits(z_ptr, at, there, valid, unknown, ACC)
         t = tl.where(valid, tl.load(t_ptr + at, mask=there, other=0.0).to(ACC), 0.0)
         _, slope, _ = binary(z, label, ACC)
         aligned = slope * t
     else:
         at, inside, channel = tile_offsets(image, pixel, there, channels, pixels, stride_c, stride_p, CPAD)
-        z = tl.where(valid[:, None], tl.load(z_ptr + at, mask=inside, other=0.0).to(ACC), 0.0)
+        z = read_logits(z_ptr, at, inside, valid[:, None], unknown[:, None], ACC)
         t = tl.where(valid[:, None], tl.load(t_ptr + at, mask=inside, other=0.0).to(ACC), 0.0)
         _, _, residual = softmax(z, label, channel, channel < channels)
         aligned = tl.sum(residual * t, axis=1)
@@ -64,18 +66,18 @@ def loss_kernel(
 ):  # fmt: skip
     """The map of ℓ, or, WEIGHTED, a partial sum of w̃·ℓ and, GRADIENT, w̃·∂ℓ/∂z."""
     image, pixel, there = locate(pixels, blocks, BLOCK)
-    label, valid = read_labels(y_ptr, image, pixel, there, pixels)
+    label, valid, unknown = read_classes(y_ptr, image, pixel, there, pixels, channels)
     if WEIGHTED:
         weight, _ = read_weights(w_ptr, scale_ptr, level_ptr, image, pixel, valid, pixels, HAS_MAP)
     if CPAD == 1:
         at = image * pixels + pixel
-        z = tl.where(valid, tl.load(z_ptr + at, mask=there, other=0.0).to(ACC), 0.0)
+        z = read_logits(z_ptr, at, there, valid, unknown, ACC)
         loss, slope, _ = binary(z, label, ACC)
         if GRADIENT:
             tl.store(gradient_ptr + at, weight * slope, mask=there)
     else:
         at, inside, channel = tile_offsets(image, pixel, there, channels, pixels, stride_c, stride_p, CPAD)
-        z = tl.where(valid[:, None], tl.load(z_ptr + at, mask=inside, other=0.0).to(ACC), 0.0)
+        z = read_logits(z_ptr, at, inside, valid[:, None], unknown[:, None], ACC)
         loss, _, residual = softmax(z, label, channel, channel < channels)
         if GRADIENT:
             tl.store(gradient_ptr + at, weight[:, None] * residual, mask=inside)
@@ -93,12 +95,12 @@ def double_backward_kernel(
 ):  # fmt: skip
     """Cotangents of z and w, and a partial sum of that of upstream, for a cotangent c of upstream·w̃·∂ℓ/∂z."""
     image, pixel, there = locate(pixels, blocks, BLOCK)
-    label, valid = read_labels(y_ptr, image, pixel, there, pixels)
+    label, valid, unknown = read_classes(y_ptr, image, pixel, there, pixels, channels)
     weight, scale = read_weights(w_ptr, scale_ptr, level_ptr, image, pixel, valid, pixels, HAS_MAP)
     upstream = tl.load(upstream_ptr + image)
     if CPAD == 1:
         at = image * pixels + pixel
-        z = tl.where(valid, tl.load(z_ptr + at, mask=there, other=0.0).to(ACC), 0.0)
+        z = read_logits(z_ptr, at, there, valid, unknown, ACC)
         c = tl.where(valid, tl.load(c_ptr + at, mask=there, other=0.0).to(ACC), 0.0)
         _, slope, curvature = binary(z, label, ACC)
         aligned = slope * c
@@ -106,7 +108,7 @@ def double_backward_kernel(
             tl.store(cot_z_ptr + at, upstream * weight * curvature * c, mask=there)
     else:
         at, inside, channel = tile_offsets(image, pixel, there, channels, pixels, stride_c, stride_p, CPAD)
-        z = tl.where(valid[:, None], tl.load(z_ptr + at, mask=inside, other=0.0).to(ACC), 0.0)
+        z = read_logits(z_ptr, at, inside, valid[:, None], unknown[:, None], ACC)
         c = tl.where(valid[:, None], tl.load(c_ptr + at, mask=inside, other=0.0).to(ACC), 0.0)
         _, probability, residual = softmax(z, label, channel, channel < channels)
         aligned = tl.sum(residual * c, axis=1)
@@ -122,7 +124,7 @@ def positive_kernel(
     u_ptr, y_ptr, map_ptr, sums_ptr, pixels, blocks, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     image, pixel, there = locate(pixels, blocks, BLOCK)
-    _, valid = read_labels(y_ptr, image, pixel, there, pixels)
+    valid = read_valid(y_ptr, image, pixel, there, pixels)
     aligned = read_map(u_ptr, image, pixel, valid, pixels)
     positive = tl.maximum(aligned, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(map_ptr + image * pixels + pixel, positive, mask=there)
@@ -146,7 +148,7 @@ def patch_kernel(
         row, column = band * cell + step % cell, step // cell * COLUMNS + lane
         there = (column < cell) & (patch * cell + column < width) & (row < height)
         at = (image * height + row) * width + patch * cell + column
-        valid = tl.load(y_ptr + at, mask=there, other=IGNORE).to(tl.int32) != IGNORE
+        valid = tl.load(y_ptr + at, mask=there, other=IGNORE) != IGNORE
         total += tl.sum(tl.where(valid, tl.load(u_ptr + at, mask=there, other=0.0), 0.0), axis=1)
         count += tl.sum(valid.to(ACC), axis=1)
     share = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL) / tl.maximum(count, 1.0)
@@ -154,7 +156,7 @@ def patch_kernel(
         row, column = band * cell + step % cell, step // cell * COLUMNS + lane
         there = (column < cell) & (patch * cell + column < width) & (row < height)
         at = (image * height + row) * width + patch * cell + column
-        valid = tl.load(y_ptr + at, mask=there, other=IGNORE).to(tl.int32) != IGNORE
+        valid = tl.load(y_ptr + at, mask=there, other=IGNORE) != IGNORE
         tl.store(map_ptr + at, tl.where(valid, share[:, None], 0.0), mask=there)
     sums = sums_ptr + program * 5
     tl.store(sums, tl.sum(total))
@@ -169,7 +171,7 @@ def normalise_kernel(
     w_ptr, y_ptr, scale_ptr, level_ptr, map_ptr, pixels, blocks, BLOCK: tl.constexpr, HAS_MAP: tl.constexpr
 ):  # fmt: skip
     image, pixel, there = locate(pixels, blocks, BLOCK)
-    _, valid = read_labels(y_ptr, image, pixel, there, pixels)
+    valid = read_valid(y_ptr, image, pixel, there, pixels)
     weight, _ = read_weights(w_ptr, scale_ptr, level_ptr, image, pixel, valid, pixels, HAS_MAP)
     tl.store(map_ptr + image * pixels + pixel, weight, mask=there)
 

@@ -21,10 +21,25 @@ def locate(pixels, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def read_labels(y_ptr, image, pixel, there, pixels):
-    """Labels as int32, and which pixels are valid."""
-    label = tl.load(y_ptr + image * pixels + pixel, mask=there, other=IGNORE).to(tl.int32)
-    return label, label != IGNORE
+def read_valid(y_ptr, image, pixel, there, pixels):
+    """Which pixels are valid."""
+    return tl.load(y_ptr + image * pixels + pixel, mask=there, other=IGNORE) != IGNORE
+
+
+@triton.jit
+def read_classes(y_ptr, image, pixel, there, pixels, channels):
+    """Labels as int32, which pixels are valid, and which of these have a label that is no class id."""
+    label = tl.load(y_ptr + image * pixels + pixel, mask=there, other=IGNORE)
+    valid = label != IGNORE
+    unknown = valid & ((label < 0) | (label >= tl.maximum(channels, 2)))
+    return label.to(tl.int32), valid, unknown
+
+
+@triton.jit
+def read_logits(z_ptr, offsets, there, valid, unknown, ACC: tl.constexpr):
+    """Logits: 0 at ignored pixels whatever stands there, and NaN where the label is no class id."""
+    z = tl.where(valid, tl.load(z_ptr + offsets, mask=there, other=0.0).to(ACC), 0.0)
+    return tl.where(unknown, float("nan"), z)
 
 
 @triton.jit

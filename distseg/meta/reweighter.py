@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distseg.errors import InvalidArgument
 from distseg.meta import estimators
 from distseg.meta.estimators import LabelledImages
+from distseg.meta.loss import BinaryMasks
 from distseg.meta.network import Network, Parameters, StatelessNetwork, stopped_gradient
 from distseg.meta.placement import Placement, Whole
 from distseg.meta.reduction import ByFunction, OneProcess, Reduction, SumOverRanks
@@ -84,6 +85,7 @@ class PixelReweighter:
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
+        self._binary_masks = BinaryMasks()
 
     def __call__(
         self,
@@ -97,8 +99,13 @@ class PixelReweighter:
 
         images (B, 3, H, W) float; masks (B, H, W) integer class ids, 255 = ignore; the clean batch likewise, of any
         size. true_masks (B, H, W), where the noise is simulated, adds noise_rate, wrong_mass and auroc to the
-        diagnostics. Raises ValueError for shapes and dtypes that do not fit.
+        diagnostics. Raises ValueError for shapes and dtypes that do not fit, on the CPU for labels that are no class
+        id (on a GPU the weights are then NaN), and, with C = 1, for first masks that hold 0 and 255 alone.
         """
+        for batch in ((images, masks), (clean_images, clean_masks)):
+            _check(*batch)
+        if self._binary_masks.look(masks, clean_masks) and self._channels(images) == 1:
+            BinaryMasks.refuse()
         truths = None if true_masks is None else [true_masks]
         [weights] = self.weigh([(images, masks)], [(clean_images, clean_masks)], truths)
         return weights.full(masks)
@@ -165,6 +172,11 @@ class PixelReweighter:
             step = self.finite_step
             u = estimators.finite(network, parameters, gradient, images, masks, step, self.reduction).detach()
         return Cells.of_alignment(TRANSFORMS[self.rule.transform](u), masks, granularity), u
+
+    def _channels(self, images: Tensor) -> int:
+        """C of the model's logits."""
+        with torch.no_grad():
+            return StatelessNetwork(self.model, self.placement)(self.placement.trainable(), images).shape[1]
 
     def _check_derivatives(self, network: Network, parameters: Parameters, images: Tensor) -> None:
         """Raise InvalidArgument, on every rank, for a model whose differences are not its derivatives."""

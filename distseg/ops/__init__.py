@@ -3,19 +3,23 @@
 Logits (B, C, H, W) in float16, bfloat16, float32 or float64, contiguous or channels-last; masks (B, H, W) integer class
 ids, 255 = ignore. Maps are (B, H, W) and sums (B,) or (B, 5), float32 (float64 for float64 logits; the sums that come
 with a map float64). All raise ValueError for shapes and dtypes that do not fit. None waits for the device.
+
+A label that is neither a class id nor 255 is a ValueError on the CPU. A GPU is not waited for: there the loss, the
+gradient and the alignment of such a pixel are NaN.
 """
 
 import torch
 from torch import Tensor
 
 from distseg.ops import functions, reference
-from distseg.ops.backends import backend, raw_operators, using
+from distseg.ops.backends import backend, backend_name, raw_operators, using
 from distseg.ops.reference import IGNORE, valid_pixels
 
 __all__ = [
     "IGNORE",
     "alignment",
     "backend",
+    "known_labels",
     "normalise",
     "pixel_loss",
     "positive_alignment",
@@ -28,7 +32,7 @@ __all__ = [
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Cross-entropy ℓ of each pixel, (B, H, W); differentiable twice, in reverse and in forward mode."""
-    masks = _labels(logits, masks)
+    masks = _operand(logits, masks)
     if raw_operators(logits.device) is None:
         return reference.pixel_loss(logits, masks)
     return functions.PixelLoss.apply(logits, masks)
@@ -46,7 +50,7 @@ def weighted_loss(
     A weight map may come as the operators of `distseg.meta` make it, W = scale·weights + level at valid pixels, with
     scale (B,) 1 and level (B,) 0 unless given; both are constants to autograd. Without `weights`, W = level.
     """
-    masks = _labels(logits, masks)
+    masks = _operand(logits, masks)
     dtype = _map_dtype(logits)
     weights = None if weights is None else _map(weights, masks, "weights").to(dtype)
     scale = torch.ones(len(masks), dtype=dtype, device=masks.device) if scale is None else scale.to(dtype)
@@ -60,7 +64,7 @@ def weighted_loss(
 
 def alignment(logits: Tensor, tangents: Tensor, masks: Tensor) -> Tensor:
     """U = Σ_c ∂ℓ/∂z_c · ż_c of each pixel, (B, H, W); differentiable in reverse mode."""
-    masks = _labels(logits, masks)
+    masks = _operand(logits, masks)
     if raw_operators(logits.device) is None:
         return reference.alignment(logits, tangents, masks)
     return functions.Alignment.apply(logits, tangents, masks)
@@ -68,7 +72,7 @@ def alignment(logits: Tensor, tangents: Tensor, masks: Tensor) -> Tensor:
 
 def positive_alignment(logits: Tensor, tangents: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """`positive_part(alignment(…))` pixel by pixel, in one pass: W⁺ (B, H, W) and the sums (B, 5). Constants."""
-    masks = _labels(logits, masks)
+    masks = _operand(logits, masks)
     if raw_operators(logits.device) is None:
         return reference.positive_alignment(logits.detach(), tangents.detach(), masks)
     return functions.Constant.apply("alignment", logits.device, logits, tangents, masks, True)
@@ -88,6 +92,21 @@ def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tens
     if raw_operators(masks.device) is None:
         return reference.normalise(positive, masks, scale, level)
     return functions.Constant.apply("normalise", masks.device, positive, masks, scale, level)
+
+
+def known_labels(logits: Tensor, masks: Tensor) -> Tensor:
+    """`masks` as uint8 or int64. Raises ValueError if they do not fit the logits, on the CPU also by what they hold."""
+    masks = _labels(logits, masks)
+    if masks.device.type == "cpu" and reference.unknown_labels(masks, logits.shape[1]).any():
+        classes = max(2, logits.shape[1])
+        raise ValueError(f"masks hold a label that is neither a class id below {classes} nor 255 (ignore)")
+    return masks
+
+
+def _operand(logits: Tensor, masks: Tensor) -> Tensor:
+    """`known_labels`, but the C++ operators look at the labels as they go."""
+    looks = backend_name(logits.device) == "csrc"
+    return _labels(logits, masks) if looks else known_labels(logits, masks)
 
 
 def _labels(logits: Tensor, masks: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _chosen: str | None = None
 
 def backend(device: str | torch.device = "cpu") -> str:
     """What serves tensors on `device`: `triton`, `csrc (AVX512)` or another instruction set, or `reference`."""
-    name = _name(torch.device(device))
+    name = backend_name(torch.device(device))
     return f"csrc ({_extension().instruction_set()})" if name == "csrc" else name
 
 
@@ -47,13 +47,14 @@ def using(name: str) -> Iterator[None]:
 
 def raw_operators(device: torch.device) -> Any | None:
     """The namespace of raw operators for tensors on `device`; None where eager torch serves."""
-    name = _name(device)
+    name = backend_name(device)
     if name == "triton":
         return importlib.import_module("distseg.kernels")
     return torch.ops.distseg if name == "csrc" else None
 
 
-def _name(device: torch.device) -> str:
+def backend_name(device: torch.device) -> str:
+    """What serves tensors on `device`: `triton`, `csrc` or `reference`."""
     if _chosen is not None:
         return _chosen
     if device.type == "cuda" and torch.version.hip is None and _triton_is_there():

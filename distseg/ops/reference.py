@@ -2,6 +2,7 @@
 
 Shapes: B images, C logit channels, H×W pixels. C = 1 is binary (class ids 0 and 1); C ≥ 2 is a softmax over class ids
 0 … C − 1. Class id 255 marks a pixel that nobody vouches for: its loss, weight and alignment are 0, whatever its logit.
+Where any other label stands, that is no class id, loss, gradient and alignment are NaN.
 
 Logits may be in half precision: they are read as float32, and maps and sums are float32 (float64 for float64 logits).
 Only the gradient in the logits has their own dtype.
@@ -17,6 +18,11 @@ IGNORE = 255
 def valid_pixels(masks_BHW: Tensor) -> Tensor:
     """(B, H, W) bool: where the label counts."""
     return masks_BHW != IGNORE
+
+
+def unknown_labels(masks_BHW: Tensor, channels: int) -> Tensor:
+    """(B, H, W) bool: where a label is neither a class id nor 255."""
+    return valid_pixels(masks_BHW) & ((masks_BHW < 0) | (masks_BHW >= max(2, channels)))
 
 
 def pixel_loss(logits_BCHW: Tensor, masks_BHW: Tensor) -> Tensor:
@@ -71,6 +77,7 @@ def positive_part(alignment_BHW: Tensor, masks_BHW: Tensor, cell: int = 1) -> tu
         positive = aligned.clamp(min=0)
     else:
         height, width = aligned.shape[-2:]
+        cell = max(1, min(cell, max(height, width)))  # a patch larger than the image is the image
         share = _patch_sums(aligned, cell).clamp(min=0) / _patch_sums(valid.to(aligned.dtype), cell).clamp(min=1)
         spread = share.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :height, :width]
         positive = torch.where(valid, spread, 0.0)
@@ -99,5 +106,6 @@ def _patch_sums(maps_BHW: Tensor, cell: int) -> Tensor:
 def _without_ignored(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Ignored pixels get logit 0 and class 0 before anything is computed, so that a NaN there reaches neither the value
     # nor, by 0 · NaN, the gradient.
-    valid = valid_pixels(masks)
-    return torch.where(valid[:, None], at_least_float32(logits), 0.0), torch.where(valid, masks, 0), valid
+    valid, unknown = valid_pixels(masks), unknown_labels(masks, logits.shape[1])
+    known = torch.where(valid[:, None], at_least_float32(logits), 0.0)
+    return torch.where(unknown[:, None], torch.nan, 0.0) + known, torch.where(valid & ~unknown, masks, 0), valid

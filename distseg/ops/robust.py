@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from distseg.ops import pixel_loss, valid_pixels
+from distseg.ops import known_labels, pixel_loss, valid_pixels
+from distseg.ops.reference import unknown_labels
 
 
 def generalised_cross_entropy(logits: Tensor, masks: Tensor, q: float) -> Tensor:
@@ -32,9 +33,11 @@ def student_t_loss(logits: Tensor, masks: Tensor, log_nu: Tensor) -> Tensor:
 
     log_nu: a scalar, learned with the network: small ν bears much noise, and ν → ∞ is the squared error.
     """
+    masks = known_labels(logits, masks)
     valid = valid_pixels(masks)
     # Before anything is computed, so that a NaN at an ignored pixel reaches neither the value nor the gradient.
     logits = torch.where(valid[:, None], logits, 0.0)
+    logits = torch.where(unknown_labels(masks, logits.shape[1])[:, None], torch.nan, 0.0) + logits
     if logits.shape[1] == 1:
         error = (logits[:, 0].sigmoid() - (masks == 1).to(logits.dtype)).square()
     else:

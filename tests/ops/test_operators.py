@@ -169,13 +169,68 @@ def test_dispatcher_operators_keep_to_their_schemas(name: str, channels: int) ->
         torch.library.opcheck(operator.default, formatted)
 
 
-def test_a_label_that_is_no_class_is_an_error() -> None:
-    logits, _, masks, weights = some(3)
-    masks[1, 1, 1] = 3
-    with ops.using("csrc"):
-        for call in (lambda: ops.pixel_loss(logits, masks), lambda: ops.weighted_loss(logits, masks, weights)):
-            with pytest.raises(ValueError, match="neither a class id below 3 nor 255"):
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("label", [7, 254, -1, 2**32, 2**32 + 255])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_label_that_is_no_class_is_an_error_on_the_cpu(backend: str, label: int, channels: int) -> None:
+    logits, tangents, masks, weights = some(channels)
+    masks[1, 1, 1] = label
+    calls = [
+        lambda: ops.pixel_loss(logits, masks),
+        lambda: ops.weighted_loss(logits, masks, weights),
+        lambda: ops.alignment(logits, tangents, masks),
+        lambda: ops.positive_alignment(logits, tangents, masks),
+    ]
+    with ops.using(backend):
+        for call in calls:
+            with pytest.raises(ValueError, match=f"neither a class id below {max(2, channels)} nor 255"):
                 call()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("label", [7, 254, -1, 2**32, 2**32 + 255])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_where_nobody_looks_a_label_that_is_no_class_makes_nan_of_its_pixel(
+    backend: str, label: int, channels: int
+) -> None:
+    """As on a GPU, which is not waited for: the raw operators."""
+    logits, tangents, masks, weights = some(channels)
+    wrong = torch.zeros(masks.shape, dtype=torch.bool)
+    wrong[1, 1, 1] = True
+    ones, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+
+    def results(labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if backend == "triton":
+            from distseg import kernels
+
+            sums, gradient = kernels.weighted_loss(logits, labels, weights, ones, zeros, True)
+            aligned = kernels.alignment(logits, tangents, labels, False)[0]
+            return kernels.pixel_loss(logits, labels), aligned, sums, gradient
+        z = logits.clone().requires_grad_()
+        sums = reference.weighted_loss(z, labels, weights, ones, zeros)
+        [gradient] = torch.autograd.grad(sums.sum(), z)
+        return reference.pixel_loss(z, labels), reference.alignment(logits, tangents, labels), sums, gradient
+
+    expected = results(torch.where(wrong, 0, masks))
+    for labels in (torch.where(wrong, label, masks), torch.where(wrong, label % 256, masks).to(torch.uint8)):
+        if not ((labels >= max(2, channels)) & (labels != ops.IGNORE) | (labels < 0)).any():
+            continue  # in a byte these are 0 and 255
+        loss, aligned, sums, gradient = results(labels)
+        for actual, right in ((loss, expected[0]), (aligned, expected[1]), (gradient, expected[3])):
+            there = wrong if actual.ndim == 3 else wrong[:, None].expand_as(actual)
+            assert actual[there].isnan().all()
+            torch.testing.assert_close(actual[~there], right[~there], rtol=1e-12, atol=1e-12)
+        assert sums.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 0), (2, 0, 5), (0, 4, 4), (2, 0, 0)])
+@pytest.mark.parametrize("cell", [1, 3, 2**62])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_positive_part_of_nothing_is_nothing(backend: str, cell: int, shape: tuple[int, int, int]) -> None:
+    with ops.using(backend):
+        positive, sums = ops.positive_part(torch.rand(shape), torch.zeros(shape, dtype=torch.uint8), cell)
+    assert positive.shape == shape and sums.shape == (shape[0], 5)
+    assert sums.eq(0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -108,3 +108,14 @@ def test_ignored_pixels_count_for_nothing_even_where_the_logit_is_not_a_number()
     [gradient] = torch.autograd.grad(loss, z)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all()
     assert gradient[0, :, 0].abs().sum() == 0
+
+
+def test_a_label_that_is_no_class_is_an_error() -> None:
+    logits, masks = case(3)
+    masks[1, 1, 1] = 3
+    for loss in (
+        lambda: student_t_loss(logits, masks, torch.zeros((), dtype=torch.float64)),
+        lambda: generalised_cross_entropy(logits, masks, 0.7),
+    ):
+        with pytest.raises(ValueError, match="neither a class id below 3 nor 255"):
+            loss()
