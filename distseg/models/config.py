@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Discriminator, Field, Tag, ValidatorFunctionWrapHandler, WrapValidator
 
 from distseg.section import Count, Section
 
@@ -28,8 +28,10 @@ class ImportedConfig(Section):
 
 def _by_name(values: Any, handler: ValidatorFunctionWrapHandler) -> UNetConfig | ImportedConfig:
     """The kind that `name` says; a key of the other kind is an error, unless it is null, which takes it back."""
-    if not isinstance(values, dict):
+    if isinstance(values, Section):
         return handler(values)
+    if not isinstance(values, dict):
+        raise ValueError("must be a mapping, for instance {name: unet, width: 12}")
     values = {key: value for key, value in values.items() if value is not None}
     name = values.get("name", "unet")
     if name == "unet":
@@ -44,4 +46,8 @@ def _by_name(values: Any, handler: ValidatorFunctionWrapHandler) -> UNetConfig |
     return ImportedConfig.model_validate(values)
 
 
-ModelConfig = Annotated[UNetConfig | ImportedConfig, WrapValidator(_by_name)]
+ModelConfig = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[ImportedConfig, Tag("package.module:callable")],
+    Discriminator(lambda config: "unet" if isinstance(config, UNetConfig) else "package.module:callable"),
+    WrapValidator(_by_name),
+]

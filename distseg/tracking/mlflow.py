@@ -409,7 +409,7 @@ class Study:
             for run in found
         ]
 
-    def _history(self, run, name: str) -> list[tuple[int, float]]:
+    def _history(self, run: Any, name: str) -> list[tuple[int, float]]:
         if name not in run.data.metrics:
             return []
         # A run that was killed logs the steps since its last checkpoint twice.

@@ -66,11 +66,12 @@ def test_build_model_by_name() -> None:
         ({"name": "os:system:x"}, "is neither"),
         ({"name": "a b:c"}, "is neither"),
         ({"name": 3}, "name 3 is neither"),
+        (3, "must be a mapping, for instance {name: unet, width: 12}"),
     ],
 )
-def test_a_key_of_the_other_kind_is_an_error_with_the_mend(values: dict, said: str) -> None:
+def test_a_key_of_the_other_kind_is_an_error_with_the_mend(values: Any, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        model_config(**values)
+        TypeAdapter(ModelConfig).validate_python(values)
 
 
 def test_null_takes_a_key_back() -> None:
