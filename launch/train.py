@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distseg.config.load import load_config
 from distseg.distributed.ending import leave
-from distseg.errors import BadFileError, StorageError, UserError
+from distseg.errors import BadFileError, UserError
 
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: not done, and no fault of the run's."""
@@ -60,7 +60,7 @@ def run(config, arguments: argparse.Namespace) -> int:
         code = PREEMPTED
         if runtime.is_main:
             print(f"{config.name}: {stop}", file=sys.stderr)
-    except (Diverged, NotSaved, StorageError) as error:
+    except (Diverged, NotSaved, OSError) as error:
         if runtime.is_main:
             print(f"error: {error}", file=sys.stderr)
     except RuntimeError:

@@ -40,9 +40,12 @@ def _by_name(values: Any, handler: ValidatorFunctionWrapHandler) -> UNetConfig |
         return UNetConfig.model_validate(values)
     if not isinstance(name, str) or not re.fullmatch(IMPORTABLE, name):
         raise ValueError(f"name {name!r} is neither `unet` nor `package.module:callable`")
-    for key in sorted(values.keys() - ImportedConfig.model_fields.keys()):
-        mend = f"remove it, model.{key}=null takes it back; the network's own arguments are model.options.NAME=VALUE"
-        raise ValueError(f"{key} is no key of an imported network, as name={name} is; {mend}")
+    if foreign := sorted(str(key) for key in values.keys() - ImportedConfig.model_fields.keys()):
+        taken_back = " ".join(f"model.{key}=null" for key in foreign)
+        raise ValueError(
+            f"{', '.join(foreign)}: no key of an imported network, as name={name} is; leave it out ({taken_back} takes "
+            "it back), and write the network's own arguments as model.options.NAME=VALUE"
+        )
     return ImportedConfig.model_validate(values)
 
 

@@ -57,9 +57,9 @@ def test_build_model_by_name() -> None:
     ("values", "said"),
     [
         ({"name": "unet", "options": {"width": 3}}, "options are for imported models; unet takes"),
-        ({"name": "a:b", "width": 3}, "width is no key of an imported network.*model.width=null takes it back"),
-        ({"name": "a:b", "norm": "group"}, "norm is no key of an imported network"),
-        ({"name": "a:b", "optons": {}}, "optons is no key of an imported network"),
+        ({"name": "a:b", "width": 3}, r"width: no key of an imported network.*\(model\.width=null takes it back\)"),
+        ({"name": "a:b", "norm": "group", "width": 3}, "norm, width: no key of an imported network"),
+        ({"name": "a:b", "optons": {}}, "optons: no key of an imported network"),
         ({"name": "resnet"}, "name 'resnet' is neither `unet` nor `package.module:callable`"),
         ({"name": ":x"}, "name ':x' is neither"),
         ({"name": "..os:x"}, "name '..os:x' is neither"),
