@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distseg.errors import StorageError, UserError
@@ -25,8 +25,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run in `folder`, which is made if it is missing, and remove what killed starts left half-written.
 
-    Call it on rank 0, before anything is written. Raises UserError, with host and process, where another process holds
-    the run; StorageError where the folder cannot be written.
+    Call it on rank 0, before anything is written; if nothing is, the folder goes again. Raises UserError, with host and
+    process, where another process holds the run; StorageError where the folder cannot be written.
 
     The kernel drops the lock when the process ends, however it ends. Between hosts it holds on file systems that have
     locks: NFS 4 and Lustre mounted with `flock` do. On one that has none a warning says so and the run goes on; two
@@ -34,19 +34,47 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     path = RunFolder(folder).lock
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     except OSError as error:
         raise StorageError.of(path, error) from error
+    descriptor = _open_and_take(folder)
     try:
-        _take(descriptor, folder)
         remove_parts(folder)
         holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield
     finally:
+        if folder in made and folder.is_dir() and [*folder.iterdir()] == [path]:
+            _remove(path, made)
         os.close(descriptor)
+
+
+def _open_and_take(folder: Path) -> int:
+    """The open file that holds the lock."""
+    path = RunFolder(folder).lock
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise StorageError.of(path, error) from error
+        try:
+            _take(descriptor, folder)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # a start that failed has removed the file in between
+
+
+def _remove(path: Path, made: list[Path]) -> None:
+    """After a start that has written nothing: the lock's file, and the folders that were made for it."""
+    with suppress(OSError):
+        path.unlink()
+        for folder in made:
+            folder.rmdir()
 
 
 def _take(descriptor: int, folder: Path) -> None:

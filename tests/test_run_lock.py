@@ -75,6 +75,16 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch, caplog
     assert f"make sure that process {os.getpid()} on " in caplog.messages[1]
 
 
+def test_a_start_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path / "runs" / "name"):
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path / "runs" / "name"):
+        (tmp_path / "runs" / "name" / "config.yaml").touch()
+        1 / 0  # noqa: B018
+    assert sorted(path.name for path in (tmp_path / "runs" / "name").iterdir()) == ["config.yaml", "run.lock"]
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(StorageError, match="is a file and not a folder"), run_lock(tmp_path / "runs" / "name"):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from distseg.cli.process import INTERRUPTED, run_command, say, say_in_passing, tell, tell_error
 from distseg.distributed.ending import leave
-from distseg.errors import BadFileError, StorageError, UserError
+from distseg.errors import BadFileError, UserError
 
 if TYPE_CHECKING:
     from distseg.config.schema import Config
@@ -79,8 +79,8 @@ def run(config: "Config", arguments: argparse.Namespace) -> int:
         code = PREEMPTED
         if runtime.is_main:
             tell(f"{config.name}: {stop}")
-    except (Diverged, NotSaved, StorageError) as error:
-        if runtime.is_main or isinstance(error, StorageError):
+    except (Diverged, NotSaved, OSError) as error:
+        if runtime.is_main or isinstance(error, OSError):
             tell_error(error)
     except RuntimeError:
         if not watchdog.other_rank_ended():  # a collective that another rank has left fails here, too

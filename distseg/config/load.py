@@ -156,7 +156,7 @@ def _place(
 
 
 def _sections_in(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The sections that a field holds, alone, in a list or in a mapping: one under "", those of a union by their words."""
+    """The sections that a field holds, alone, in a list or in a mapping: one under "", a union's by their words."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}
     if members := kinds_of(annotation):

@@ -88,7 +88,7 @@ class Watchdog:
             for watcher in self._watchers:
                 watcher.join()
 
-    def _ask(self, *_) -> None:
+    def _ask(self, *_: object) -> None:
         self._asked = True
 
     def _attend(self, peer: int) -> None:

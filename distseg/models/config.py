@@ -33,8 +33,10 @@ def _kind_of(values: Any) -> str:
 
 def _keys_of_the_kind(values: Any) -> Any:
     """Without keys that are null, which takes them back; ValueError for a key of the other kind."""
-    if not isinstance(values, dict):
+    if isinstance(values, Section):
         return values
+    if not isinstance(values, dict):
+        raise ValueError("must be a mapping, for instance {name: unet, width: 12}")
     values = {key: value for key, value in values.items() if value is not None}
     name = values.get("name", "unet")
     if name == "unet":
@@ -43,9 +45,12 @@ def _keys_of_the_kind(values: Any) -> Any:
         return values
     if not isinstance(name, str) or not re.fullmatch(IMPORTABLE, name):
         raise ValueError(f"name {name!r} is neither `unet` nor `package.module:callable`")
-    for key in sorted(values.keys() - ImportedConfig.model_fields.keys()):
-        mend = f"remove it, model.{key}=null takes it back; the network's own arguments are model.options.NAME=VALUE"
-        raise ValueError(f"{key} is no key of an imported network, as name={name} is; {mend}")
+    if foreign := sorted(str(key) for key in values.keys() - ImportedConfig.model_fields.keys()):
+        taken_back = " ".join(f"model.{key}=null" for key in foreign)
+        raise ValueError(
+            f"{', '.join(foreign)}: no key of an imported network, as name={name} is; leave it out ({taken_back} takes "
+            "it back), and write the network's own arguments as model.options.NAME=VALUE"
+        )
     return values
 
 

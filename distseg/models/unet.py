@@ -59,7 +59,12 @@ def _initialise(module: nn.Module) -> None:
     # defaults.
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)
+        _zero(module.bias)
     elif isinstance(module, nn.ConvTranspose2d):
         nn.init.normal_(module.weight, std=module.in_channels**-0.5)
-        nn.init.zeros_(module.bias)
+        _zero(module.bias)
+
+
+def _zero(bias: Tensor | None) -> None:
+    if bias is not None:
+        nn.init.zeros_(bias)

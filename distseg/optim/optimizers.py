@@ -40,10 +40,10 @@ def _apex(parameters: list[nn.Parameter], name: str, arguments: dict[str, Any]) 
     return skippable(optimizers.FusedAdam)(parameters, adam_w_mode=name == "adamw", **arguments)
 
 
-def skippable(cls: type[Optimizer]) -> type[Optimizer]:
-    """`cls`, its step left out where its attribute `found_inf`, a scalar tensor, is true, as torch's fused ones do.
+def skippable(cls: Any) -> Any:
+    """An optimiser class like `cls` that skips a step where its attribute `found_inf`, a scalar tensor, is true.
 
-    They read the flag on the device; this costs one synchronisation with the host a step.
+    torch's fused optimisers read the flag on the device; this costs one synchronisation with the host a step.
     """
 
     class Skippable(cls):

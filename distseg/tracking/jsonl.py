@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distseg.errors import StorageError, UserError
-from distseg.files import write_atomically
+from distseg.files import open_regular, write_atomically
 
 
 class JsonlLog:
@@ -57,9 +57,17 @@ class JsonlLog:
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a log, in file order, without a last line that was torn by a kill.
 
-    Raises UserError, naming file and line, where a line is not a JSON object with a step.
+    Raises UserError, naming file and line, where a line is not a JSON object with a step, and for what is no file.
     """
-    *lines, _torn = path.read_bytes().split(b"\n")
+    try:
+        with open_regular(path) as file:
+            *lines, _torn = file.read().split(b"\n")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); put a file in its place, or remove it"
+        ) from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:

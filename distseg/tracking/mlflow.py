@@ -88,8 +88,11 @@ class MlflowTracker:
         self._told = False
         self._room_for_images = threading.Semaphore(_IMAGES_WAITING)
         _be_patient_and_quiet()
-        import mlflow  # noqa: F401  (seconds; here, and not while other threads import)
-
+        self._import_error: Exception | None = None
+        try:
+            import mlflow  # noqa: F401  (seconds; here, and not while other threads import)
+        except Exception as error:
+            self._import_error = error
         self._delivery = Delivery(self._failed)
         self._delivery.submit(self._start, until_it_succeeds=True)
 
@@ -164,6 +167,8 @@ class MlflowTracker:
 
     def _start(self) -> None:
         """Everything here may be made again, after a failure half-way."""
+        if self._import_error:
+            raise UserError(f"mlflow cannot be imported: {self._import_error}") from self._import_error
         from mlflow.entities import Param, RunTag
 
         config = self._config
@@ -409,7 +414,7 @@ class Study:
             for run in found
         ]
 
-    def _history(self, run, name: str) -> list[tuple[int, float]]:
+    def _history(self, run: Any, name: str) -> list[tuple[int, float]]:
         if name not in run.data.metrics:
             return []
         # A run that was killed logs the steps since its last checkpoint twice.

@@ -104,9 +104,7 @@ def save_checkpoint(
 
     def start() -> None:
         if shard.rank == 0:
-            folder.mkdir(
-                exist_ok=True
-            )  # and not its parent: a run folder that is gone is not made again without config
+            folder.mkdir(exist_ok=True)  # not its parent: a run folder that is gone is not made again
             remove_parts(folder)
             aside.mkdir()
 

@@ -221,6 +221,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(config: Path, tmp_path: Pat
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert len(errors) == 1 and "a part of its path is a file and not a folder" in errors[0], done.stderr
+    if not ranks:
+        done = train(
+            ranks, "--config", str(config), "--runs-dir", str(tmp_path), "--resume", "auto", f"name={'n' * 300}"
+        )
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1 and "Traceback" not in done.stderr and len(errors) == 1, done.stderr
+        assert "File name too long" in errors[0]
 
 
 def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path, tmp_path: Path, train) -> None:

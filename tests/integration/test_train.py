@@ -150,7 +150,8 @@ def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_pat
         (["data.clean_cuont=3"], "data.clean_cuont: unknown key; did you mean clean_count?"),
         (["data.clean_count=50"], "data.clean_count"),
         (["data.root=/no/such/folder"], "/no/such/folder"),
-        (["model.name=nowhere:Net"], "model.name 'nowhere:Net'"),
+        (["model.name=nowhere:Net"], "model.width=null takes it back"),
+        (["model.name=nowhere:Net", "model={width: null, depth: null, norm: null}"], "model.name 'nowhere:Net'"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -76,3 +77,11 @@ def test_a_broken_line_elsewhere_is_named(tmp_path, line):
 
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 "):
         read(path)
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read .*; put a file in its place"):
+            read(tmp_path / name)

@@ -447,3 +447,12 @@ assert not any(name.startswith("distseg") for name in sys.modules)
     files = {path.suffix for path in Path(folder).rglob("*") if path.is_file()}
     assert files.isdisjoint({".pkl", ".pickle", ".pth", ".pt"}) and ".pt2" in files
     assert MlflowClient(store).get_run(run_id).info.status == "FINISHED"
+
+
+def test_an_mlflow_that_cannot_be_imported_is_told_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    tracker = MlflowTracker(make_config("sqlite:///mlflow.db"), tmp_path)
+    tracker.log_metrics({"train/loss": 1.0}, 0)
+    tracker.finish()
+    [line] = told(caplog)
+    assert "mlflow cannot be imported" in line and "are not sent" in line
