@@ -106,15 +106,14 @@ def _check_jpeg(path: Path, content: bytes, mode: str) -> None:
 
 def _check_palette_and_alpha(path: Path, image: Image.Image) -> None:
     if image.mode == "P" and (palette := image.getpalette()) is not None:
-        highest = int(image.getextrema()[1])
+        highest = int(np.asarray(image).max())
         if highest >= len(palette) // 3:
             raise BadFileError(
                 f"{path}: uses colour {highest} of a palette of {len(palette) // 3}; save it again as grey or RGB"
             )
-    if "A" in image.mode or "transparency" in image.info:
-        least, _ = image.convert("RGBA").getchannel("A").getextrema()
-        if least < 255:
-            raise BadFileError(f"{path}: parts of it are transparent; save it without an alpha channel")
+    has_alpha = "A" in image.mode or "transparency" in image.info
+    if has_alpha and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
+        raise BadFileError(f"{path}: parts of it are transparent; save it without an alpha channel")
 
 
 def _wide_samples(image: Image.Image) -> str | None:
@@ -136,9 +135,11 @@ def _is_lit(palette: list[int], index: int) -> bool:
 def _values(mask: Image.Image, greys: set[int]) -> str:
     """The values of a mask, the most frequent ones first where they are colours."""
     if mask.mode in ("RGB", "RGBA", "LA", "PA"):
-        colours = mask.convert("RGB").getcolors(maxcolors=2**24) or []
-        if any(len(set(colour)) > 1 for _, colour in colours):
-            return _few([f"the colour {colour}" for _, colour in sorted(colours, reverse=True)])
+        pixels = np.asarray(mask.convert("RGB")).reshape(-1, 3)
+        colours, counts = np.unique(pixels, axis=0, return_counts=True)
+        if (colours != colours[:, :1]).any():
+            frequent = colours[np.argsort(-counts, kind="stable")].tolist()
+            return _few([f"the colour {tuple(colour)}" for colour in frequent])
     return _few([str(value) for value in sorted(greys)])
 
 

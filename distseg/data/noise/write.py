@@ -2,8 +2,6 @@
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +14,7 @@ from distseg.data.decode import PLAIN, Decoding, read_image, read_mask
 from distseg.data.noise.kind import Image, Mask, NoiseKind
 from distseg.data.sample import Sample
 from distseg.errors import UserError
+from distseg.files import write_atomically
 
 
 def corrupt(mask: Mask, noise: NoiseKind, sample_id: str, image: Image | None = None) -> Mask:
@@ -47,7 +46,7 @@ def write_noisy_masks(
         true = read_mask(sample.mask, decoding)
         noisy = corrupt(true, noise, sample.id, read_image(sample.image, decoding) if noise.looks_at_image else None)
         path = folder / f"{sample.id}.png"
-        _write_aside(path, cv2.imencode(".png", noisy * 255)[1].tobytes())
+        write_atomically(path, cv2.imencode(".png", noisy * 255)[1].tobytes(), durable=False)  # can be drawn again
         return replace(sample, noisy_mask=path), _wrong_pixel_rate(noisy, true)
 
     with ThreadPoolExecutor() as pool:
@@ -57,8 +56,8 @@ def write_noisy_masks(
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["id", "mask", "kind", "parameters", "seed", "wrong_pixel_rate"])
     for sample, rate in written:
-        rows.writerow([sample.id, sample.noisy_mask.name, noise.kind, parameters, noise.seed, f"{rate:.6f}"])
-    _write_aside(folder / "manifest.csv", table.getvalue().encode())
+        rows.writerow([sample.id, f"{sample.id}.png", noise.kind, parameters, noise.seed, f"{rate:.6f}"])
+    write_atomically(folder / "manifest.csv", table.getvalue())
     return [sample for sample, _ in written], _mean(rate for _, rate in written)
 
 
@@ -78,15 +77,3 @@ def _wrong_pixel_rate(noisy: Mask, true: Mask) -> float:
 def _mean(rates: Iterable[float]) -> float:
     values = list(rates)
     return float(np.mean(values)) if values else 0.0
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(aside).chmod(0o644)  # mkstemp's 0600 would hide the masks from those they are shared with
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
