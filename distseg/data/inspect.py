@@ -38,6 +38,8 @@ class MaskFacts:
     """The share of pixels that are lesion."""
     lit_border: float
     """The share of the frame's outermost pixels that are lesion."""
+    digest: str
+    """SHA-256 of the file."""
 
 
 def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
@@ -61,7 +63,7 @@ def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette() or [], value) for value in values):
         raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
     lit = np.asarray(grey) > 0
-    return MaskFacts(facts.size, float(lit.mean()), float(_border(lit).mean()))
+    return MaskFacts(facts.size, float(lit.mean()), float(_border(lit).mean()), facts.digest)
 
 
 def _decode_strictly(path: Path, decoding: Decoding) -> tuple[Image.Image, ImageFacts]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import pytest
 from bad_files import write_bad_data
 from PIL import Image
 
+from distseg.data.cache import _open, write_cache
 from distseg.data.checks import inspect_files, usable_samples
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
 from distseg.data.reader import PixelReader
 from distseg.data.sample import Sample
+from distseg.data.survey import read_samples
 from distseg.errors import BadFileError, UserError
 from distseg.text import for_csv, for_terminal
 
@@ -85,6 +88,7 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, caplog):
     for path in (root / "images").glob("good*"):
         path.write_bytes(b"")
     assert usable_samples(skipping, run, check=False) == samples
+    (run / "config.yaml").touch()  # the run has begun
     with pytest.raises(UserError, match="other files are bad now"):
         usable_samples(skipping, run, check=True)
 
@@ -199,3 +203,69 @@ def test_a_file_that_is_replaced_in_mid_run_is_named(tmp_path, kind):
     path.write_bytes(other.read_bytes() + b"\0")  # a sound file of another content
     with pytest.raises(BadFileError, match=r"s0\.png: has changed since this run first read it"):
         read(path)
+
+
+def write_dataset(root: Path) -> DataConfig:
+    return write_masks(root, lambda mask, split: mask)
+
+
+def grow(root: Path) -> str:
+    with (root / "manifest.csv").open("a") as file:
+        file.write("\nnew,train,images/new.png,masks/s0.png")
+    Image.fromarray(np.full((32, 32, 3), 9, np.uint8)).save(root / "images/new.png")
+    return "new is new"
+
+
+def shrink(root: Path) -> str:
+    lines = (root / "manifest.csv").read_text().splitlines()
+    (root / "manifest.csv").write_text("\n".join([*lines[:1], *lines[2:]]))
+    return "s0 is gone"
+
+
+def repaint(root: Path) -> str:
+    Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(root / "masks/s5.png")
+    return "the mask of s5 has changed"
+
+
+def move_to_test(root: Path) -> str:
+    text = (root / "manifest.csv").read_text()
+    (root / "manifest.csv").write_text(text.replace("s1,train", "s1,test"))
+    return "s1 was in train and is in test"
+
+
+@pytest.mark.parametrize("change", [grow, shrink, repaint, move_to_test])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, change, cached):
+    config, run = write_dataset(tmp_path / "data"), tmp_path / "run"
+
+    def usable(folder: Path) -> list[Sample]:
+        if not cached:
+            return usable_samples(config, folder, check=True)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        write_cache(read_samples(config), [], config, tmp_path / "cache", threads=1)
+        _open.cache_clear()
+        return usable_samples(config.model_copy(update={"cache": tmp_path / "cache"}), folder, check=True)
+
+    before = usable(run)
+    assert usable(run) == before
+    (run / "config.yaml").touch()  # the run has begun
+    assert usable(run) == before
+    said = change(config.root)
+    with pytest.raises(UserError, match=f"the data is not what this run began with: {said}; put it back") as raised:
+        usable(run)
+    assert "\n" not in str(raised.value)
+    assert usable(tmp_path / "other")  # another run may
+    (run / "config.yaml").unlink()
+    assert usable(run)  # and so may one that has not taken a step
+
+
+def test_a_run_goes_on_where_its_data_has_moved(tmp_path):
+    config, run = write_dataset(tmp_path / "data"), tmp_path / "run"
+    usable_samples(config, run, check=True)
+    (run / "config.yaml").touch()
+    moved = config.model_copy(update={"root": config.root.rename(tmp_path / "elsewhere")})
+    assert len(usable_samples(moved, run, check=True)) == 12
+    for damage in (b"\xff\xfe", b"id,split\ns0,train\n"):
+        (run / "samples.csv").write_bytes(damage)
+        with pytest.raises(UserError, match=r"samples\.csv: "):
+            usable_samples(moved, run, check=True)
