@@ -9,6 +9,8 @@ runs/NAME/config.yaml          the resolved config
           checkpoints/         distseg/training/checkpoint.py
           figures/             training panels along the steps
           noisy_masks/         the noisy stream's masks, where they are simulated
+          samples.csv          its samples, their splits and the SHA-256 of their files
+          left_out.csv         under data.on_bad=skip the samples that it does without, and why
 """
 
 from dataclasses import dataclass
@@ -54,6 +56,14 @@ class RunFolder:
     @property
     def noisy_masks(self) -> Path:
         return self.path / "noisy_masks"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.csv"
+
+    @property
+    def left_out(self) -> Path:
+        return self.path / "left_out.csv"
 
     def figure(self, step: int) -> Path:
         return self.figures / f"step_{step:08d}.png"

@@ -2,8 +2,8 @@
 
 A cache is a folder of shards of up to 256 samples, each two or three .npy files: `images` (n, S, S, 3) uint8 RGB,
 `masks` (n, S, S) uint8 in {0, 1} and, where a sample has one, `noisy_masks` (n, S, S); and index.json, which says what
-it was made from (of each source file its path under the root, its size and its time of change) and each .npy file's
-SHA-256.
+it was made from (of each source file its path under the root, its size, its time of change and its SHA-256) and each
+.npy file's SHA-256.
 
 The pixels are those that the loaders would decode on the CPU, so that training from the cache is bit for bit training
 from the originals. index.json is written last: without it there is no cache, only shards, which a restarted run keeps
@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding, read_resized_image, read_resized_mask
@@ -44,14 +44,26 @@ Source = tuple[str, int, int]
 """A file's path under the root, and its stamp."""
 
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Shard(Section):
     """What a shard's own record says, and index.json repeats."""
 
     name: Annotated[str, Field(pattern=r"^shard_\d{5}\.json$")]
     image_size: Annotated[int, Field(ge=1, le=8192)]
     orientation: Literal["apply", "ignore"]
-    sha256: dict[Kind, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    sha256: dict[Kind, Digest]
+    """Of the arrays."""
     sources: Annotated[list[dict[Kind, Source]], Field(min_length=1)]
+    contents: list[dict[Kind, Digest]]
+    """The SHA-256 of each of `sources`."""
+
+    @model_validator(mode="after")
+    def _every_source_has_its_content(self) -> Self:
+        if [each.keys() for each in self.sources] != [each.keys() for each in self.contents]:
+            raise ValueError("sources and contents are of different files")
+        return self
 
     def array(self, kind: Kind) -> str:
         return f"{Path(self.name).stem}_{kind}s.npy"
@@ -73,8 +85,12 @@ class _Version(BaseModel):
 class PixelCache:
     """An open cache: its arrays are mapped, not read, so that the ranks of a machine share them."""
 
-    def __init__(self, rows: dict[Path, NDArray[np.uint8]], left_out: Sequence[Problem]) -> None:
+    def __init__(
+        self, rows: dict[Path, NDArray[np.uint8]], digests: dict[Path, str], left_out: Sequence[Problem]
+    ) -> None:
         self._rows = rows
+        self.digests = digests
+        """The SHA-256 of each file that the cache was made from."""
         self.left_out = left_out
         """What was bad when the cache was made."""
 
@@ -153,10 +169,13 @@ def _open(folder: Path, root: Path, image_size: int, orientation: str) -> PixelC
     if index.orientation != orientation:
         raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}")
     rows: dict[Path, NDArray[np.uint8]] = {}
+    digests: dict[Path, str] = {}
     for shard in index.shards:
         for kind, digest in shard.sha256.items():
             rows |= _map_array(folder, root, shard, kind, digest)
-    return PixelCache(rows, [Problem(*row) for row in index.left_out])
+        for sources, contents in zip(shard.sources, shard.contents, strict=True):
+            digests |= {root / name: contents[kind] for kind, (name, *_) in sources.items()}
+    return PixelCache(rows, digests, [Problem(*row) for row in index.left_out])
 
 
 def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) -> dict[Path, NDArray[np.uint8]]:
@@ -205,7 +224,10 @@ def _write_shard(
             np.save(content, np.stack(list(pool.map(decode, paths))), allow_pickle=False)
             write_atomically(folder / f"{Path(name).stem}_{kind}s.npy", content.getvalue())
             digests[kind] = hashlib.sha256(content.getvalue()).hexdigest()
-    shard = Shard(name=name, image_size=size, orientation=config.orientation, sha256=digests, sources=sources)
+    contents = [{kind: _sha256(path) for kind, path in sample.files.items()} for sample in samples]
+    shard = Shard(
+        name=name, image_size=size, orientation=config.orientation, sha256=digests, sources=sources, contents=contents
+    )
     write_atomically(folder / name, shard.model_dump_json())
     return shard
 

@@ -12,14 +12,14 @@ from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
+from distseg.data.roster import Digests, keep_roster
 from distseg.data.sample import SPLITS, Kind, Problem, Sample, first_of
 from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
+from distseg.run_folder import RunFolder
 from distseg.text import for_csv
 
-LEFT_OUT = "left_out.csv"
-"""In a run's folder under `data.on_bad=skip`: id, file and reason of every sample that it does without."""
 _log = logging.getLogger(__name__)
 
 
@@ -30,32 +30,34 @@ class Inspection:
     problems: list[Problem]
     """By id."""
     masks: dict[str, MaskFacts]
-    """Of the true masks that can be used, by id."""
+    """Of the true masks that can be used, by id; none where a cache stands for the files."""
+    digests: Digests
 
 
 def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample]:
     """The samples to train and score with, sorted by id: the same on every rank, where the main rank comes first.
 
     With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
-    or left out and written to `folder`, where the ranks that do not check find it.
+    or left out and written to the run's `folder`, where the ranks that do not check find it; so are the samples that
+    are used, with the digests of their files, which a resumed run must find again.
 
     Raises UserError, one line, for the first bad file, for a split without samples, for masks that show nothing, for a
-    cache that does not fit the data and where a run is resumed and other files are bad than when it began.
+    cache that does not fit the data and where a run is resumed and its data has changed.
     """
     samples, problems = survey(config)
-    masks: dict[str, MaskFacts] = {}
+    run, inspection = RunFolder(folder), None
     if config.on_bad == "refuse":
         if check and not problems:
             inspection = _look_into_files(samples, config)
-            problems, masks = inspection.problems, inspection.masks
+            problems = inspection.problems
         if problems:
             raise UserError(first_of(problems))
     else:
-        record = folder / LEFT_OUT
+        record = run.left_out
         if check or not record.exists():
             inspection = _look_into_files(samples, config)
-            problems, masks = problems + inspection.problems, inspection.masks
-            _record(problems, record)
+            problems += inspection.problems
+            _record(problems, record, run.config.exists())
             if problems and check:
                 count = len({problem.id for problem in problems})
                 _log.warning("left out %d samples, %s: %s", count, record, first_of(problems))
@@ -63,8 +65,10 @@ def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample
             left_out = {row["id"] for row in csv.DictReader(file)}
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
-    if masks:
-        check_masks(samples, masks)
+    if check and inspection is not None:
+        if inspection.masks:
+            check_masks(samples, inspection.masks)
+        keep_roster(samples, inspection.digests, run.samples, run.config.exists())
     return samples
 
 
@@ -111,7 +115,8 @@ def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int) -
     images = [(sample, each.image) for sample, each in zip(ordered, files, strict=True) if each.image is not None]
     masks = {sample.id: each.mask for sample, each in zip(ordered, files, strict=True) if each.mask is not None}
     problems += _twins(images)
-    return Inspection(sorted(problems, key=lambda problem: problem.id), masks)
+    digests = {sample.id: each.digests for sample, each in zip(ordered, files, strict=True)}
+    return Inspection(sorted(problems, key=lambda problem: problem.id), masks, digests)
 
 
 def problems_table(problems: list[Problem]) -> str:
@@ -130,7 +135,12 @@ def _look_into_files(samples: list[Sample], config: DataConfig) -> Inspection:
     bad = {problem.id for problem in cache.left_out}
     cache.check_holds([sample for sample in samples if sample.id not in bad], config.cache)
     ids = {sample.id for sample in samples}
-    return Inspection([problem for problem in cache.left_out if problem.id in ids], {})
+    digests: Digests = {
+        sample.id: {kind: cache.digests[path] for kind, path in sample.files.items()}
+        for sample in samples
+        if sample.id not in bad
+    }
+    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, digests)
 
 
 @dataclass
@@ -138,21 +148,22 @@ class _Files:
     """What is known of one sample's files."""
 
     problems: list[Problem]
+    digests: dict[Kind, str]
     image: ImageFacts | None = None
     mask: MaskFacts | None = None
 
 
 def _inspect(sample: Sample, decoding: Decoding) -> _Files:
-    found = _Files([])
+    found = _Files([], {})
     sizes: dict[Kind, tuple[int, int]] = {}
     for kind, path in sample.files.items():
         try:
             if kind == "image":
                 found.image = inspect_image(path, decoding)
-                sizes[kind] = found.image.size
+                sizes[kind], found.digests[kind] = found.image.size, found.image.digest
             else:
                 facts = inspect_mask(path, decoding)
-                sizes[kind] = facts.size
+                sizes[kind], found.digests[kind] = facts.size, facts.digest
                 found.mask = facts if kind == "mask" else found.mask
         except BadFileError as error:
             found.problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))
@@ -194,9 +205,9 @@ def _twins(images: list[tuple[Sample, ImageFacts]]) -> list[Problem]:
     return problems
 
 
-def _record(problems: list[Problem], record: Path) -> None:
+def _record(problems: list[Problem], record: Path, begun: bool) -> None:
     content = problems_table(problems)
-    if record.exists() and record.read_text(encoding="utf-8") != content:
+    if begun and record.exists() and record.read_text(encoding="utf-8") != content:
         raise UserError(f"{record}: other files are bad now than when this run began; mend them, or take another name=")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, content)

@@ -9,8 +9,8 @@ its fields (augment.py).
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,6 +25,8 @@ from distseg.data.augment import Transform, warp_elastically
 from distseg.data.batch import Batch, Request
 from distseg.data.decode import read_image
 from distseg.data.reader import PixelReader, read_ahead
+
+Array = NDArray[Any] | Tensor
 
 
 class Input(NamedTuple):
@@ -54,7 +56,7 @@ def load_batches(
     max_batch_size: int,
     device: torch.device,
     threads: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One Batch per item of `requests`, in order, made ahead; at most `max_batch_size` samples each.
 
     `threads` threads read and as many run DALI's operators. Raises BadFileError that names the file where one cannot be
@@ -68,7 +70,7 @@ def load_batches(
     if first is None:
         return
 
-    def inputs() -> Iterator[list[dict[str, NDArray | Tensor]]]:
+    def inputs() -> Iterator[list[dict[str, Array]]]:
         for batch, samples in itertools.chain([first], ahead):
             pending.append(batch)
             yield samples
@@ -111,18 +113,25 @@ def load_batches(
 
 
 @pipeline_def
-def _pipeline(inputs, names: tuple[str, ...], size: int, on_gpu: bool, turns: bool, stream: torch.cuda.Stream | None):
-    given = {}
+def _pipeline(
+    inputs: Iterator[list[dict[str, Array]]],
+    names: tuple[str, ...],
+    size: int,
+    on_gpu: bool,
+    turns: bool,
+    stream: torch.cuda.Stream | None,
+) -> tuple[DataNode, DataNode]:
+    given: dict[str, DataNode] = {}
     if "kept" in names:
         inputs, again = itertools.tee(inputs)
         # With no stream named, DALI would ask torch for its current one, also where there is no GPU.
         given = _fed(again, ["kept"], device="gpu" if on_gpu else "cpu", cuda_stream=stream or 0)
     given |= _fed(inputs, [name for name in names if name != "kept"])
 
-    def moved(name: str):
+    def moved(name: str) -> DataNode:
         return given[name].gpu() if on_gpu else given[name]
 
-    def warped(pixels, interpolation):
+    def warped(pixels: DataNode, interpolation: types.DALIInterpType) -> DataNode:
         return fn.warp_affine(pixels, matrix=given["matrix"], interp_type=interpolation, fill_value=0)
 
     if "file" in given:
@@ -149,7 +158,7 @@ def _pipeline(inputs, names: tuple[str, ...], size: int, on_gpu: bool, turns: bo
     return image, warped(moved("masks"), types.INTERP_NN)
 
 
-def _fed(inputs: Iterator[list[dict[str, NDArray | Tensor]]], names: list[str], **where) -> dict[str, DataNode]:
+def _fed(inputs: Iterator[list[dict[str, Array]]], names: list[str], **where: Any) -> dict[str, DataNode]:
     """What each batch's samples hold under `names`, as nodes of the pipeline."""
     kinds = [_INPUTS[name] for name in names]
     nodes = fn.external_source(
@@ -165,7 +174,7 @@ def _fed(inputs: Iterator[list[dict[str, NDArray | Tensor]]], names: list[str], 
     return dict(zip(names, nodes, strict=True))
 
 
-def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, NDArray | Tensor]:
+def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, Array]:
     """The arrays of one sample under their names in `_INPUTS`; with `decoding`, DALI does the image's file."""
     sample, transform = request.sample, request.transform
     true = reader.mask(sample.mask)
@@ -173,6 +182,7 @@ def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, 
     masks = np.stack([label, true], axis=-1)
     if transform.elastic is not None:
         masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
+    image: dict[str, Array]
     if decoding:
         reader.check_unchanged(sample.image)
         image = {"file": np.frombuffer(os.fsencode(sample.image), np.uint8)}
@@ -188,30 +198,30 @@ def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, 
     return image | {"masks": masks, "matrix": transform.matrix, "colour": transform.colour} | _fields(transform)
 
 
-def _fields(transform: Transform) -> dict[str, NDArray]:
-    fields = {}
+def _fields(transform: Transform) -> dict[str, Array]:
+    fields: dict[str, Array] = {}
     if transform.hairs is not None:
         fields["hairs"] = transform.hairs[..., None]
     if transform.blur is not None:
-        fields["blur"] = np.maximum(transform.blur, np.float32(1e-3))  # DALI refuses 0; at this it hands pixels through
+        fields["blur"] = np.array(max(transform.blur, np.float32(1e-3)))  # DALI refuses 0; this hands pixels through
     if transform.grain is not None:
         fields["grain"] = transform.grain
     return fields
 
 
-def _source_maps(field: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+def _source_maps(field: NDArray[np.float32]) -> dict[str, Array]:
     row, column = np.mgrid[: len(field), : len(field)].astype(np.float32)
     return {"elastic_x": column + field[..., 0], "elastic_y": row + field[..., 1]}
 
 
-def _to_torch(output, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+def _to_torch(output: Any, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
     # Copied, because DALI reuses its buffers for the batches that follow.
     dense = output.as_tensor()
     dtype = torch.float32 if dense.dtype == types.FLOAT else torch.uint8
     return feed_ndarray(dense, torch.empty(dense.shape(), dtype=dtype, device=device), cuda_stream=stream)
 
 
-def _split(masks, device: torch.device, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor]:
+def _split(masks: Any, device: torch.device, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor]:
     if stream is not None:
         labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
         return labels, true

@@ -38,6 +38,8 @@ class MaskFacts:
     """The share of pixels that are lesion."""
     lit_border: float
     """The share of the frame's outermost pixels that are lesion."""
+    digest: str
+    """SHA-256 of the file."""
 
 
 def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
@@ -61,7 +63,7 @@ def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette() or [], value) for value in values):
         raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
     lit = np.asarray(grey) > 0
-    return MaskFacts(facts.size, float(lit.mean()), float(_border(lit).mean()))
+    return MaskFacts(facts.size, float(lit.mean()), float(_border(lit).mean()), facts.digest)
 
 
 def _decode_strictly(path: Path, decoding: Decoding) -> tuple[Image.Image, ImageFacts]:
@@ -106,15 +108,14 @@ def _check_jpeg(path: Path, content: bytes, mode: str) -> None:
 
 def _check_palette_and_alpha(path: Path, image: Image.Image) -> None:
     if image.mode == "P" and (palette := image.getpalette()) is not None:
-        highest = int(image.getextrema()[1])
+        highest = int(np.asarray(image).max())
         if highest >= len(palette) // 3:
             raise BadFileError(
                 f"{path}: uses colour {highest} of a palette of {len(palette) // 3}; save it again as grey or RGB"
             )
-    if "A" in image.mode or "transparency" in image.info:
-        least, _ = image.convert("RGBA").getchannel("A").getextrema()
-        if least < 255:
-            raise BadFileError(f"{path}: parts of it are transparent; save it without an alpha channel")
+    has_alpha = "A" in image.mode or "transparency" in image.info
+    if has_alpha and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
+        raise BadFileError(f"{path}: parts of it are transparent; save it without an alpha channel")
 
 
 def _wide_samples(image: Image.Image) -> str | None:
@@ -136,9 +137,11 @@ def _is_lit(palette: list[int], index: int) -> bool:
 def _values(mask: Image.Image, greys: set[int]) -> str:
     """The values of a mask, the most frequent ones first where they are colours."""
     if mask.mode in ("RGB", "RGBA", "LA", "PA"):
-        colours = mask.convert("RGB").getcolors(maxcolors=2**24) or []
-        if any(len(set(colour)) > 1 for _, colour in colours):
-            return _few([f"the colour {colour}" for _, colour in sorted(colours, reverse=True)])
+        pixels = np.asarray(mask.convert("RGB")).reshape(-1, 3)
+        colours, counts = np.unique(pixels, axis=0, return_counts=True)
+        if (colours != colours[:, :1]).any():
+            frequent = colours[np.argsort(-counts, kind="stable")].tolist()
+            return _few([f"the colour {tuple(colour)}" for colour in frequent])
     return _few([str(value) for value in sorted(greys)])
 
 

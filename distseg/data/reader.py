@@ -7,7 +7,7 @@ now, kept in memory or read from a cache on disk, the bits are the same, so that
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,8 @@ Request = TypeVar("Request")
 Work = TypeVar("Work")
 
 _PREFETCHED_BATCHES = 2
+_Ready = queue.Queue[tuple[Work] | BaseException | None]
+"""An item in a tuple, an error, or None at the end."""
 
 
 class PixelReader:
@@ -88,7 +90,7 @@ class PixelReader:
 
 def read_ahead(
     requests: Iterator[Sequence[Request]], work: Callable[[Request], Work], max_batch_size: int, threads: int
-) -> Iterator[tuple[Sequence[Request], list[Work]]]:
+) -> Generator[tuple[Sequence[Request], list[Work]], None, None]:
     """Each batch of `requests` with `work` done on its items by `threads` threads, in order, two batches ahead.
 
     What `work` raises comes out at its batch. Closing the generator stops the threads.
@@ -109,49 +111,52 @@ def read_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def taken_by_a_thread(items: Iterator[Work]) -> Iterator[Work]:
+def taken_by_a_thread(items: Generator[Work, None, None]) -> Generator[Work, None, None]:
     """`items`, a generator, taken one ahead by a thread of its own, so that nobody waits while an item is put together.
 
     What it raises comes out at its place. Closing this generator closes the other and stops the thread; so does the end
     of the program, which waits for it: a thread that met a dying interpreter in the middle of an operator would abort.
     """
-    ready: queue.Queue[tuple[str, Work | BaseException | None]] = queue.Queue(maxsize=1)
+    ready: _Ready[Work] = queue.Queue(maxsize=1)
     stopped = threading.Event()
-
-    def wanted() -> bool:
-        return not stopped.is_set() and threading.main_thread().is_alive()
-
-    def put(kind: str, value: Work | BaseException | None = None) -> None:
-        while wanted():
-            try:
-                ready.put((kind, value), timeout=0.1)
-                break
-            except queue.Full:
-                continue
-
-    def take() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if not wanted():
-                    return
-            put("end")
-        except BaseException as error:
-            put("error", error)
-        finally:
-            items.close()
-
-    thread = threading.Thread(target=take, name="distseg-batches")
+    thread = threading.Thread(target=_take, args=(items, ready, stopped), name="distseg-batches")
     thread.start()
     try:
         while True:
-            kind, value = ready.get()
-            if kind == "end":
+            value = ready.get()
+            if value is None:
                 return
-            if kind == "error":
+            if isinstance(value, BaseException):
                 raise value
-            yield value
+            yield value[0]
     finally:
         stopped.set()
         if threading.current_thread() is not thread:  # which may be the one that collects what nobody closed
             thread.join()
+
+
+def _take(items: Generator[Work, None, None], ready: _Ready[Work], stopped: threading.Event) -> None:
+    """The thread: put `items` into `ready` until they end or nobody wants them."""
+    try:
+        for item in items:
+            _put((item,), ready, stopped)
+            if not _wanted(stopped):
+                return
+        _put(None, ready, stopped)
+    except BaseException as error:
+        _put(error, ready, stopped)
+    finally:
+        items.close()
+
+
+def _put(value: tuple[Work] | BaseException | None, ready: _Ready[Work], stopped: threading.Event) -> None:
+    while _wanted(stopped):
+        try:
+            ready.put(value, timeout=0.1)
+            break
+        except queue.Full:
+            continue
+
+
+def _wanted(stopped: threading.Event) -> bool:
+    return not stopped.is_set() and threading.main_thread().is_alive()

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -63,7 +63,7 @@ class Stream:
                 PixelReader(config.image_size, cache=cache, decoding=config.decoding).image, device
             )
         self._reader = PixelReader(config.image_size, int(config.memory * 2**30), cache, on_device, config.decoding)
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Generator[Batch, None, None] | None = None
         self.waited = 0.0
         self._next_index = 0
 
@@ -108,7 +108,7 @@ class Stream:
 
 def evaluation_batches(
     samples: Sequence[Sample], config: DataConfig, shard: ShardSpec, batch_size: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's share of `samples`, each once, in the order given, with true masks and no augmentation."""
     transform = identity_transform(config.image_size)
     requests = (
@@ -124,7 +124,7 @@ def _epoch_order(seed: int, name: str, epoch: int, count: int) -> NDArray[np.int
     return generator(seed, "order", name, epoch).permutation(count)
 
 
-def _find_loader(pipeline: str) -> Callable[..., Iterator[Batch]]:
+def _find_loader(pipeline: str) -> Callable[..., Generator[Batch, None, None]]:
     if pipeline in ("auto", "dali"):
         try:
             from distseg.data import dali  # heavy and optional

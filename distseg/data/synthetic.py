@@ -30,14 +30,14 @@ SKIN_RGB = (
     (182, 178, 170), (206, 150, 120), (186, 190, 200), (172, 130, 102), (146, 106, 80), (120, 84, 62),
 )  # fmt: skip
 
-ABSORPTION = np.float32((
+ABSORPTION = np.array((
     (0.22, 0.50, 0.76),
     (0.80, 1.00, 1.10),
     (0.80, 0.58, 0.36),
     (0.05, 0.40, 0.34),
     (1.00, 1.00, 1.00),
     (1.10, 1.00, 0.85),
-))  # fmt: skip
+), np.float32)  # fmt: skip
 """Optical density of one unit of each absorber below, for red, green and blue light."""
 MELANIN, DENSE_MELANIN, BLUE_GREY, BLOOD, RELIEF, SHADE = range(len(ABSORPTION))
 
@@ -99,8 +99,9 @@ def write_dataset(folder: Path, counts: dict[str, int], size: int, seed: int) ->
             image, mask = draw_lesion(size, np.random.default_rng((seed, index)))
             row = (f"lesion_{index:05d}", split, f"images/lesion_{index:05d}.jpg", f"masks/lesion_{index:05d}.png")
             jpeg = (cv2.IMWRITE_JPEG_QUALITY, 95)
-            (aside / row[2]).write_bytes(cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), jpeg)[1])
-            (aside / row[3]).write_bytes(cv2.imencode(".png", mask * 255)[1])
+            blue_first = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            (aside / row[2]).write_bytes(cv2.imencode(".jpg", blue_first, jpeg)[1].tobytes())
+            (aside / row[3]).write_bytes(cv2.imencode(".png", mask * 255)[1].tobytes())
             manifest.writerow(row)
     (aside / "dataset.json").write_text(parameters)
     replaced = folder.with_name(f".{folder.name}.old")
@@ -279,7 +280,7 @@ def _skin_colour(rng: Generator) -> np.ndarray:
     first, second = rng.choice(len(SKIN_RGB), 2)
     blend = rng.uniform(0, 0.4)
     tone = (1 - blend) * np.array(SKIN_RGB[first]) + blend * np.array(SKIN_RGB[second])
-    return np.float32(tone / 255 * np.exp(rng.normal(0.06, 0.08) + rng.normal(0, 0.025, 3)))
+    return (tone / 255 * np.exp(rng.normal(0.06, 0.08) + rng.normal(0, 0.025, 3))).astype(np.float32)
 
 
 # --- what lies between the skin and the camera ------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def _draw_strand(canvas: np.ndarray, start: np.ndarray, bearing: float, length: 
 def _paint(picture: np.ndarray, stencil: np.ndarray, colour: np.ndarray, opacity: float) -> None:
     """Lay `colour` over `picture` (3, side, side), in place, where the uint8 `stencil` is white."""
     alpha = stencil.astype(np.float32) * np.float32(opacity / 255)
-    picture += alpha * (np.float32(colour)[:, None, None] - picture)
+    picture += alpha * (colour.astype(np.float32)[:, None, None] - picture)
 
 
 def _lay_hair(picture: np.ndarray, rng: Generator) -> None:
@@ -379,4 +380,6 @@ def _through_camera(image: np.ndarray, rng: Generator) -> np.ndarray:
     quality = int(rng.integers(70, 95))
     encoded = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, quality))[1]
     # No conversion to BGR and back: this pass is there for its block noise alone.
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    assert decoded is not None  # what was encoded here
+    return decoded

@@ -5,7 +5,7 @@ calls them, and teams burn the cores that training and decoding need, waiting fo
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -24,7 +24,7 @@ def load_batches(
     max_batch_size: int,
     device: torch.device,
     threads: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One Batch per item of `requests`, in order, made ahead by `threads` threads; at most `max_batch_size` each.
 
     Raises BadFileError that names the file where one cannot be decoded. Closing the generator stops the threads.
@@ -52,13 +52,15 @@ def _warped_image(request: Request, pixels: NDArray[np.uint8]) -> NDArray[np.flo
     transform = request.transform
     if transform.elastic is not None:
         pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
-    pixels = _warp(pixels, transform.matrix, cv2.INTER_LINEAR).astype(np.float32)
+    picture = _warp(pixels, transform.matrix, cv2.INTER_LINEAR).astype(np.float32)
     if transform.hairs is not None:
-        pixels *= transform.hairs[..., None]
+        picture = picture * transform.hairs[..., None]
     if transform.blur is not None:
         side = 2 * math.ceil(3 * transform.blur) + 1
-        pixels = cv2.GaussianBlur(pixels, (side, side), max(float(transform.blur), 1e-3))
-    image = np.ascontiguousarray(cv2.transform(pixels, transform.colour).transpose(2, 0, 1))
+        deviation = max(float(transform.blur), 1e-3)
+        picture = np.asarray(cv2.GaussianBlur(picture, (side, side), deviation), np.float32)
+    coloured = np.asarray(cv2.transform(picture, transform.colour), np.float32)
+    image = np.ascontiguousarray(coloured.transpose(2, 0, 1))
     return image if transform.grain is None else image + transform.grain
 
 
@@ -72,7 +74,8 @@ def _warp(pixels: NDArray[np.uint8], matrix: NDArray[np.float32], interpolation:
     centred = matrix.astype(np.float64)
     centred[:, 2] += 0.5 * centred[:, :2].sum(axis=1) - 0.5  # cv2 puts the origin at the first pixel's centre
     size = pixels.shape[1::-1]
-    return cv2.warpAffine(pixels, centred, size, flags=interpolation | cv2.WARP_INVERSE_MAP, borderValue=0)
+    warped = cv2.warpAffine(pixels, centred, size, flags=interpolation | cv2.WARP_INVERSE_MAP, borderValue=0)
+    return np.asarray(warped, np.uint8)
 
 
 def _collate(batch: Sequence[Request], loaded: list[Loaded], device: torch.device) -> Batch:

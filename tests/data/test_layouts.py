@@ -111,6 +111,20 @@ def test_names_as_people_have_them_are_ids(tmp_path, id):
     assert ids(tmp_path) == [id]
 
 
+def test_a_part_of_a_challenge_without_masks_is_left_out_and_its_split_drawn(tmp_path, caplog):
+    for number in range(40):
+        touch(tmp_path / "ISIC2018_Task1-2_Training_Input" / f"t{number}.jpg")
+        touch(tmp_path / "ISIC2018_Task1_Training_GroundTruth" / f"t{number}_segmentation.png")
+        touch(tmp_path / "ISIC2018_Task1-2_Validation_Input" / f"v{number % 5}.jpg")
+        touch(tmp_path / "ISIC2018_Task1-2_Test_Input" / f"e{number}.jpg")
+        touch(tmp_path / "ISIC2018_Task1_Test_GroundTruth" / f"e{number}_segmentation.png")
+    samples = read_samples(DataConfig(root=tmp_path))
+    [said] = caplog.messages
+    assert "ISIC2018_Task1-2_Validation_Input: left out its 5 images" in said and "Validation_GroundTruth" in said
+    assert {s.id[0] for s in samples if s.split == "val"} == {"t"}
+    assert {s.id[0] for s in samples if s.split == "test"} == {"e"}
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 TABLE = "id,split,image,mask\na,train,images/a.jpg,masks/a.png\nb,val,images/b.jpg,masks/b.png\n"

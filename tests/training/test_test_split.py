@@ -54,8 +54,9 @@ def test_only_the_test_scores_depend_on_the_test_split(drawn_data: Path, tmp_pat
         if split == "test":
             replaced += 1
             for path in (other / image, other / mask):
-                size = cv2.imread(str(path)).shape[:2]
-                cv2.imwrite(str(path), np.zeros(size, np.uint8))
+                black = np.zeros(cv2.imread(str(path)).shape[:2], np.uint8)
+                black[:2] = 255 * (path.suffix == ".png")  # masks that mark nothing are refused
+                cv2.imwrite(str(path), black)
     assert replaced == 6
 
     [out] = run_ranks(train, 1, [str(drawn_data), str(other)], str(tmp_path))

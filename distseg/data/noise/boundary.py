@@ -66,7 +66,7 @@ def _shifted(mask: Mask, wrong: int, direction: NDArray[np.float64]) -> Mask:
     """
     area, nearest, least = int(mask.sum()), (0, 0), int(mask.sum()) + 1
     top, bottom, left, right = _extent(mask)
-    lesion, integral = mask[top:bottom, left:right], cv2.integral(mask)
+    lesion, integral = mask[top:bottom, left:right], np.asarray(cv2.integral(mask), np.int32)
     for distance in range(2 * sum(mask.shape)):
         rows, columns = (int(step) for step in np.rint(distance * direction))
         inside = _in_frame(integral, rows, columns)

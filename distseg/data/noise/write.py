@@ -56,7 +56,7 @@ def write_noisy_masks(
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["id", "mask", "kind", "parameters", "seed", "wrong_pixel_rate"])
     for sample, rate in written:
-        rows.writerow([sample.id, sample.noisy_mask.name, noise.kind, parameters, noise.seed, f"{rate:.6f}"])
+        rows.writerow([sample.id, f"{sample.id}.png", noise.kind, parameters, noise.seed, f"{rate:.6f}"])
     write_atomically(folder / "manifest.csv", table.getvalue())
     return [sample for sample, _ in written], _mean(rate for _, rate in written)
 
