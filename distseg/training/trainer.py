@@ -1,6 +1,7 @@
 """One experiment, top to bottom: data, network, engine, then step after step."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ from distseg.training.recorder import RunRecorder
 from distseg.training.scoring import score
 from distseg.training.splits import Splits, prepare_splits
 from distseg.training.train_step import Outcome, train_step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -273,7 +276,13 @@ class Trainer:
 
     def _validate(self, recorder: RunRecorder) -> bool:
         """Score the validation split; whether it is the best so far."""
-        scores = summarise(self.score(self.splits.val), "val")
+        counts = self.score(self.splits.val)
+        if self.progress.step == self.steps and self.runtime.is_main and not counts[:, :2].any():
+            logger.warning(
+                "%s: the network marks no pixel on any validation image; train longer, or at another optim.lr",
+                self.config.name,
+            )
+        scores = summarise(counts, "val")
         recorder.metrics(self.progress.step, scores)
         best = scores["val/dice"] > self.progress.best_dice
         if best:
