@@ -45,11 +45,13 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.num_batches_tracked is not None, "running_mean is there, and so is the count"
         self.num_batches_tracked.add_(1)
         momentum = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1))
         for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.add_(momentum * (value - running))
+            if running is not None:
+                running.add_(momentum * (value - running))
 
 
 def _moments_of_all_ranks(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +73,7 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     Subclasses of torch's, which may compute something else, are left as they are. Do it before `shadow_of`.
     """
     torchs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    synchronised = {id(m): _synchronised(m) for m in model.modules() if type(m) in torchs}
+    synchronised = {id(m): _synchronised(m) for m in model.modules() if isinstance(m, _BatchNorm) and type(m) in torchs}
     for module in list(model.modules()):
         for name, child in module._modules.items():
             module._modules[name] = synchronised.get(id(child), child)
@@ -79,9 +81,13 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
 
 
 def _synchronised(module: _BatchNorm) -> SynchronisedBatchNorm:
-    options = {"eps": module.eps, "momentum": module.momentum, "affine": module.affine}
     twin = SynchronisedBatchNorm(
-        module.num_features, track_running_stats=module.track_running_stats, device="meta", **options
+        module.num_features,
+        eps=module.eps,
+        momentum=module.momentum,
+        affine=module.affine,
+        track_running_stats=module.track_running_stats,
+        device="meta",
     )
     twin._parameters.update(module._parameters)
     twin._buffers.update(module._buffers)

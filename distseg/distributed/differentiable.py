@@ -9,6 +9,7 @@ ceil(n / N) elements on the first ranks, down to none on the last. This is how Z
 """
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,15 +35,15 @@ class Gather(Function):
         return gather(shard, shape)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, ctx.shape = inputs
 
     @staticmethod
-    def backward(ctx, cotangent):
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         return ReduceScatter.apply(cotangent), None
 
     @staticmethod
-    def jvp(ctx, tangent, _):
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Any:
         return Gather.apply(tangent, ctx.shape)
 
 
@@ -61,15 +62,15 @@ class ReduceScatter(Function):
         return shard[: len(shard_range(count, dist.get_rank(), ranks))].clone() if count != size * ranks else shard
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.shape = inputs[0].shape
 
     @staticmethod
-    def backward(ctx, cotangent):
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         return Gather.apply(cotangent, ctx.shape)
 
     @staticmethod
-    def jvp(ctx, tangent):
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
         return ReduceScatter.apply(tangent)
 
 

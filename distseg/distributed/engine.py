@@ -52,7 +52,7 @@ def sharded_parameters(shadow: nn.Module) -> ShardedParameters:
     return ShardedParameters(read)
 
 
-def _own_shard(parameter: nn.Parameter) -> Shard:
+def _own_shard(parameter: Any) -> Shard:
     own = shard_range(parameter.ds_numel, dist.get_rank(), dist.get_world_size())
     # What DeepSpeed holds beyond the parameter's elements, to make shards equal, is never initialised.
     return Shard(parameter.ds_tensor[: len(own)], parameter.ds_shape, parameter.requires_grad)
@@ -228,7 +228,8 @@ def skip_update_if(engine: Any, bad: Tensor) -> None:
     torch's fused optimisers read the flag on the device, as they do for torch's GradScaler; apex's is read by the host
     (distseg/optim).
     """
-    _inner_optimizer(engine).found_inf = bad.float()
+    optimizer: Any = _inner_optimizer(engine)
+    optimizer.found_inf = bad.float()
 
 
 def skipped_by_engine(engine: Any) -> bool:

@@ -69,6 +69,10 @@ class ShardedParameters:
 class _StandIn(Tensor):
     """Has the metadata of a parameter and stands where a module expects one; operators get the gathered tensor."""
 
+    _elements: Tensor
+    _shape: torch.Size
+    _gathered: "_GatheredTensors"
+
     def __new__(cls, elements: Tensor, shard: Shard, gathered: "_GatheredTensors") -> "_StandIn":
         # One element, seen as many: made of the shard as read, because forward mode would wrap one made of `elements`.
         one = torch.empty((), dtype=shard.elements.dtype, device=shard.elements.device)
@@ -125,7 +129,7 @@ class _GatheredTensors:
         entry = self._known.get(tensor.untyped_storage()._cdata)
         if entry is None:
             return tensor
-        return _Saved(*entry[1:], tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Saved(*entry[1:], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, saved: Tensor | _Saved) -> Tensor:
         if not isinstance(saved, _Saved):

@@ -4,7 +4,8 @@ What they compute is said in distseg/ops/reference.py. Tensors are on one device
 distseg/ops checks. Nothing here waits for the device.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -202,5 +203,5 @@ def _new_sums(like: Tensor, programs: int, count: int) -> Tensor:
     return torch.empty((like.shape[0], programs, count), dtype=dtype, device=like.device)
 
 
-def _device_of(tensor: Tensor):
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

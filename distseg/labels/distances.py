@@ -37,4 +37,5 @@ def _signed_distance(lesion: NDArray[np.bool_]) -> NDArray[np.float32]:
     inside, outside = (
         cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for side in (lesion, ~lesion)
     )
-    return np.where(lesion, inside - 0.5, 0.5 - outside) / np.float32(np.sqrt(lesion.sum()))
+    distances = np.where(lesion, inside - 0.5, 0.5 - outside) / np.float32(np.sqrt(lesion.sum()))
+    return distances.astype(np.float32, copy=False)

@@ -20,6 +20,7 @@ changes but what the reduction (distseg/meta/reduction.py) does.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,7 +230,8 @@ class _Buckets:
 
 def _buckets(leaves: Parameters) -> list[list[str]]:
     """Names from the last parameter to the first, in runs of at least BUCKET_ELEMENTS elements but for the last."""
-    buckets, size = [[]], 0
+    buckets: list[list[str]] = [[]]
+    size = 0
     for name in reversed(leaves):
         if size >= BUCKET_ELEMENTS:
             buckets.append([])
@@ -252,11 +254,11 @@ class _PlaceOf(torch.autograd.Function):
         return _without_memory(gradient)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, direction: Tensor) -> Tensor:
+    def backward(ctx: Any, direction: Tensor) -> Tensor:
         return direction
 
 

@@ -138,6 +138,7 @@ def stopped_gradient(network: Network, parameters: Parameters, images: Tensor) -
     return torch.stack([torch.stack(torch._foreach_norm(part)).double().square().sum() for part in both])
 
 
+_DETACHES = frozenset({Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__get__})
 _TAKES_A_NUMBER = frozenset({Tensor.item, Tensor.tolist, Tensor.__float__})
 
 
@@ -147,7 +148,7 @@ class _StopsIgnored(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch._C._set_grad_enabled:
             return None
-        if function in (Tensor.detach, torch.detach, Tensor.data.__get__):
+        if function in _DETACHES:
             return args[0].view_as(args[0])
         if function in _TAKES_A_NUMBER and args[0].requires_grad:
             raise RuntimeError(f"{function} takes a number out of the graph")

@@ -124,7 +124,7 @@ class PixelReweighter:
             _check(images, masks)
         network = StatelessNetwork(self.model, self.placement)
         parameters = self.placement.trainable()
-        masks = [labels for _, labels in noisy]
+        labels = [masks for _, masks in noisy]
         with self.placement.saving_shards():
             if self._unchecked:
                 self._check_derivatives(network, parameters, noisy[0][0])
@@ -134,7 +134,7 @@ class PixelReweighter:
             ]
         weights, self.diagnostics = weight_maps(
             [cells for cells, _ in aligned],
-            masks,
+            labels,
             estimators.norm(gradient, self.reduction),
             self.rule,
             self.reduction,
@@ -142,7 +142,7 @@ class PixelReweighter:
         )
         if true_masks is not None:
             alignments = [u for _, u in aligned if u is not None]
-            histogram = self.reduction.sum(detection_histogram(alignments, masks, true_masks))
+            histogram = self.reduction.sum(detection_histogram(alignments, labels, true_masks))
             self.diagnostics["auroc"] = auroc(histogram)
         return weights
 

@@ -12,7 +12,7 @@ gradient at the fast weights, and a Jacobian-vector product. (ℓ_p is constant 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class WeightNet(nn.Module):
         return self.out(self.hidden(losses[..., None]).relu()).sigmoid()[..., 0]
 
 
-class Hypergradient(NamedTuple):
+@dataclass(frozen=True)
+class Hypergradient:
     """dL_c/dφ by parameter of the net, and what it was made of: ĝ, and per micro-batch U and ℓ (B, H, W), and N."""
 
     by_parameter: list[Tensor]

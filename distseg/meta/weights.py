@@ -143,7 +143,8 @@ def weight_maps(
             scale, level, zero_images = _normalise_images(own.sums, scale, level, uniform)
         shapes.append((own.positive, scale, level))
         numbers.append(_numbers(own, scale, level, zero_images, labels, truth))
-    mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = reduction.sum(sum(numbers)).unbind()
+    totals = reduction.sum(torch.stack(numbers).sum(0))
+    mass, squares, count, zeros, images, zero_maps, wrong_mass, wrong_count = totals.unbind()
     nothing = mass <= 0
 
     if rule.normalise == "image":

@@ -24,7 +24,8 @@ _chosen: str | None = None
 def backend(device: str | torch.device = "cpu") -> str:
     """What serves tensors on `device`: `triton`, `csrc (AVX512)` or another instruction set, or `reference`."""
     name = backend_name(torch.device(device))
-    return f"csrc ({_extension().instruction_set()})" if name == "csrc" else name
+    extension = _extension() if name == "csrc" else None
+    return f"csrc ({extension.instruction_set()})" if extension else name
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def using(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def raw_operators(device: torch.device) -> Any | None:
+def raw_operators(device: torch.device) -> Any:
     """The namespace of raw operators for tensors on `device`; None where eager torch serves."""
     name = backend_name(device)
     if name == "triton":
@@ -91,44 +92,60 @@ def _extension() -> ModuleType | None:
 def _register_fake_kernels() -> None:
     """Shapes and dtypes without data, for tracing."""
 
-    def acc_dtype(logits: Tensor) -> torch.dtype:
-        return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-    def map_of(logits: Tensor, masks: Tensor) -> Tensor:
-        return torch.empty(masks.shape, dtype=acc_dtype(logits), device=logits.device)
-
-    def sums_of(masks: Tensor) -> Tensor:
-        return torch.empty((masks.shape[0], 5), dtype=torch.float64, device=masks.device)
-
-    def vector_of(logits: Tensor) -> Tensor:
-        return torch.empty(logits.shape[0], dtype=acc_dtype(logits), device=logits.device)
-
-    def logits_or_nothing(logits: Tensor, wanted: bool) -> Tensor:
-        if not wanted:
-            return logits.new_empty(0)
-        last = logits.shape[1] > 1 and torch._prims_common.suggest_memory_format(logits) == torch.channels_last
-        return torch.empty_like(logits, memory_format=torch.channels_last if last else torch.contiguous_format)
-
     @torch.library.register_fake("distseg::alignment")
-    def _(logits, tangents, masks, clamp):
-        return map_of(logits, masks), sums_of(masks)
+    def _(logits: Tensor, tangents: Tensor, masks: Tensor, clamp: bool) -> tuple[Tensor, Tensor]:
+        return _map_of(logits, masks), _sums_of(masks)
 
     @torch.library.register_fake("distseg::pixel_loss")
-    def _(logits, masks):
-        return map_of(logits, masks)
+    def _(logits: Tensor, masks: Tensor) -> Tensor:
+        return _map_of(logits, masks)
 
     @torch.library.register_fake("distseg::weighted_loss")
-    def _(logits, masks, weights, scale, level, gradient):
-        return vector_of(logits), logits_or_nothing(logits, gradient)
+    def _(
+        logits: Tensor, masks: Tensor, weights: Tensor | None, scale: Tensor, level: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _vector_of(logits), _logits_or_nothing(logits, gradient)
 
     @torch.library.register_fake("distseg::weighted_loss_double_backward")
-    def _(logits, masks, weights, scale, level, upstream, cotangent, for_logits):
-        return logits_or_nothing(logits, for_logits), map_of(logits, masks), vector_of(logits)
+    def _(
+        logits: Tensor,
+        masks: Tensor,
+        weights: Tensor | None,
+        scale: Tensor,
+        level: Tensor,
+        upstream: Tensor,
+        cotangent: Tensor,
+        for_logits: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _logits_or_nothing(logits, for_logits), _map_of(logits, masks), _vector_of(logits)
 
     @torch.library.register_fake("distseg::positive_part")
-    def _(alignment, masks, cell):
-        return torch.empty(alignment.shape, dtype=alignment.dtype, device=alignment.device), sums_of(masks)
+    def _(alignment: Tensor, masks: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+        return torch.empty(alignment.shape, dtype=alignment.dtype, device=alignment.device), _sums_of(masks)
 
     @torch.library.register_fake("distseg::normalise")
-    def _(positive, masks, scale, level):
+    def _(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tensor) -> Tensor:
         return torch.empty(masks.shape, dtype=scale.dtype, device=masks.device)
+
+
+def _acc_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _map_of(logits: Tensor, masks: Tensor) -> Tensor:
+    return torch.empty(masks.shape, dtype=_acc_dtype(logits), device=logits.device)
+
+
+def _sums_of(masks: Tensor) -> Tensor:
+    return torch.empty((masks.shape[0], 5), dtype=torch.float64, device=masks.device)
+
+
+def _vector_of(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=_acc_dtype(logits), device=logits.device)
+
+
+def _logits_or_nothing(logits: Tensor, wanted: bool) -> Tensor:
+    if not wanted:
+        return logits.new_empty(0)
+    last = logits.shape[1] > 1 and torch._prims_common.suggest_memory_format(logits) == torch.channels_last
+    return torch.empty_like(logits, memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -25,8 +25,8 @@ class _ImageFunction(Function):
     """A Function whose tensors, arguments and results, all have the images as their first dimension."""
 
     @classmethod
-    def vmap(cls, info, in_dims, *arguments):
-        def fold(value, dim):
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        def fold(value: Any, dim: int | None) -> Any:
             if not isinstance(value, Tensor):
                 return value
             value = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
@@ -42,21 +42,21 @@ class PixelLoss(_ImageFunction):
     """ℓ (B, H, W) from logits and masks."""
 
     @staticmethod
-    def forward(logits, masks):
+    def forward(logits: Tensor, masks: Tensor) -> Tensor:
         return raw_operators(logits.device).pixel_loss(logits, masks)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         logits, masks = ctx.saved_tensors
         return LossGradient.apply(logits, masks, upstream.contiguous(), *_as_they_are(upstream)), None
 
     @staticmethod
-    def jvp(ctx, tangents, _):
+    def jvp(ctx: Any, tangents: Tensor, _: Any) -> Any:
         logits, masks = ctx.saved_tensors
         return Alignment.apply(logits, tangents, masks)
 
@@ -69,11 +69,13 @@ class WeightedLoss(_ImageFunction):
     """
 
     @staticmethod
-    def forward(logits, masks, weights, scale, level, with_gradient):
+    def forward(
+        logits: Tensor, masks: Tensor, weights: Tensor | None, scale: Tensor, level: Tensor, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         return raw_operators(logits.device).weighted_loss(logits, masks, weights, scale, level, with_gradient)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.with_gradient = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
@@ -81,7 +83,7 @@ class WeightedLoss(_ImageFunction):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
         logits, masks, weights, scale, level, gradient = ctx.saved_tensors
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             raise RuntimeError("weighted_loss is not differentiable in scale and level: detach them")
@@ -97,7 +99,15 @@ class WeightedLoss(_ImageFunction):
         return for_logits, None, for_weights, None, None, None
 
     @staticmethod
-    def jvp(ctx, logits_t, _, weights_t, scale_t, level_t, __):
+    def jvp(
+        ctx: Any,
+        logits_t: Tensor | None,
+        _: Any,
+        weights_t: Tensor | None,
+        scale_t: Tensor | None,
+        level_t: Tensor | None,
+        __: Any,
+    ) -> Any:
         logits, masks, weights, scale, level = ctx.saved_tensors
         if scale_t is not None or level_t is not None:
             raise RuntimeError("weighted_loss is not differentiable in scale and level: detach them")
@@ -113,18 +123,20 @@ class LossGradient(_ImageFunction):
     """upstream·w̃·r (B, C, H, W): the gradient of Σ upstream·w̃·ℓ in the logits."""
 
     @staticmethod
-    def forward(logits, masks, weights, scale, level, upstream):
+    def forward(
+        logits: Tensor, masks: Tensor, weights: Tensor | None, scale: Tensor, level: Tensor, upstream: Tensor
+    ) -> Tensor:
         operators = raw_operators(logits.device)
         return operators.weighted_loss(logits, masks, weights, scale * upstream, level * upstream, True)[1]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx, cotangent):
+    def backward(ctx: Any, cotangent: Tensor | None) -> Any:
         if cotangent is None:
             return (None,) * 6
         in_logits, _, in_weights, *_, in_upstream = ctx.needs_input_grad
@@ -139,7 +151,15 @@ class LossGradient(_ImageFunction):
         )
 
     @staticmethod
-    def jvp(ctx, logits_t, _, weights_t, __, ___, upstream_t):
+    def jvp(
+        ctx: Any,
+        logits_t: Tensor | None,
+        _: Any,
+        weights_t: Tensor | None,
+        __: Any,
+        ___: Any,
+        upstream_t: Tensor | None,
+    ) -> Any:
         logits, masks, weights, scale, level, upstream = ctx.saved_tensors
         change = torch.zeros_like(logits)
         if logits_t is not None:
@@ -156,15 +176,15 @@ class Alignment(_ImageFunction):
     """U = ⟨r, t⟩ (B, H, W) from logits, tangents and masks."""
 
     @staticmethod
-    def forward(logits, tangents, masks):
+    def forward(logits: Tensor, tangents: Tensor, masks: Tensor) -> Tensor:
         return raw_operators(logits.device).alignment(logits, tangents, masks, False)[0]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         logits, tangents, masks = ctx.saved_tensors
         weights = (upstream.contiguous(), *_as_they_are(upstream))
         for_logits = for_tangents = None
@@ -175,7 +195,7 @@ class Alignment(_ImageFunction):
         return for_logits, for_tangents, None
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError("alignment has no forward mode: it is a derivative already")
 
 
@@ -183,22 +203,31 @@ class DoubleBackward(_ImageFunction):
     """Cotangents of logits, weights and upstream for a cotangent of LossGradient."""
 
     @staticmethod
-    def forward(logits, masks, weights, scale, level, upstream, cotangent, for_logits):
+    def forward(
+        logits: Tensor,
+        masks: Tensor,
+        weights: Tensor | None,
+        scale: Tensor,
+        level: Tensor,
+        upstream: Tensor,
+        cotangent: Tensor,
+        for_logits: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         operators = raw_operators(logits.device)
         return operators.weighted_loss_double_backward(
             logits, masks, weights, scale, level, upstream, cotangent.to(logits.dtype), for_logits
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *cotangents):
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         raise RuntimeError("the loss is differentiable twice, not three times")
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError("the loss is differentiable twice, not three times")
 
 
@@ -206,19 +235,19 @@ class Constant(_ImageFunction):
     """A raw operator by name whose results are constants to autograd: differentiating them raises."""
 
     @staticmethod
-    def forward(name, device, *arguments):
+    def forward(name: str, device: torch.device, *arguments: Any) -> Any:
         return getattr(raw_operators(device), name)(*arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name = inputs[0]
 
     @staticmethod
-    def backward(ctx, *cotangents):
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         raise RuntimeError(f"{ctx.name} is a constant to autograd: detach its arguments")
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(f"{ctx.name} is a constant to autograd: detach its arguments")
 
 

@@ -48,3 +48,14 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_label_that_is_no_class_makes_the_loss_and_the_weights_nan() -> None:
+    model = torch.nn.Conv2d(3, 1, 3, padding=1).cuda()
+    images = torch.rand(2, 3, 16, 16, device="cuda")
+    masks = (images[:, 0] > 0.5).to(torch.uint8)
+    wrong = masks.clone()
+    wrong[0, 3, 4] = 7
+    assert weighted_loss(model(images), wrong, level=torch.ones(2, device="cuda")).isnan()
+    assert PixelReweighter(model)(images, wrong, images, masks).isnan().any()
+    assert PixelReweighter(model)(images, masks, images, wrong).isnan().any()
