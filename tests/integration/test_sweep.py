@@ -72,7 +72,7 @@ def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not
         process = subprocess.Popen(
             command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200
         while sum(log.read_text().count("\n") for log in folder.glob("*/metrics.jsonl")) < moment:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.01)
