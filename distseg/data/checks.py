@@ -14,6 +14,7 @@ from distseg.data.decode import Decoding
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
 from distseg.data.roster import Digests, keep_roster
 from distseg.data.sample import SPLITS, Kind, Problem, Sample, first_of
+from distseg.data.splits import check_clean_count
 from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
@@ -68,6 +69,7 @@ def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample
     if check and inspection is not None:
         if inspection.masks:
             check_masks(samples, inspection.masks)
+        check_clean_count(samples, config.clean_count)  # before anything is written that a run would leave
         keep_roster(samples, inspection.digests, run.samples, run.config.exists())
     return samples
 

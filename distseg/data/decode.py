@@ -70,7 +70,7 @@ def read_mask(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
     with opened(path, decoding, content) as image:
         turn = turn_of(image, decoding)
         grey = _as_mode(image, "L")
-        return (np.asarray(grey if turn is None else grey.transpose(turn)) > 0).astype(np.uint8)
+        return (np.asarray(grey if turn is None else grey.transpose(turn)) > 0).view(np.uint8)
 
 
 def read_resized_image(path: Path, size: int, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:

@@ -17,16 +17,22 @@ def split_clean(samples: list[Sample], clean_count: int, seed: int) -> tuple[lis
 
     Raises UserError where K would leave the noisy stream without an image.
     """
+    check_clean_count(samples, clean_count)
     train = sorted(
         (sample for sample in samples if sample.split == "train"), key=lambda s: stable_hash(seed, "clean", s.id)
     )
-    if clean_count >= len(train):
-        raise UserError(
-            f"data.clean_count {clean_count}: the training split has {len(train)} images and the noisy stream needs at "
-            f"least one; set data.clean_count to at most {max(len(train) - 1, 0)}"
-        )
     clean, noisy = train[:clean_count], train[clean_count:]
     return sorted(clean, key=lambda s: s.id), sorted(noisy, key=lambda s: s.id)
+
+
+def check_clean_count(samples: list[Sample], clean_count: int) -> None:
+    """Raises UserError where K would leave the noisy stream without an image."""
+    count = sum(sample.split == "train" for sample in samples)
+    if clean_count >= count:
+        raise UserError(
+            f"data.clean_count {clean_count}: the training split has {count} images and the noisy stream needs at "
+            f"least one; set data.clean_count to at most {max(count - 1, 0)}"
+        )
 
 
 def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: DataConfig) -> list[Sample]:

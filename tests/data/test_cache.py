@@ -39,7 +39,7 @@ def cached(make_dataset, tmp_path) -> DataConfig:
     lines = (root / "manifest.csv").read_text().splitlines()
     lines[3] = lines[3].rsplit(",", 1)[0] + ","
     (root / "manifest.csv").write_text("\n".join(lines))
-    config = DataConfig(root=root, image_size=24, cache=tmp_path / "cache", augment=AUGMENT)
+    config = DataConfig(root=root, clean_count=1, image_size=24, cache=tmp_path / "cache", augment=AUGMENT)
     assert write(config) == (3, 0)
     return config
 

@@ -73,10 +73,10 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, caplog):
     root, expected = bad_data
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"and \d\d more") as raised:
-        usable_samples(DataConfig(root=root), run, check=True)
+        usable_samples(DataConfig(clean_count=1, root=root), run, check=True)
     assert "\n" not in str(raised.value) and not run.exists()
 
-    skipping = DataConfig(root=root, on_bad="skip")
+    skipping = DataConfig(clean_count=1, root=root, on_bad="skip")
     samples = usable_samples(skipping, run, check=True)
     assert [sample.id for sample in samples] == [f"good{number}" for number in range(9)]
     with (run / "left_out.csv").open(newline="") as file:
@@ -95,10 +95,14 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, caplog):
 
 def test_links_out_of_the_root_can_be_allowed(bad_data, tmp_path):
     root, _ = bad_data
-    allowed = usable_samples(DataConfig(root=root, on_bad="skip", follow_links=True), tmp_path / "run", check=True)
+    allowed = usable_samples(
+        DataConfig(clean_count=1, root=root, on_bad="skip", follow_links=True), tmp_path / "run", check=True
+    )
     assert "image-link-out-of-root" in {sample.id for sample in allowed}
     (tmp_path / "linked").symlink_to(root)  # the root itself may be a link
-    through = usable_samples(DataConfig(root=tmp_path / "linked", on_bad="skip"), tmp_path / "run2", check=True)
+    through = usable_samples(
+        DataConfig(clean_count=1, root=tmp_path / "linked", on_bad="skip"), tmp_path / "run2", check=True
+    )
     assert [sample.id for sample in through] == [f"good{number}" for number in range(9)]
 
 
@@ -107,7 +111,7 @@ def test_leaving_out_must_leave_every_split_something(bad_data, tmp_path):
     for number in (2, 6):
         (root / "images" / f"good{number}.png").unlink()
     with pytest.raises(UserError, match="the val split is empty"):
-        usable_samples(DataConfig(root=root, on_bad="skip"), tmp_path / "run", check=True)
+        usable_samples(DataConfig(clean_count=1, root=root, on_bad="skip"), tmp_path / "run", check=True)
 
 
 # --- what masks show --------------------------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ def write_masks(root: Path, change: Callable[[np.ndarray, str], np.ndarray], cou
         Image.fromarray(change(mask * 255, split)).save(root / f"masks/s{number}.png")
         rows.append(f"s{number},{split},images/s{number}.png,masks/s{number}.png")
     (root / "manifest.csv").write_text("\n".join(rows))
-    return DataConfig(root=root)
+    return DataConfig(clean_count=1, root=root)
 
 
 @pytest.mark.parametrize(
