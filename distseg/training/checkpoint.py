@@ -227,7 +227,9 @@ def find_checkpoint(folder: Path) -> Path | None:
         before = ", trying the one before it" if index + 1 < len(candidates) else ""
         logger.warning("warning: checkpoint %s is damaged: %s%s", checkpoint, damage, before)
     if candidates:
-        raise UserError(f"{folder}: none of its checkpoints is whole; remove the run's folder and start it again")
+        raise UserError(
+            f"{folder}: none of its checkpoints is whole; put one back, or choose another name= for a new run"
+        )
     return None
 
 
@@ -300,6 +302,8 @@ def _check_step_size(checkpoint: Path, config: Config, shard: ShardSpec) -> None
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint on the disk; None if nothing is."""
+    if checkpoint.is_dir() and not (checkpoint / SUMS).exists():
+        return f"it has no {SUMS}; it is not complete, or an earlier version of distseg wrote it"
     try:
         digests = _read_sums(checkpoint / SUMS)
         for name, expected in digests.items():
@@ -357,7 +361,7 @@ def _pointed_at(pointer: Path) -> Path | None:
     except (OSError, ValueError) as error:
         logger.warning("warning: %s is damaged: %s; going by the folders beside it", pointer, _one_line(error))
         return None
-    if not re.fullmatch(r"step_[0-9]{8,18}", name, re.ASCII):
+    if not _is_name(name):
         logger.warning("warning: %s is damaged: it names no checkpoint; going by the folders beside it", pointer)
         return None
     return pointer.with_name(name)
@@ -399,8 +403,12 @@ def _remove_old(folder: Path, step: int, keep: int) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8,18}", path.name, re.ASCII))
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted((path for path in folder.glob("step_*") if _is_name(path.name)), key=_step_of, reverse=True)
+
+
+def _is_name(name: str) -> bool:
+    match = re.fullmatch(r"step_([0-9]{8,18})", name, re.ASCII)
+    return match is not None and name == f"step_{int(match[1]):08d}"
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -197,6 +197,14 @@ def rewrite_state(checkpoint: Path, changes: dict) -> None:
     sums.write_text(sums.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such(kept: Path, caplog) -> None:
+    for checkpoint in kept.glob("step_*"):
+        (checkpoint / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"none of its checkpoints is whole; put one back, or choose another name="):
+        find_checkpoint(kept)
+    assert "it has no SHA256SUMS; it is not complete, or an earlier version of distseg wrote it" in caplog.messages[0]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -309,7 +317,7 @@ def test_a_state_of_another_form_is_named_whatever_its_digest(kept: Path, caplog
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe", b"", b"step_", b"../../elsewhere/step_00000003", b"step_3", b"s" * 999]
+    "content", [b"\xff\xfe", b"", b"step_", b"../../elsewhere/step_00000003", b"step_3", b"step_0000000003", b"s" * 999]
 )
 def test_a_damaged_pointer_is_named_and_the_newest_checkpoint_used(kept: Path, caplog, content: bytes) -> None:
     (kept / "last").write_bytes(content)
