@@ -1,5 +1,6 @@
 """What the pages name is there: files, keys of a config, targets of make, and every page in the site's menu."""
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -75,3 +76,9 @@ def test_the_readme_is_short() -> None:
 def test_the_map_has_every_room() -> None:
     rooms = {path.parent.name for path in (ROOT / "distseg").glob("*/__init__.py")}
     assert {f"distseg/{room}/" for room in rooms} <= quoted(ROOT / "docs" / "design.md")
+
+
+def test_what_the_api_page_documents_can_be_imported() -> None:
+    names = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    missing = [name for name in names if pydoc.locate(name) is None]
+    assert len(names) > 5 and not missing
