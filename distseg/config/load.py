@@ -20,6 +20,7 @@ from distseg.text import for_terminal
 
 CHANGEABLE = (
     "data.memory",
+    "data.root",
     "data.threads",
     "deepspeed.config_file",
     "deepspeed.zero_stage",
@@ -32,7 +33,8 @@ CHANGEABLE = (
     "train.log_every",
     "train.max_bad_steps",
 )
-"""Keys that change no result, if a step sees as many images as before; a run may be resumed with other values."""
+"""Keys that change no result, if a step sees as many images as before; a run may be resumed with other values. The data
+may lie elsewhere than before: a run knows its samples by content."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

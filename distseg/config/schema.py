@@ -15,10 +15,12 @@ from distseg.training.config import TrainConfig
 
 
 class Config(Section):
-    """One experiment. `configs/*.yaml` are of this type; see README for the sections in a table."""
+    """One experiment. `configs/*.yaml` are of this type; docs/keys.md has every key."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The folder of the run in runs/, and its name in MLflow."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the clean set, the order of the images, augmentation and the initial network."""
     data: DataConfig
     model: ModelConfig = UNetConfig()
     method: MethodConfig = MethodConfig()

@@ -34,7 +34,9 @@ class AugmentConfig(Section):
     """One random geometry for image and mask, colour for the image only. Identity at the defaults."""
 
     flip: bool = False
+    """Flip at random, left to right."""
     right_angles: bool = False
+    """Turn by a random multiple of 90 degrees."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation to either side, degrees."""
     scale: Range = (1.0, 1.0)
@@ -44,10 +46,13 @@ class AugmentConfig(Section):
     translate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest shift to either side, as a fraction of the frame; with scale > 1 this is a random crop."""
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of brightness."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of contrast."""
     saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of saturation."""
     hue: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest turn of the hue to either side, degrees; the three above are largest relative changes."""
+    """Largest turn of the hue to either side, degrees."""
     elastic: Annotated[float, Field(ge=0, le=0.2)] = 0.0
     """Largest displacement of a smooth random deformation, as a fraction of the frame."""
     hairs: Annotated[int, Field(ge=0, le=100)] = 0
@@ -68,6 +73,7 @@ class DataConfig(Section):
     root: Folder
     """Folder with manifest.csv, or one of the known layouts (distseg/data/layouts/)."""
     layout: Annotated[str, AfterValidator(_known_layout)] = "auto"
+    """How the files lie in the folder; auto takes the first layout that fits."""
     image_size: Annotated[int, Field(ge=8, le=8192)] = 96
     """Side of the square network input, pixels."""
     clean_count: Annotated[int, Field(ge=0, lt=2**31)] = 50

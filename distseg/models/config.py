@@ -12,10 +12,13 @@ IMPORTABLE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 class UNetConfig(Section):
     name: Literal["unet"] = "unet"
+    """The paper's U-Net, with padded convolutions."""
     width: Count = 64
+    """Channels at full resolution; they double at each downsampling."""
     depth: Annotated[int, Field(ge=1, le=8)] = 4
     """Number of downsamplings; the paper's network has width 64 and depth 4."""
     norm: Literal["none", "batch", "group"] = "none"
+    """Normalisation after each convolution; none is the paper's."""
 
 
 class ImportedConfig(Section):

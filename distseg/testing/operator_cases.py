@@ -5,6 +5,7 @@ One list for every backend and device: tests/ops runs it on the CPU, tests/gpu o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,9 +151,9 @@ def results(case: Case, inputs: Inputs, oracle: bool) -> Iterator[tuple[str, Ten
     [gradient] = torch.autograd.grad(loss(z, None), z)
     yield "weighted_loss without map ∂z", gradient
 
-    factor = torch.tensor(0.7, dtype=scale.dtype, device=scale.device, requires_grad=True)
-    [gradient] = torch.autograd.grad(factor * loss(z, w), z, create_graph=True)
-    for name, twice in zip("zwu", torch.autograd.grad(gradient, (z, w, factor), t), strict=True):
+    upstream = torch.tensor(0.7, dtype=scale.dtype, device=scale.device, requires_grad=True)
+    [gradient] = torch.autograd.grad(upstream * loss(z, w), z, create_graph=True)
+    for name, twice in zip("zwu", torch.autograd.grad(gradient, (z, w, upstream), t), strict=True):
         yield f"double backward ∂{name}", twice
 
     aligned = inputs.weights - 0.5
@@ -178,7 +179,7 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
         tolerance = (LOGITS_TOLERANCE if of_logits else TOLERANCE)[case.dtype]
         scale = _scale(name, expected)
         torch.testing.assert_close(
-            actual.cpu().double(), expected[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+            actual.cpu().double(), expected[name], rtol=0, atol=tolerance * scale, msg=partial("{}: {}".format, name)
         )
 
 

@@ -9,10 +9,13 @@ from distseg.section import Section
 
 class TrackingConfig(Section):
     mlflow: bool = True
+    """Also log to MLflow; the run folder has everything but the images slider either way."""
     uri: str | None = None
     """default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the working folder."""
     experiment: str = "distseg"
+    """The MLflow experiment that the run is in."""
     system_metrics: bool = True
+    """Log the machine's load and memory."""
     patience: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that the end of a run waits, in all, for what the store has not taken yet; training never waits."""
     log_model: bool = False

@@ -9,13 +9,16 @@ from distseg.section import Count, Section
 
 class TrainConfig(Section):
     steps: Count | None = None
+    """Updates from the first to the last; set this or epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the noisy stream; every method gets the same number of steps."""
     batch_size: Count = 6
+    """Images of a micro-batch on each rank; so many clean ones where they come alone."""
     clean_batch_size: Count = 6
-    """Both per rank and micro-batch. A run may be resumed with others if their products with accumulation and the
-    number of ranks, the images of a step, stay what they were."""
+    """Clean images beside the noisy ones of a micro-batch on each rank. A run may be resumed with other sizes if their
+    products with accumulation and the number of ranks, the images of a step, stay what they were."""
     accumulation: Count = 1
+    """Micro-batches a step, whose gradients add up to those of one large batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
     deterministic: bool = True
@@ -24,6 +27,7 @@ class TrainConfig(Section):
     tf32: bool = False
     """On a GPU: multiply in TensorFloat-32, with 10 bits of mantissa in place of 23, in the meta pass as well."""
     log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
     validate_every: Count | None = None
     """Steps between validations; default: ten times a run."""
     checkpoint_every: Count | None = None

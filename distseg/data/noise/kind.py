@@ -23,6 +23,7 @@ class NoiseKind(Section):
 
     kind: str
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    """Of the noisy masks; each is a function of it, the image\'s id and its mask."""
 
     def draw(self, mask: Mask, image: Image | None, rng: np.random.Generator) -> Mask:
         """A wrong mask for `mask`, which is not written to; `image` is given where the kind looks at it."""
