@@ -85,7 +85,7 @@ class MlflowTracker:
         """Whether metrics.jsonl may hold what the store does not. At the start: what an earlier start left."""
         self._uncertain = False
         """Whether a call has failed, so that only the store knows what it has taken."""
-        self._told = False
+        self._told = self._told_of_files = False
         self._room_for_images = threading.Semaphore(_IMAGES_WAITING)
         _be_patient_and_quiet()
         self._import_error: Exception | None = None
@@ -111,17 +111,15 @@ class MlflowTracker:
             return
 
         def log() -> None:
-            try:
-                self._client.log_image(self._run_id, array, key=key, step=step, synchronous=True)
-            finally:
-                self._room_for_images.release()
+            self._room_for_images.release()
+            self._client.log_image(self._run_id, array, key=key, step=step, synchronous=True)
 
-        if not self._delivery.submit(log):
+        if not self._delivery.submit(partial(self._once, log)):
             self._room_for_images.release()
 
     def log_artifact(self, path: Path) -> None:
         """Upload a file to the top of the run's artifacts."""
-        self._delivery.submit(lambda: self._client.log_artifact(self._run_id, str(path)))
+        self._delivery.submit(partial(self._once, lambda: self._client.log_artifact(self._run_id, str(path))))
 
     def log_model(self, network: Any, images: np.ndarray) -> None:
         """Upload a network (on the CPU, in evaluation mode) as `model/`, with signature and input example.
@@ -139,13 +137,23 @@ class MlflowTracker:
                 self._client.log_artifacts(self._run_id, f"{folder.name}/model", "model")
 
         if _export(network, images, Path(folder.name) / "model"):
-            self._delivery.submit(upload)
+            self._delivery.submit(partial(self._once, upload))
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the run: FAILED after an exception, KILLED where it was stopped and may be resumed."""
         complete = self._delivery.close(partial(self._finish, status), self._config.tracking.patience)
         if not complete and not self._told:
             self._tell(f"no answer within tracking.patience, {self._config.tracking.patience:g} s")
+
+    def _once(self, send_file: Callable[[], Any]) -> None:
+        """Files may have a store of their own: metrics do not wait for it."""
+        try:
+            send_file()
+        except Exception as error:
+            if not self._told_of_files:
+                self._told_of_files = True
+                reason = _without_password(" ".join(str(error).split())[:300])
+                logger.warning("mlflow: files do not reach the run; they are in %s (%s)", self._folder.path, reason)
 
     def _failed(self, error: Exception) -> bool:
         """Called by the delivery's thread; True for what trying again does not mend."""
@@ -189,10 +197,8 @@ class MlflowTracker:
         self._client.log_batch(self._run_id, tags=tags, synchronous=True)
         self._uncertain = bool(run.data.metrics)
         self._send_waiting()
-        try:
-            self._client.log_text(self._run_id, _without_password(dump_config(config)), "config.yaml")
-        except Exception as error:  # metrics do not need the store of files
-            self._failed(error)
+        text = _without_password(dump_config(config))
+        self._once(lambda: self._client.log_text(self._run_id, text, "config.yaml"))
         if config.tracking.system_metrics and self._system_monitor is None:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
