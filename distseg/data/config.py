@@ -34,7 +34,7 @@ class AugmentConfig(Section):
     """One random geometry for image and mask, colour for the image only. Identity at the defaults."""
 
     flip: bool = False
-    """Flip at random, left to right."""
+    """Flip at random, each way with probability ½."""
     right_angles: bool = False
     """Turn by a random multiple of 90 degrees."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
