@@ -89,7 +89,7 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
 def tangents_stop_with_gradients() -> Iterator[None]:
     """Within, forward mode is off wherever gradients are: under `torch.no_grad()` tangents stop as cotangents do.
 
-    Costs about a microsecond for each call of a torch function.
+    Costs two to three microseconds for each call of a torch function (measured on a CPU).
     """
     with torch.enable_grad(), _ForwardModeFollowsGradMode():
         try:
