@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distseg.cli.process import tell_error
-from distseg.config.load import load_config
 from distseg.files import read_regular
 from distseg.run_folder import RunFolder
 
@@ -26,6 +25,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
+    # Late: `--help` imports no torch.
+    from distseg.config.load import load_config
+
     config = load_config(arguments.config, arguments.overrides)
     result = RunFolder(arguments.runs_dir / config.name).result
     try:

@@ -56,7 +56,10 @@ def test_a_config_cannot_be_changed(minimal: Path) -> None:
         ("train.batch_size=0", "train.batch_size: input should be greater than or equal to 1, got 0"),
         ("optim.lr=-1", "optim.lr: input should be greater than 0, got -1"),
         ("method.name=pixels", "method.name: input should be 'noisy_only', 'clean_only'"),
-        ("method.granularity=patch(0)", "method.weighting.granularity: string should match pattern"),
+        (
+            "method.granularity=patch(0)",
+            "method.weighting.granularity: granularity 'patch(0)': pixel, patch(k) or image",
+        ),
         ("train.epochs=3", "train: set exactly one of steps and epochs"),
         ("data.image_size=97", "data.image_size 97 must be a multiple of 16 (2**model.depth) for unet"),
         ("data.clean_count=0", "data.clean_count 0: pixel_reweight learns from clean images; set it to 1 or more"),

@@ -19,8 +19,8 @@ from torch import nn
 
 from distseg.config.schema import Config
 from distseg.files import remove_parts
-from distseg.methods.step import Method
 from distseg.testing.ranks import run_ranks
+from distseg.testing.steps import GivenSteps
 from distseg.tracking import jsonl
 from distseg.training.checkpoint import find_checkpoint, save_checkpoint
 
@@ -97,7 +97,9 @@ def kill_checkpoints(runtime: Any, folder: str, cases: int) -> dict[str, torch.T
     runs, kills = Path(folder), 0
 
     def save(target: Path, step: int, best: bool = False) -> None:
-        assert save_checkpoint(target, make_engine(step), Method(), {"step": step}, config, runtime, best)
+        assert save_checkpoint(
+            target, make_engine(step), GivenSteps([], [], list), {"step": step}, config, runtime, best
+        )
 
     for before, best, last, step in CASES[:cases]:
         start = runs / "start"

@@ -7,21 +7,27 @@ Zeng, Yang, Urtasun 2018, "Learning to Reweight Examples for Robust Deep Learnin
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from distseg.meta import PixelReweighter
 from distseg.meta.estimators import LabelledImages
+from distseg.meta.weights import Granularity
 from distseg.methods.context import Context
 from distseg.methods.part import Weighed, Weighting
 from distseg.section import Section
+
+
+def _known_granularity(text: str) -> str:
+    Granularity.parse(text)
+    return text
 
 
 class AlignedConfig(Section):
     kind: Literal["aligned"] = "aligned"
     estimator: Literal["forward", "reverse", "finite"] = "forward"
     """forward (exact) | reverse (exact, the paper's double backward) | finite (for operators without forward mode)."""
-    granularity: Annotated[str, Field(pattern=r"^(pixel|image|patch\([1-9][0-9]*\))$")] = "pixel"
+    granularity: Annotated[str, AfterValidator(_known_granularity)] = "pixel"
     """pixel | patch(k) | image."""
     transform: Literal["clamp", "root", "sign"] = "clamp"
     """What counts where the alignment U is above 0: U itself, as in the paper, its root, or 1."""
