@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,27 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not reached & higher, f"{room} imports {reached & higher}"
     assert not reached & FORBIDDEN.get(room, set()), f"{room} imports {reached & FORBIDDEN[room]}"
     assert room == "testing" or "testing" not in reached or parts[0] == "launch", f"{room} imports the test kit"
+
+
+def imported_with(path: Path) -> set[str]:
+    """The modules of distseg that are imported as soon as the file is: at its top, and not for types alone."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "distseg"}
+
+
+def test_no_circle_of_imports() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES
+    }
+    graph = {name: imported_with(path) & modules.keys() - {name} for name, path in modules.items()}
+    sorter = TopologicalSorter(graph)
+    sorter.prepare()  # raises CycleError, which names the circle
+    assert len(graph) > 100
 
 
 @pytest.mark.parametrize("package", ONE_IMPORTER)

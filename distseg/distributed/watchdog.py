@@ -112,7 +112,7 @@ class Watchdog:
                 if peer != culprit:
                     self._tell(peer, 256 * culprit + exit_code)
         if gone and self._shard.rank == (0 if culprit else 1):
-            logger.error("error: rank %d has gone: killed, or its machine is lost; the run ends", culprit)
+            logger.error("rank %d has gone: killed, or its machine is lost; the run ends", culprit)
         # Time for the main thread to fail by itself and to leave the tracker in order.
         threading.Event().wait(GRACE)
         os._exit(exit_code)

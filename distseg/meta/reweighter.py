@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import distseg.meta.estimators as estimators
 from distseg.errors import InvalidArgument
-from distseg.meta import estimators
 from distseg.meta.estimators import LabelledImages
 from distseg.meta.loss import BinaryMasks
 from distseg.meta.network import Network, Parameters, StatelessNetwork, stopped_gradient

@@ -225,7 +225,7 @@ def find_checkpoint(folder: Path) -> Path | None:
         if damage is None:
             return checkpoint
         before = ", trying the one before it" if index + 1 < len(candidates) else ""
-        logger.warning("warning: checkpoint %s is damaged: %s%s", checkpoint, damage, before)
+        logger.warning("checkpoint %s is damaged: %s%s", checkpoint, damage, before)
     if candidates:
         raise UserError(
             f"{folder}: none of its checkpoints is whole; put one back, or choose another name= for a new run"
@@ -359,10 +359,10 @@ def _pointed_at(pointer: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("warning: %s is damaged: %s; going by the folders beside it", pointer, _one_line(error))
+        logger.warning("%s is damaged: %s; going by the folders beside it", pointer, _one_line(error))
         return None
     if not _is_name(name):
-        logger.warning("warning: %s is damaged: it names no checkpoint; going by the folders beside it", pointer)
+        logger.warning("%s is damaged: it names no checkpoint; going by the folders beside it", pointer)
         return None
     return pointer.with_name(name)
 
@@ -388,7 +388,7 @@ def _on_every_rank(task: Callable[[], None], runtime: Runtime, aside: Path) -> b
     if failed and first == runtime.shard.rank:
         kept = _pointed_at(aside.parent / "last")
         last = f"{kept.name} stays" if kept else "there is none yet"
-        logger.warning("warning: checkpoint %s could not be written (%s); %s", aside.stem, reason, last)
+        logger.warning("checkpoint %s could not be written (%s); %s", aside.stem, reason, last)
     return not failed
 
 

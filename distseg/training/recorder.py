@@ -75,8 +75,8 @@ class RunRecorder:
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         self._bar.close()
-        if self._log:
-            self._log.close()
+        if log := self._log:
+            self._attempt("metrics.jsonl", log.close)
         if self._tracker:
             self._tracker.finish(status)
 
