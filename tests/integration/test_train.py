@@ -179,8 +179,10 @@ def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, 
 def train_each(runtime, config: str, folder: str, methods: list[str], stage: int) -> dict[str, Tensor]:
     for method in methods:
         overrides = [f"method.name={method}", f"deepspeed.zero_stage={stage}", "tracking.mlflow=false", "train.steps=4"]
-        loaded = load_config(Path(config), [*overrides, "data.pipeline=torch", "train.validate_every=4"])
-        result = Trainer(loaded, Path(folder, method), runtime).run(resume=False)
+        sparing = ["data.pipeline=torch", "train.validate_every=4", "train.checkpoint_every=4", "train.figure_every=9"]
+        result = Trainer(load_config(Path(config), [*overrides, *sparing]), Path(folder, method), runtime).run(
+            resume=False
+        )
         assert result["method"] == method and result["steps"] == 4
     return {}
 
