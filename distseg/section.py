@@ -31,7 +31,8 @@ def of_kind(union: Any, default: str | None = None) -> BeforeValidator:
     """Beside `Field(discriminator="kind")` of a union of sections: what a part may be written as.
 
     A word alone is a kind; without one it is `default`. A key that is null is not given, so that null on a command line
-    takes back what a file sets. Raises ValueError for a key that only another kind has.
+    takes back what a file sets. Raises ValueError for a key that only another kind has; `.key` in its text is a key of
+    this section.
     """
     members = kinds_of(union)
     known = {name for member in members.values() for name in member.model_fields}
@@ -50,7 +51,7 @@ def of_kind(union: Any, default: str | None = None) -> BeforeValidator:
             owners = [other for other, member in members.items() if name in member.model_fields]
             if kind not in owners:
                 raise ValueError(
-                    f"{name} is no key of {kind}; remove it ({name}=null takes it back), or set kind={owners[0]}"
+                    f"{name} is no key of {kind}; remove it (.{name}=null takes it back), or set .kind={owners[0]}"
                 )
         return given
 

@@ -94,9 +94,11 @@ def run(config: "Config", arguments: argparse.Namespace) -> int:
 
 def train(config: "Config", arguments: argparse.Namespace, runtime: "Runtime", watchdog: "Watchdog") -> None:
     """Train the run of this config, or rehearse it, and print the outcome on the main rank."""
-    from distseg.distributed.collectives import main_rank_first
+    from distseg.distributed.collectives import decided_by_main, main_rank_first
+    from distseg.run_folder import RunFolder
     from distseg.run_lock import run_lock
-    from distseg.training.trainer import Trainer, earlier_result
+    from distseg.study.records import read_result
+    from distseg.training.trainer import Trainer, has_finished
 
     if arguments.dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -105,13 +107,13 @@ def train(config: "Config", arguments: argparse.Namespace, runtime: "Runtime", w
             say(plan)
         return
     folder = arguments.runs_dir / config.name
-    result = main_rank_first(lambda: earlier_result(config, folder, arguments.resume), runtime.device)
-    if result is None:
+    if not decided_by_main(lambda: has_finished(config, folder, arguments.resume), runtime.device):
         with ExitStack() as stack:
             main_rank_first(lambda: runtime.is_main and stack.enter_context(run_lock(folder)), runtime.device)
-            result = Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
+            Trainer(config, folder, runtime).run(arguments.resume is not None, watchdog.stop_agreed)
     if runtime.is_main:
-        say_in_passing(f"{config.name}: test Dice {result['test/dice']:.3f}; {folder / 'result.json'}")
+        run = RunFolder(folder)
+        say_in_passing(f"{config.name}: test Dice {read_result(run).dice:.3f}; {run.result}")
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from yaml import YAMLError
 
 from distseg.config.schema import Config
 from distseg.errors import UserError
+from distseg.methods.config import PARTS, MethodConfig, part_with, with_parts
 from distseg.section import kinds_of
 from distseg.text import for_terminal
 
@@ -46,7 +48,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         written = OmegaConf.load(path)
         if not isinstance(written, DictConfig):
             raise UserError(f"config {path}: must be a mapping of sections")
-        merged = OmegaConf.merge(written, _parse_overrides(overrides or []))
+        merged = OmegaConf.merge(*_spelled_out(written, overrides or []))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
@@ -54,7 +56,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"config {path}: {error.full_key}: required; add {error.full_key}=VALUE") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: cannot be read: {error}") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return Config.model_validate(values)
@@ -89,12 +91,49 @@ def changed_keys(before: Config, after: Config) -> list[str]:
     ]
 
 
-def _parse_overrides(overrides: list[str]) -> Any:
+def canonical_key(key: str) -> str:
+    """`method.loss.q` for `method.q`, its short form; any other key as it is."""
+    section, _, name = key.partition(".")
+    part = part_with(name) if section == "method" else None
+    return f"method.{part}.{name}" if part else key
+
+
+def _spelled_out(written: DictConfig, overrides: list[str]) -> tuple[Any, Any]:
+    """The file and what is set over it, with every key of a method in its part.
+
+    Raises UserError for what is no override, and where a method is named over the parts of another one.
+    """
+    method = written.get("method")
+    if isinstance(method, DictConfig):
+        try:
+            spelled = with_parts({str(key): value for key, value in method.items_ex(resolve=False)})
+        except ValueError as error:
+            raise UserError(f"method: {error}") from None
+        others = {key: value for key, value in written.items_ex(resolve=False) if key != "method"}
+        written = OmegaConf.create({**others, "method": spelled})
+    items = []
     for item in overrides:
-        key, separator, _ = item.partition("=")
+        key, separator, value = item.partition("=")
         if not separator or not key or key.startswith("-"):
             raise UserError(f"override {item!r}: write section.key=value, for instance data.clean_count=50")
-    return OmegaConf.from_dotlist(overrides)
+        items.append(f"{canonical_key(key)}={value}")
+    over = OmegaConf.from_dotlist(items)
+    _check_new_name(written.get("method"), over.get("method"))
+    return written, over
+
+
+def _check_new_name(file: Any, over: Any) -> None:
+    """Refuse another method's name over parts that a file sets, unless they are set anew or taken back."""
+    if not (isinstance(file, DictConfig) and isinstance(over, DictConfig) and "name" in over):
+        return
+    before = file.get("name", MethodConfig.model_fields["name"].default)
+    kept = [part for part in PARTS if file.get(part) is not None and part not in over]
+    if over["name"] != before and kept:
+        mend = " ".join(f"method.{part}=null" for part in kept)
+        raise UserError(
+            f"method.name={over['name']}: the config sets method.{kept[0]} for {before}; take it back ({mend}), or set "
+            "it anew"
+        )
 
 
 def config_hash(config: Config) -> str:
@@ -118,7 +157,8 @@ def first_problem(error: ValidationError, root: type[BaseModel] = Config) -> str
     elif first["type"] == "missing":
         text = f"{key}: required; add {key}=VALUE"
     else:
-        message = first["msg"].removeprefix("Value error, ")
+        # A mend names keys from its section on: `.kind=aligned` of method.weighting.
+        message = re.sub(r"(?<![\w.])\.(?=[a-z_.]+=)", f"{key}.", first["msg"].removeprefix("Value error, "))
         message = message[0].lower() + message[1:]
         given = first["input"]
         shown = f", got {repr(given)[:80]}" if isinstance(given, str | int | float | bool | None) else ""

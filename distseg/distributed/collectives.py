@@ -6,7 +6,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from distseg.errors import BadFileError, UserError
 
 Result = TypeVar("Result")
 
@@ -51,13 +53,6 @@ class AllReduce:
         return sum_over_ranks(tensor) if self.sharded else tensor
 
 
-def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0: a network may keep statistics of what each rank sees."""
-    if dist.get_world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 class FailedElsewhere(Exception):
     """Rank 0 could not do what all ranks need, and has said why."""
 
@@ -66,7 +61,7 @@ def main_rank_first(task: Callable[[], Result], device: torch.device) -> Result:
     """Run `task` on rank 0 and, once it has succeeded there, on the others, which then find its files in place.
 
     If it raises on rank 0, that exception goes up there and FailedElsewhere on every other rank: nobody waits for a
-    rank that has gone.
+    rank that has gone. A UserError of another rank alone becomes a BadFileError that names the rank, which tells it.
     """
     main = dist.get_rank() == 0
     failed = torch.zeros((), device=device)
@@ -81,7 +76,12 @@ def main_rank_first(task: Callable[[], Result], device: torch.device) -> Result:
             dist.broadcast(failed, src=0)
     if failed:
         raise FailedElsewhere
-    return result if main else task()
+    if main:
+        return result
+    try:
+        return task()
+    except UserError as error:
+        raise BadFileError(f"rank {dist.get_rank()}: {error}") from None
 
 
 def decided_by_main(decide: Callable[[], int], device: torch.device) -> int:

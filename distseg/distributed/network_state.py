@@ -9,9 +9,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from distseg.distributed.batch_norm import SynchronisedBatchNorm
 from distseg.errors import UserError
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, by name, so that what a checkpoint holds is what every rank goes on with.
+
+    Those of synchronised batch normalisation are the same on every rank, and do not travel.
+    """
+    if dist.get_world_size() == 1:
+        return
+    for owner in module.modules():
+        if not isinstance(owner, SynchronisedBatchNorm):
+            for buffer in owner._buffers.values():
+                if buffer is not None:
+                    dist.broadcast(buffer, src=0)
 
 
 class KeptBuffers:

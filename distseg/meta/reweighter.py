@@ -183,7 +183,7 @@ class PixelReweighter:
         stopped, whole = self.reduction.sum(stopped_gradient(network, parameters, images)).tolist()
         if stopped > torch.finfo(next(iter(parameters.values())).dtype).eps * whole:
             raise InvalidArgument(
-                "method.estimator finite: the network stops gradients (torch.no_grad, detach, .data or item), which "
+                "estimator finite: the network stops gradients (torch.no_grad, detach, .data or item), which "
                 "differences of its values do not see; use estimator=forward, or reverse"
             )
         self._unchecked = False

@@ -49,13 +49,10 @@ class MethodConfig(Section):
     def _parts_of_the_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = PRESETS.get(values.get("name", cls.model_fields["name"].default), {})
-        parts = {part: _over(part, preset.get(part, {}), values.get(part)) for part in _PARTS}
-        rest = {key: value for key, value in values.items() if key not in _PARTS}
-        for key in rest.keys() - cls.model_fields.keys():
-            if (part := _part_with(key)) is not None and (value := rest.pop(key)) is not None:
-                parts[part] = {**parts[part], key: value}
-        return rest | parts
+        values = with_parts(values)
+        name = values.get("name", cls.model_fields["name"].default)
+        preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
+        return values | {part: _over(part, preset.get(part, {}), values.get(part)) for part in PARTS}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -63,19 +60,19 @@ class MethodConfig(Section):
         if phases.kind != "noisy" and weighting.kind != "uniform":
             raise ValueError(
                 f"phases {phases.kind}: weights of kind {weighting.kind} are of noisy images that come by themselves; "
-                "set phases.kind=noisy or weighting.kind=uniform"
+                "set .phases.kind=noisy or .weighting.kind=uniform"
             )
         if not phases.takes_noisy and self.labels.kind != "drawn":
-            raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set labels.kind=drawn")
+            raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set .labels.kind=drawn")
         main_phase_differs = weighting.kind != "uniform" or self.labels.kind != "drawn"
         if phases.kind == "noisy" and phases.warm_up and not (main_phase_differs or phases.include_clean):
             raise ValueError(
-                f"warm_up {phases.warm_up}: nothing would change after it; set phases.warm_up=0, or weights, labels or "
-                "clean images for the steps after it"
+                f"warm_up {phases.warm_up}: nothing would change after it; set .phases.warm_up=0, or weights, labels "
+                "or clean images for the steps after it"
             )
         if self.loss.kind == "t_loss" and weighting.by_pixel:
             raise ValueError(
-                "loss t_loss: takes one weight an image; set weighting.kind=uniform or weighting.granularity=image"
+                "loss t_loss: takes one weight an image; set .weighting.kind=uniform or .weighting.granularity=image"
             )
         return self
 
@@ -88,7 +85,31 @@ class MethodConfig(Section):
         return self.phases.takes_noisy
 
 
-_PARTS = ("phases", "weighting", "loss", "labels")
+PARTS = ("phases", "weighting", "loss", "labels")
+
+
+def part_with(key: str) -> str | None:
+    """The part that has a key of this name, whatever its kind; no two have. `kind` itself is of none."""
+    for part in PARTS:
+        members = kinds_of(MethodConfig.model_fields[part].annotation).values()
+        if key != "kind" and any(key in member.model_fields for member in members):
+            return part
+    return None
+
+
+def with_parts(values: dict[str, Any]) -> dict[str, Any]:
+    """A method section as written, each key of a part in its part. Raises ValueError where one is written twice."""
+    homes = {key: part for key in values if (part := part_with(str(key))) is not None}
+    spelled = {key: value for key, value in values.items() if key not in homes}
+    for key, part in homes.items():
+        given = spelled.get(part)
+        given = {"kind": given} if isinstance(given, str) else given or {}
+        if not isinstance(given, dict):
+            continue  # pydantic says what is wrong with the part
+        if key in given:
+            raise ValueError(f"{key} is written twice, as {part}.{key} too; remove one of the two")
+        spelled[part] = {**given, key: values[key]}
+    return spelled
 
 
 def _over(part: str, preset: dict[str, Any], given: Any) -> Any:
@@ -101,11 +122,3 @@ def _over(part: str, preset: dict[str, Any], given: Any) -> Any:
     if not isinstance(given, dict) or (given.get("kind") or preset["kind"]) != preset["kind"]:
         return given
     return preset | {key: value for key, value in given.items() if value is not None}
-
-
-def _part_with(key: str) -> str | None:
-    """The part that has a key of this name, whatever its kind; no two have."""
-    for part in _PARTS:
-        if any(key in member.model_fields for member in kinds_of(MethodConfig.model_fields[part].annotation).values()):
-            return part
-    return None

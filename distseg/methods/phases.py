@@ -73,7 +73,7 @@ class NoisyConfig(Section):
         if self.warm_up + self.clean_phase > 1:
             raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
         if self.clean_share is not None and not self.include_clean:
-            raise ValueError("clean_share applies where include_clean=true; set that, or clean_share=null")
+            raise ValueError("clean_share applies where .include_clean=true; set that, or .clean_share=null")
         return self
 
     @property

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distseg.errors import UserError
@@ -44,6 +45,8 @@ def build_model(config: UNetConfig | ImportedConfig, allow_import: bool = True) 
             raise UserError(f"model.options {config.options}: {config.name}: {_one_line(error)}") from None
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name {config.name!r}: returned a {type(model).__name__}, not an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"model.name {config.name!r}: is compiled by torch.jit; name the nn.Module that it was made of")
     model.register_forward_hook(_entry_out)
     return model
 

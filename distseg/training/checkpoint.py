@@ -36,7 +36,7 @@ from distseg.distributed.collectives import decided_by_main, gather_bytes
 from distseg.distributed.engine import load_module_state, load_optimizer_state, module_state, optimizer_state
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
-from distseg.errors import UserError
+from distseg.errors import BadFileError, UserError
 from distseg.files import flush, open_regular, read_regular, remove_parts, write_atomically
 from distseg.methods.method import Method
 from distseg.models.registry import build_model
@@ -109,9 +109,9 @@ def save_checkpoint(
             aside.mkdir()
 
     def write() -> None:
+        state = module_state(engine)  # first: every rank takes part, also one whose disk then fails
         name = f"rank_{shard.rank:05d}.safetensors"
         digests[name] = _write(aside / name, optimizer_state(engine, shard.rank) | _rng_streams())
-        state = module_state(engine)
         if shard.rank == 0:
             digests["model.safetensors"] = _write(aside / "model.safetensors", state)
             digests["method.safetensors"] = _write(aside / "method.safetensors", method.state_dict())
@@ -176,8 +176,8 @@ def load_checkpoint(
     checkpoint = folder / f"step_{step:08d}"
     try:
         return restore(checkpoint, engine, method, runtime)
-    except (OSError, SafetensorError) as error:  # on rank 0 it is whole
-        raise UserError(
+    except (OSError, ValueError, SafetensorError) as error:  # on rank 0 it is whole
+        raise BadFileError(
             f"checkpoint {checkpoint}: rank {shard.rank} cannot read it ({_one_line(error)}); "
             "put the run's folder where every rank sees the same files"
         ) from None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distseg.data.config import DataConfig
 from distseg.data.sample import Sample
 from distseg.data.streams import evaluation_batches
-from distseg.distributed.collectives import broadcast_buffers, sum_over_ranks
+from distseg.distributed.collectives import sum_over_ranks
 from distseg.distributed.runtime import Runtime
 from distseg.evaluation.evaluator import evaluate
 
@@ -27,7 +27,6 @@ def score(
 
     sharded: whether a forward pass gathers parameters. The ranks with fewer batches then take part in the others'.
     """
-    broadcast_buffers(model)
     model.eval()
     shard = runtime.shard
     batches = evaluation_batches(samples, config, shard, batch_size, runtime.device)

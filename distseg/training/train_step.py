@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distseg.distributed.engine import gradients_put_away, reduced_gradients, skip_update_if, skipped_by_engine
-from distseg.distributed.network_state import KeptBuffers
+from distseg.distributed.network_state import KeptBuffers, share_buffers
 from distseg.meta.weights import Diagnostics
 from distseg.methods.step import Step
 from distseg.training.guard import not_finite
@@ -58,4 +58,5 @@ def train_step(engine: Any, method: BeginsSteps, index: int, lr: float, diagnose
         bad[-1] = 1
     skipped = bad.any()
     buffers.restore_where(skipped)
+    share_buffers(engine.module)
     return Outcome(step, total / world_size, bad, step.finish(skipped, lr))

@@ -1,11 +1,11 @@
 """One experiment, top to bottom: data, network, engine, then step after step."""
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,24 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class Clock:
+    """How long a run has taken, as if it had never stopped."""
+
+    first_step: int
+    """Updates that earlier starts had made, and the seconds that they took."""
+    earlier: float
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.began
+
+    def steps_per_second(self, done: int) -> float:
+        """Of this start."""
+        return (done - self.first_step) / (time.monotonic() - self.began)
+
+
 class Preempted(Exception):
     """The run was asked to stop, and has: `--resume` continues it."""
 
@@ -96,6 +114,8 @@ class Trainer:
     """Of the last checkpoint that is on the disk."""
     zero_maps: Tensor
     """() float64 on the device: `progress.zero_maps` as it is now."""
+    clock: Clock
+    """It and the four above are there from the start of `run`."""
 
     def __init__(self, config: Config, folder: Path, runtime: Runtime) -> None:
         self.config, self.folder, self.runtime = config, RunFolder(folder), runtime
@@ -104,7 +124,8 @@ class Trainer:
         side = config.data.image_size
         smallest = min(config.train.batch_size, config.train.clean_batch_size) * runtime.shard.world_size
         check_network(self.model, config.model.name, side, smallest)
-        refuse_unsaved_state(self.model.train(), torch.zeros(2, 3, side, side, device=runtime.device))
+        trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(
@@ -150,8 +171,12 @@ class Trainer:
         `stop_agreed`, asked once a step, says the same on every rank. Raises Preempted where it said yes, Diverged
         after `train.max_bad_steps` bad steps in a row, NotSaved where the last checkpoint could not be written.
         """
-        self._begin(resume)
-        recorder = RunRecorder(self.config, self.folder, self.steps, self.progress.step, self.runtime.is_main)
+        with closing(self):
+            self._begin(resume)
+            recorder = RunRecorder(self.config, self.folder, self.steps, self.progress.step, self.runtime.is_main)
+            return self._train(recorder, stop_agreed)
+
+    def _train(self, recorder: RunRecorder, stop_agreed: Callable[[], bool]) -> dict[str, Any]:
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             for index in range(self.progress.step, self.steps):
@@ -177,7 +202,6 @@ class Trainer:
             raise BadFileError(f"{error}; --resume goes on from {kept}") from None
         finally:
             recorder.close(status)
-            self.close()
         return result
 
     def rehearse(self) -> str:
@@ -231,16 +255,15 @@ class Trainer:
 
     def _begin(self, resume: bool) -> None:
         """Make the folder ready and take up the last checkpoint, if there is one and it is wished."""
-        if self.runtime.is_main:
-            self.folder.figures.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder.config, dump_config(self.config))
         restored = None
         if resume:
             restored = load_checkpoint(self.folder.checkpoints, self.engine, self.method, self.config, self.runtime)
+        if self.runtime.is_main:
+            self.folder.figures.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder.config, dump_config(self.config))
         self.progress = Progress(**restored) if restored else Progress()
-        self.saved_step = self._resumed_at = self.progress.step
-        self._resumed = time.monotonic()
-        self._started = self._resumed - self.progress.seconds  # as if the run had never stopped
+        self.saved_step = self.progress.step
+        self.clock = Clock(self.progress.step, self.progress.seconds)
         self.guard = Guard(
             self.config.train.max_bad_steps,
             self.runtime,
@@ -262,9 +285,9 @@ class Trainer:
 
     def _log(self, outcome: Outcome, recorder: RunRecorder) -> None:
         done = self.progress.step
-        loss = sum_over_ranks(outcome.loss).item()
+        loss = sum_over_ranks(outcome.loss.clone()).item()
         self.guard.check()
-        speed = (done - self._resumed_at) * self.images_per_step / (time.monotonic() - self._resumed)
+        speed = self.clock.steps_per_second(done) * self.images_per_step
         metrics = {"train/loss": loss, "train/lr": self._learning_rate(done - 1), "train/images_per_second": speed}
         metrics["train/skipped_steps"] = self.guard.skipped
         metrics["train/seconds_waiting_for_data"] = sum(stream.waited for stream in self.streams)
@@ -293,7 +316,7 @@ class Trainer:
         self.guard.check()
         self.progress.zero_maps = self.zero_maps.item()
         self.progress.skipped_steps, self.progress.skipped_in_a_row = self.guard.skipped, self.guard.in_a_row
-        self.progress.seconds = time.monotonic() - self._started
+        self.progress.seconds = self.clock.seconds
         kept = asdict(self.progress)
         folder = self.folder.checkpoints
         if save_checkpoint(folder, self.engine, self.method, kept, self.config, self.runtime, best):
@@ -303,13 +326,18 @@ class Trainer:
         done = self.progress.step
         if self.saved_step < done:
             self._save(best=False)
+        if self.saved_step < done:
+            raise NotSaved(
+                f"{self.folder.checkpoints}: cannot be written to, what is kept is of step {self.saved_step}; make "
+                "room, then --resume"
+            )
         raise Preempted(f"stopped after step {done} of {self.steps}, as asked; --resume continues")
 
     def _finish(self, recorder: RunRecorder) -> dict[str, Any]:
         """Score the test split, once, and write what the run ends with."""
         if self.saved_step < self.steps:
             raise NotSaved(f"{self.folder.checkpoints}: cannot be written to; make room, then --resume")
-        seconds = time.monotonic() - self._started
+        seconds = self.clock.seconds
         counts = self.score(self.splits.test)
         if self.runtime.is_main:
             write_atomically(self.folder.test_counts, counts_csv([s.id for s in self.splits.test], counts))
@@ -353,8 +381,8 @@ class Trainer:
         return network.eval(), batch.images.numpy()
 
 
-def earlier_result(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> dict[str, Any] | None:
-    """What result.json holds if this run has finished; reads only.
+def has_finished(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> bool:
+    """Whether this run has its result; reads only. One rank decides for all.
 
     Raises UserError for a folder that holds a run without `resume`, another run's config with it, and where `always`
     finds nothing to resume.
@@ -363,9 +391,13 @@ def earlier_result(config: Config, folder: Path, resume: Literal["auto", "always
     if not run.config.exists():
         if resume == "always":
             raise UserError(f"{folder}: no run to resume; leave out --resume, or write --resume auto to start one")
-        return None
+        return False
     if not resume:
         raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another name=")
-    if changed := changed_keys(load_config(run.config), config):
+    try:
+        before = load_config(run.config)
+    except UserError as error:
+        raise UserError(f"{folder}: was begun by another version of distseg ({error}); choose another name=") from None
+    if changed := changed_keys(before, config):
         raise UserError(f"{folder}: --resume with another config: {changed[0]}; choose another name= for a new run")
-    return json.loads(run.result.read_text()) if run.result.exists() else None
+    return run.result.exists()

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from distseg.config.load import changed_keys, dump_config, flatten_config, load_config
 from distseg.config.schema import Config
 from distseg.errors import UserError
+from distseg.methods.config import MethodConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MINIMAL = "name: x\ndata: {root: /data}\ntrain: {steps: 10}\n"
@@ -105,3 +107,44 @@ def test_flatten_and_compare(minimal: Path) -> None:
     assert changed_keys(before, after) == ["optim.lr was 0.0001, is 0.5"]
     assert changed_keys(before, before) == []
     assert isinstance(before, Config)
+
+
+REWEIGHTED = MINIMAL + "method: {name: pixel_reweight, estimator: reverse, phases: {warm_up: 0.2}}\n"
+
+
+def test_the_last_spelling_of_a_key_counts(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(REWEIGHTED)
+    method = load_config(path, ["method.weighting.estimator=finite", "method.warm_up=0.1"]).method
+    assert (method.weighting.estimator, method.phases.warm_up) == ("finite", 0.1)
+    method = load_config(path, ["method.estimator=finite", "method.weighting.estimator=forward"]).method
+    assert method.weighting.estimator == "forward"
+
+
+def test_another_method_is_not_named_over_the_parts_of_the_file_s(tmp_path: Path) -> None:
+    """It would be that method by name only."""
+    path = tmp_path / "c.yaml"
+    path.write_text(REWEIGHTED)
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["method.name=noisy_only"])
+    told = str(caught.value)
+    assert "the config sets method.phases for pixel_reweight" in told
+    mend = re.search(r"take it back \((.*)\)", told)[1].split()
+    method = load_config(path, ["method.name=noisy_only", *mend]).method
+    assert method == MethodConfig.model_validate({"name": "noisy_only"})
+    assert load_config(path, ["method.name=pixel_reweight"]).method.weighting.estimator == "reverse"
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("method.q=0.5", "method.loss.q=null"),
+        ("method.weighting.initial_weight=1", "method.weighting.initial_weight=null"),
+        ("data.noise.vertices=4", "data.noise.vertices=null"),
+        ("method.clean_share=0.2", "method.phases.clean_share=null"),
+    ],
+)
+def test_the_mend_of_a_key_that_does_not_apply_can_be_typed(minimal: Path, override: str, mend: str) -> None:
+    with pytest.raises(UserError, match=re.escape(mend)):
+        load_config(minimal, ["method.name=noisy_only", override])
+    load_config(minimal, ["method.name=noisy_only", override, mend])

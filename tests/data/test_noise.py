@@ -347,7 +347,7 @@ def test_another_process_draws_the_same_bits():
     [
         (
             {"kind": "box", "vertices": 3},
-            r"vertices is no key of box; remove it \(vertices=null takes it back\), or set kind=polygon",
+            r"vertices is no key of box; remove it \(\.vertices=null takes it back\), or set \.kind=polygon",
         ),
         ({"kind": "polygon", "beta": 0.5}, "beta is no key of polygon"),
         ({"kind": "mixed"}, "mixed noise needs two or more"),

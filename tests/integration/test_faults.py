@@ -132,7 +132,10 @@ def assert_same_end(actual: Path, expected: Path, steps: int) -> None:
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize(("moments", "steps"), [(1, STEPS), pytest.param(20, 400, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    ("moments", "steps"),
+    [pytest.param(1, STEPS, marks=pytest.mark.slow), pytest.param(20, 400, marks=pytest.mark.faults)],
+)
 def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
     config: Path, make_whole, tmp_path: Path, moments: int, steps: int
 ) -> None:
@@ -185,6 +188,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path
     assert tracked.info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_second_start_of_a_live_run_is_refused_and_leaves_it_alone(config: Path, tmp_path: Path, train) -> None:
     long = ["train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000"]
     started = start(config, tmp_path, *long)
@@ -199,6 +203,7 @@ def test_a_second_start_of_a_live_run_is_refused_and_leaves_it_alone(config: Pat
     assert started.end()[0] == 75
 
 
+@pytest.mark.slow
 def test_the_check_of_the_result_sees_what_a_killed_launcher_hides(config: Path, tmp_path: Path) -> None:
     """`deepspeed` is two processes: it may end with 0 where the inner one is killed."""
     long = ["train.steps=4000", "train.validate_every=4000", "train.checkpoint_every=4000"]
