@@ -64,11 +64,12 @@ def read_noisy_masks(
 ) -> tuple[list[Sample], float]:
     """What `write_noisy_masks` returned for the same arguments, for a rank that finds its files in place.
 
-    Raises BadFileError where manifest.csv is not of these samples and this noise.
+    Where there is no manifest.csv the masks are drawn: the ranks of a dry run have a folder each. Raises BadFileError
+    where it is not of these samples and this noise.
     """
-    if noise.kind == "none":
-        return write_noisy_masks(samples, noise, folder, decoding)
     manifest = folder / "manifest.csv"
+    if noise.kind == "none" or not manifest.exists():
+        return write_noisy_masks(samples, noise, folder, decoding)
     try:
         with manifest.open(newline="", encoding="utf-8") as file:
             _, *rows = csv.reader(file)
