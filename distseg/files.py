@@ -1,11 +1,13 @@
 """Files that are either as they were or complete, and files that are read only if they are regular ones.
 
-A file is written aside as `.NAME.PID.part`, flushed to the disk, and renamed. A kill may leave the part behind;
-`remove_parts` takes it away at the next start.
+A file is written aside as `.NAME.HOST.PID.RANDOM.part`, flushed to the disk, and renamed. A kill may leave the part
+behind; `remove_parts` takes it away at the next start.
 """
 
 import os
+import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +32,9 @@ def written_atomically(path: Path, durable: bool = True) -> Iterator[Path]:
 
     If the block raises, `path` stays as it was. An OSError comes out as StorageError.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Writers on several hosts may share the folder, and in containers each of them may be process 1 of its host.
+    writer = f"{socket.gethostname()[:16]}.{os.getpid()}.{secrets.token_hex(4)}"  # short: names have at most 255 bytes
+    aside = path.with_name(f".{path.name}.{writer}.part")
     try:
         try:
             yield aside

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,21 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_that_share_host_name_and_process_id_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 4_194_304)
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
+    path = tmp_path / f"{'n' * 200}.png"  # the longest id
+    with written_atomically(path) as first:
+        first.write_text("first")
+        with written_atomically(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 
 

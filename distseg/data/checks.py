@@ -19,7 +19,7 @@ from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 from distseg.run_folder import RunFolder
-from distseg.text import for_csv
+from distseg.text import for_csv, for_terminal
 
 _log = logging.getLogger(__name__)
 
@@ -61,9 +61,9 @@ def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample
             _record(problems, record, run.config.exists())
             if problems and check:
                 count = len({problem.id for problem in problems})
-                _log.warning("left out %d samples, %s: %s", count, record, first_of(problems))
-        with record.open(newline="", encoding="utf-8") as file:
-            left_out = {row["id"] for row in csv.DictReader(file)}
+                counted = f"{count} sample{'s' if count > 1 else ''}"
+                _log.warning("left out %s, %s: %s", counted, record, first_of(problems))
+        left_out = _read(record)
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
     if check and inspection is not None:
@@ -208,8 +208,32 @@ def _twins(images: list[tuple[Sample, ImageFacts]]) -> list[Problem]:
 
 
 def _record(problems: list[Problem], record: Path, begun: bool) -> None:
-    content = problems_table(problems)
-    if begun and record.exists() and record.read_text(encoding="utf-8") != content:
-        raise UserError(f"{record}: other files are bad now than when this run began; mend them, or take another name=")
+    """Write `problems` to `record`; where the run has begun, only if they are of the same samples as those in it.
+
+    Neither paths nor reasons count: data may move, and a decoder may put it in other words.
+    """
+    if begun and record.exists():
+        changes = _changes(_read(record), problems)
+        if changes:
+            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+            raise UserError(
+                f"{record}: other files are bad now than when this run began: {changes[0]}{more}; put the data back as "
+                "it was, or choose another name="
+            )
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, content)
+    write_atomically(record, problems_table(problems))
+
+
+def _read(record: Path) -> dict[str, str]:
+    """One bad file of each sample that is left out, by id."""
+    try:
+        with record.open(newline="", encoding="utf-8") as file:
+            return {row["id"]: row["file"] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, csv.Error):
+        raise UserError(f"{record}: is damaged; put it back, or choose another name=") from None
+
+
+def _changes(before: dict[str, str], problems: list[Problem]) -> list[str]:
+    now = {for_csv(problem.id): problem for problem in reversed(problems)}
+    mended = [f"{for_terminal(before[id])} is no longer bad" for id in sorted(before.keys() - now.keys())]
+    return [str(now[id]) for id in sorted(now.keys() - before.keys())] + mended

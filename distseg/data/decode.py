@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from distseg.data.png import with_pixels_stored
 from distseg.data.resize import resize_mask
@@ -138,6 +138,11 @@ def _named(path: Path, decoding: Decoding) -> Iterator[None]:
         raise BadFileError(f"{path}: {_bomb('more than that', decoding)}") from None
     except FileNotFoundError:
         raise BadFileError(f"{path}: no such file") from None
+    except UnidentifiedImageError:  # its text has the address of a buffer, another in every process
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise BadFileError(
+            f"{path}: cannot be decoded: it is no {kinds}, or its header is damaged; fetch it again, or save it as PNG"
+        ) from None
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more

@@ -6,7 +6,7 @@ from typing import Any
 
 from distseg.data.checks import usable_samples
 from distseg.data.config import DataConfig
-from distseg.data.noise.write import write_noisy_masks
+from distseg.data.noise.write import read_noisy_masks, write_noisy_masks
 from distseg.data.sample import Sample
 from distseg.data.splits import split_clean
 from distseg.run_folder import RunFolder
@@ -29,12 +29,13 @@ class Splits:
 
 
 def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool) -> Splits:
-    """Read and split the data, and write the noisy masks into `folder`; UserError for what is wrong with it.
+    """Read and split the data, with its noisy masks in `folder`; UserError for what is wrong with it.
 
-    check: whether to look into every file, which one rank does for all.
+    check: whether to look into every file and to draw the masks, which one rank does for all, before the others.
     """
     samples = usable_samples(config, folder.path, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.clean_count, seed)
-    noisy, noise_rate = write_noisy_masks(noisy, config.noise, folder.noisy_masks, config.decoding)
+    noisy_masks = write_noisy_masks if check else read_noisy_masks
+    noisy, noise_rate = noisy_masks(noisy, config.noise, folder.noisy_masks, config.decoding)
     return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)

@@ -18,10 +18,13 @@ from distseg.data.noise.kind import NoiseKind
 from distseg.data.noise.markov import markov
 from distseg.data.noise.polygon import polygon
 from distseg.data.noise.unsupervised import unsupervised
-from distseg.data.noise.write import corrupt, write_noisy_masks
+from distseg.data.noise.write import corrupt, read_noisy_masks, write_noisy_masks
 from distseg.data.seeding import generator
 from distseg.data.splits import split_clean
 from distseg.data.survey import read_samples
+from distseg.errors import BadFileError
+from distseg.run_folder import RunFolder
+from distseg.training.splits import prepare_splits
 
 
 def noise_of(**values) -> NoiseKind:
@@ -157,6 +160,41 @@ def test_written_masks_are_what_corrupt_says_and_a_rerun_is_byte_identical(make_
             assert (row["id"], row["kind"], row["parameters"], row["seed"]) == (sample.id, "polygon", "vertices=3", "4")
             assert float(row["wrong_pixel_rate"]) == pytest.approx(rates[-1], abs=1e-6)
     assert 0 < rate == pytest.approx(np.mean(rates))
+
+
+@pytest.mark.parametrize("kind", ["polygon", "none"])
+def test_one_rank_draws_and_the_others_find_the_same(make_dataset, tmp_path, kind):
+    config = DataConfig(root=make_dataset(noisy=kind == "none"), clean_count=3, noise=noise_of(kind=kind))
+    folder = RunFolder(tmp_path / "run")
+
+    def files() -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.noisy_masks.glob("*")}
+
+    first = prepare_splits(config, 0, folder, check=True)
+    before = files()
+    assert len(before) == (6 if kind == "polygon" else 0) and first.noise_rate > 0
+    assert prepare_splits(config, 0, folder, check=False) == first  # the rate too, to the last bit
+    assert files() == before
+
+    own = prepare_splits(config, 0, RunFolder(tmp_path / "own"), check=False)  # of a rank with a folder of its own
+    assert (own.clean, own.noise_rate) == (first.clean, first.noise_rate)
+    assert [read_mask(s.noisy_mask).tolist() for s in own.noisy] == [
+        read_mask(s.noisy_mask).tolist() for s in first.noisy
+    ]
+
+
+def test_noisy_masks_of_another_run_are_not_taken_for_its_own(make_dataset, tmp_path):
+    samples, noise = read_samples(DataConfig(root=make_dataset())), noise_of(kind="polygon", vertices=3)
+    written = write_noisy_masks(samples, noise, tmp_path)
+    assert read_noisy_masks(samples, noise, tmp_path) == written
+    others = [noise.with_seed(1), noise_of(kind="polygon", vertices=4), noise_of(kind="box")]
+    for wrong_samples, wrong_noise in [(samples[1:], noise), (samples[::-1], noise), *((samples, n) for n in others)]:
+        with pytest.raises(BadFileError, match=r"manifest\.csv: is not what the first rank has written for this run"):
+            read_noisy_masks(wrong_samples, wrong_noise, tmp_path)
+    for damage in (b"", b"\xff\n", b"id\n\n", (tmp_path / "manifest.csv").read_bytes()[:-30]):
+        (tmp_path / "manifest.csv").write_bytes(damage)
+        with pytest.raises(BadFileError, match=r"manifest\.csv: "):
+            read_noisy_masks(samples, noise, tmp_path)
 
 
 def test_kind_none_keeps_the_masks_that_the_data_brings(make_dataset, tmp_path):

@@ -1,4 +1,4 @@
-"""The noisy masks of a run, drawn and written as PNG."""
+"""The noisy masks of a run: drawn and written as PNG by one rank, found by the others."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ import numpy as np
 from distseg.data.decode import PLAIN, Decoding, read_image, read_mask
 from distseg.data.noise.kind import Image, Mask, NoiseKind
 from distseg.data.sample import Sample
-from distseg.errors import UserError
+from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 
 
@@ -51,14 +51,42 @@ def write_noisy_masks(
 
     with ThreadPoolExecutor() as pool:
         written = list(pool.map(write, samples))
-    parameters = noise.parameters
     table = io.StringIO(newline="")
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["id", "mask", "kind", "parameters", "seed", "wrong_pixel_rate"])
-    for sample, rate in written:
-        rows.writerow([sample.id, f"{sample.id}.png", noise.kind, parameters, noise.seed, f"{rate:.6f}"])
+    rows.writerows([*_described(sample, noise), rate] for sample, rate in written)  # the rate in full, to be read back
     write_atomically(folder / "manifest.csv", table.getvalue())
     return [sample for sample, _ in written], _mean(rate for _, rate in written)
+
+
+def read_noisy_masks(
+    samples: list[Sample], noise: NoiseKind, folder: Path, decoding: Decoding = PLAIN
+) -> tuple[list[Sample], float]:
+    """What `write_noisy_masks` returned for the same arguments, for a rank that finds its files in place.
+
+    Where there is no manifest.csv the masks are drawn: the ranks of a dry run have a folder each. Raises BadFileError
+    where it is not of these samples and this noise.
+    """
+    manifest = folder / "manifest.csv"
+    if noise.kind == "none" or not manifest.exists():
+        return write_noisy_masks(samples, noise, folder, decoding)
+    try:
+        with manifest.open(newline="", encoding="utf-8") as file:
+            _, *rows = csv.reader(file)
+        rates = [float(rate) for *_, rate in rows]
+        same = [described for *described, _ in rows] == [_described(sample, noise) for sample in samples]
+    except (OSError, ValueError, csv.Error):
+        same = False
+    if not same:
+        raise BadFileError(
+            f"{manifest}: is not what the first rank has written for this run; see that all ranks share its folder and "
+            "have the same data"
+        )
+    return [replace(sample, noisy_mask=folder / f"{sample.id}.png") for sample in samples], _mean(rates)
+
+
+def _described(sample: Sample, noise: NoiseKind) -> list[str]:
+    return [sample.id, f"{sample.id}.png", noise.kind, noise.parameters, str(noise.seed)]
 
 
 def _own_rate(sample: Sample, decoding: Decoding) -> float:
