@@ -37,8 +37,13 @@ ANY = "any"
 _AXES = ("data.clean_count", "data.noise", "tracking")
 """Keys that a grid may not vary: the study has its own axes for them, or they change no result."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+_LONGEST_NAME = 100
+_LONGEST_LEVEL = 500
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=64)]
+Level = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=_LONGEST_LEVEL)]
+"""A noise level; that of mixed noise names every annotator."""
 GridValue = str | int | float | bool
 Grid = dict[str, Annotated[tuple[GridValue, ...], Field(min_length=1)]]
 
@@ -49,7 +54,11 @@ def _grid_is_of_keys(grid: Grid) -> Grid:
             raise ValueError(f"{key}: is no key of the config; write section.key, for instance optim.lr")
         if any(key == axis or key.startswith(f"{axis}.") for axis in _AXES):
             raise ValueError(f"{key}: cannot be in a grid; noise, clean_counts and seeds are axes of their own")
-        if len({repr(value) for value in values}) < len(values):
+        for text in (key, *map(_text, values)):
+            if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,64}", text):
+                raise ValueError(f"{key}: keys and values must have 1 to 64 printable characters, got {text[:80]!r}")
+        # Tables and reports tell values apart by their texts, a config by their values: 1, 1.0 and true are equal.
+        if min(len(set(map(_text, values))), len(set(values))) < len(values):
             raise ValueError(f"{key}: one of the values is there twice")
     return grid
 
@@ -98,6 +107,16 @@ class StudyConfig(Section):
             raise ValueError("one of them is there twice")
         return values
 
+    @field_validator("noise")
+    @classmethod
+    def _levels_can_be_told_apart(cls, noise: tuple[NoiseConfig, ...]) -> tuple[NoiseConfig, ...]:
+        levels = [item.level for item in noise]
+        if repeated := next((level for level in levels if levels.count(level) > 1), None):
+            raise ValueError(f"{repeated[:80]} is there twice")
+        if longest := next((level for level in levels if len(level) > _LONGEST_LEVEL), None):
+            raise ValueError(f"{longest[:80]}… has more than {_LONGEST_LEVEL} characters; use fewer annotators")
+        return noise
+
     @model_validator(mode="after")
     def _champion_takes_part(self) -> Self:
         if self.champion is not None and self.champion not in self.methods:
@@ -141,7 +160,7 @@ class PlannedRun(Section):
 
     name: Name
     method: Label
-    noise: Label
+    noise: Level
     clean_count: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,17}|any)$")]
     grid: dict[Label, Label] = Field(default_factory=dict)
     seed: Annotated[str, Field(pattern=r"^[0-9]{1,19}$")]
@@ -153,7 +172,7 @@ class Plan(Section):
     name: Name
     methods: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1000)]
     champion: Label | None = None
-    noise: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
+    noise: Annotated[tuple[Level, ...], Field(min_length=1, max_length=100)]
     clean_counts: Annotated[tuple[Count, ...], Field(min_length=1, max_length=100)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
     runs: Annotated[tuple[PlannedRun, ...], Field(validation_alias=AliasChoices("runs", "children"))]
@@ -276,7 +295,8 @@ def _run(
     variant = "-".join([label, *(f"{key.rpartition('.')[2]}{value}" for key, value in grid.items())])
     readable = f"{variant}-{noise_name}-k{count_name}-s{seed}".replace(", ", "_").replace(")", "")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", readable).lstrip("._-")
-    name = f"{safe[:160]}-{config_hash(config)}"
+    ending = f"-{config_hash(config)}"
+    name = safe[: _LONGEST_NAME - len(ending)] + ending
     try:
         config = Config.model_validate(config.model_dump() | {"name": name})
     except ValidationError as error:
@@ -285,7 +305,10 @@ def _run(
 
 
 def _text(value: GridValue) -> str:
-    """A value of a grid as names and tables have it."""
+    """A value of a grid as names and tables have it; different values have different texts."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
