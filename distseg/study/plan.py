@@ -34,8 +34,13 @@ from distseg.section import Count, Section
 ANY = "any"
 """The noise level or clean count of a run that does not depend on it, and stands for all of them."""
 
-_AXES = ("data.clean_count", "data.noise", "tracking")
-"""Keys that a grid may not vary: the study has its own axes for them, or they change no result."""
+_AXES = {
+    "seed": "seeds",
+    "data.noise.seed": "seeds",  # every seed draws the masks anew
+    "data.noise": "noise",
+    "data.clean_count": "clean_counts",
+}
+"""Keys of the config that a study sets itself, and where its file has their values."""
 
 _LONGEST_NAME = 100
 _LONGEST_LEVEL = 500
@@ -50,10 +55,14 @@ Grid = dict[str, Annotated[tuple[GridValue, ...], Field(min_length=1)]]
 
 def _grid_is_of_keys(grid: Grid) -> Grid:
     for key, values in grid.items():
+        if axis := _axis_of(key):
+            raise ValueError(
+                f"{key}: cannot be in a grid, it is an axis already; write its values as {axis} of the study"
+            )
+        if key.partition(".")[0] == "tracking":
+            raise ValueError(f"{key}: cannot be in a grid, it changes no result")
         if not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
             raise ValueError(f"{key}: is no key of the config; write section.key, for instance optim.lr")
-        if any(key == axis or key.startswith(f"{axis}.") for axis in _AXES):
-            raise ValueError(f"{key}: cannot be in a grid; noise, clean_counts and seeds are axes of their own")
         for text in (key, *map(_text, values)):
             if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,64}", text):
                 raise ValueError(f"{key}: keys and values must have 1 to 64 printable characters, got {text[:80]!r}")
@@ -241,6 +250,11 @@ def parse_plan(text: str, source: str) -> Plan:
         raise UserError(f"plan.json of {source}: {first_problem(error, Plan)}; {mend}") from None
 
 
+def _axis_of(key: str) -> str | None:
+    """Where the study file has the values of `key` of the config; None if the study does not set it itself."""
+    return next((axis for name, axis in _AXES.items() if key == name or key.startswith(f"{name}.")), None)
+
+
 def _read(path: Path) -> StudyConfig:
     try:
         return StudyConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
@@ -258,10 +272,15 @@ def _config_of(
     path: Path, study: StudyConfig, overrides: list[str], label: str, point: Mapping[str, GridValue]
 ) -> Config:
     """What the runs of one method at one point of its grid share."""
-    for source, items in (("", overrides), (f"methods.{label}: ", study.methods[label].settings)):
-        if taken := [item for item in items if item.partition("=")[0] in point]:
-            key = taken[0].partition("=")[0]
-            raise UserError(f"study {path}: {source}{taken[0]}: the grid varies {key}; remove one of the two")
+    own = study.methods[label].settings
+    for source, items in (("", overrides), ("settings: ", study.settings), (f"methods.{label}: ", own)):
+        for item in items:
+            key = item.partition("=")[0]
+            if axis := _axis_of(key):
+                mend = f"remove it, and set {axis} in the study file"
+                raise UserError(f"study {path}: {source}{item}: is an axis of the study; {mend}")
+            if key in point and items is not study.settings:
+                raise UserError(f"study {path}: {source}{item}: the grid varies {key}; remove one of the two")
     # JSON's scalars are YAML's, and a text in quotes stays a text.
     chosen = [f"{key}={json.dumps(value)}" for key, value in point.items()]
     settings = [*study.settings, *study.methods[label].settings, *chosen, *overrides]

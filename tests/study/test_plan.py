@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,8 @@ def test_a_method_without_grid_keeps_the_name_that_it_has_without_one(write) -> 
         ({"grid": {"optim.lr": [0.1, 0.1]}}, "optim.lr: one of the values is there twice"),
         ({"grid": {"data.noise.kind": ["box"]}}, "data.noise.kind: cannot be in a grid"),
         ({"grid": {"data.clean_count": [1]}}, "data.clean_count: cannot be in a grid"),
+        ({"grid": {"seed": [1]}}, "seed: cannot be in a grid, it is an axis already; write its values as seeds of"),
+        ({"grid": {"data.noise.seed": [1]}}, "write its values as seeds of the study"),
         ({"grid": {"tracking.mlflow": [True]}}, "tracking.mlflow: cannot be in a grid"),
         ({"methods": {"oracle": []}, "grid": {"optim.rl": [1]}}, "optim.rl: unknown key; known: name, lr"),
         ({"methods": {"oracle": []}, "grid": {"optim.lr": ["fast"]}}, "optim.lr: input should be a valid number"),
@@ -253,3 +256,23 @@ def test_equal_grid_values_are_refused(write, values: list) -> None:
 def test_noise_levels_of_one_text_are_refused(write, noise: list) -> None:
     with pytest.raises(UserError, match=r"noise: .*\) is there twice|noise: box is there twice"):
         load_study(write(noise=noise))
+
+
+@pytest.mark.parametrize(
+    ("item", "axis"),
+    [
+        ("seed=5", "seeds"),
+        ("data.noise.seed=5", "seeds"),
+        ("data.noise={kind: box}", "noise"),
+        ("data.noise.kind=box", "noise"),
+        ("data.clean_count=5", "clean_counts"),
+    ],
+)
+def test_a_setting_of_an_axis_is_refused_in_one_line(write, item: str, axis: str) -> None:
+    said = re.escape(f"{item}: is an axis of the study; remove it, and set {axis} in the study file") + "$"
+    with pytest.raises(UserError, match=said):
+        load_study(write(), [item])
+    with pytest.raises(UserError, match=f"settings: {said}"):
+        load_study(write(settings=[item]))
+    with pytest.raises(UserError, match=f"methods.oracle: {said}"):
+        load_study(write(methods={"oracle": [item]}))
