@@ -208,7 +208,7 @@ def test_long_labels_and_values_make_a_plan_that_reads_back(write) -> None:
     methods = {"x" * 64: ["method.name=pixel_reweight"]}
     grid = {
         "optim.lr": [1.234567890123456e-3, 1.234567890123457e-3],
-        "method.granularity": ["pixel", f"patch({'4' * 3})"],
+        "method.granularity": ["pixel", "patch(12)"],
         "data.layout": ["auto"],
         "data.root": ["/" + "d" * 63],
     }
