@@ -20,23 +20,22 @@ from distseg.methods.config import PARTS, MethodConfig, part_with, with_parts
 from distseg.section import kinds_of
 from distseg.text import for_terminal
 
-CHANGEABLE = (
+WITHOUT_EFFECT = (
+    "data.device_memory",
     "data.memory",
-    "data.root",
     "data.threads",
     "deepspeed.config_file",
     "deepspeed.zero_stage",
-    "train.accumulation",
-    "train.batch_size",
     "train.checkpoint_every",
-    "train.clean_batch_size",
     "train.figure_every",
     "train.keep_checkpoints",
     "train.log_every",
     "train.max_bad_steps",
 )
-"""Keys that change no result, if a step sees as many images as before; a run may be resumed with other values. The data
-may lie elsewhere than before: a run knows its samples by content."""
+"""Keys that change no result but for rounding and the decoder of an image; see `has_no_effect`."""
+CHANGEABLE = (*WITHOUT_EFFECT, "data.root", "train.accumulation", "train.batch_size", "train.clean_batch_size")
+"""Keys that a run may be resumed with other values of. The last four may change the result of another run, but not of
+one that is resumed: it knows its samples by content, and its steps have to see as many images as before."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -81,13 +80,18 @@ def flatten_config(config: Config) -> dict[str, Any]:
     return leaves(config.model_dump(mode="json"), "")
 
 
+def has_no_effect(key: str) -> bool:
+    """Whether runs that differ in `key` alone have the same result, but for rounding and the decoder of an image."""
+    return key in WITHOUT_EFFECT or key.startswith("tracking.")
+
+
 def changed_keys(before: Config, after: Config) -> list[str]:
     """`section.key was …, is …` for every leaf that differs and may change the result."""
     old, new = flatten_config(before), flatten_config(after)
     return [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in CHANGEABLE and not key.startswith("tracking.")
+        if old.get(key) != new.get(key) and key not in CHANGEABLE and not has_no_effect(key)
     ]
 
 

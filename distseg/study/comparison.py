@@ -6,25 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distseg.config.load import has_no_effect
 from distseg.run_folder import RunFolder
 from distseg.study.records import RunResult, read_result, read_settings
 
-_OF_THE_RUN = frozenset(
-    {
-        "name",
-        "seed",
-        "data.noise.seed",  # in a study it is the run's seed
-        "data.memory",
-        "data.device_memory",
-        "data.threads",
-        "train.checkpoint_every",
-        "train.figure_every",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.max_bad_steps",
-    }
-)
-"""Keys that tell the runs of one experiment apart, or change no result; so do those of `tracking`."""
+_OF_THE_RUN = ("name", "seed", "data.noise.seed")  # in a study the noise has the run's seed
+"""Keys that tell the runs of one experiment apart."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ def read_run(path: Path) -> FinishedFolder:
     settings = {
         key: _text(value)
         for key, value in read_settings(run).items()
-        if key not in _OF_THE_RUN and not key.startswith("tracking.")
+        if key not in _OF_THE_RUN and not has_no_effect(key)
     }
     if result.world_size is not None:
         settings["ranks"] = str(result.world_size)

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
-from distseg.config.load import config_hash, first_problem, load_config
+from distseg.config.load import canonical_key, config_hash, first_problem, load_config
 from distseg.config.schema import Config
 from distseg.data.noise.config import NoiseConfig
 from distseg.data.noise.none import NoNoise
@@ -34,22 +34,40 @@ from distseg.section import Count, Section
 ANY = "any"
 """The noise level or clean count of a run that does not depend on it, and stands for all of them."""
 
-_AXES = ("data.clean_count", "data.noise", "tracking")
-"""Keys that a grid may not vary: the study has its own axes for them, or they change no result."""
+_AXES = {
+    "seed": "seeds",
+    "data.noise.seed": "seeds",  # every seed draws the masks anew
+    "data.noise": "noise",
+    "data.clean_count": "clean_counts",
+}
+"""Keys of the config that a study sets itself, and where its file has their values."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+_LONGEST_NAME = 100
+_LONGEST_LEVEL = 500
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=64)]
+Level = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=_LONGEST_LEVEL)]
+"""A noise level; that of mixed noise names every annotator."""
 GridValue = str | int | float | bool
 Grid = dict[str, Annotated[tuple[GridValue, ...], Field(min_length=1)]]
 
 
 def _grid_is_of_keys(grid: Grid) -> Grid:
     for key, values in grid.items():
+        if axis := _axis_of(key):
+            raise ValueError(
+                f"{key}: cannot be in a grid, it is an axis already; write its values as {axis} of the study"
+            )
+        if key.partition(".")[0] == "tracking":
+            raise ValueError(f"{key}: cannot be in a grid, it changes no result")
         if not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
             raise ValueError(f"{key}: is no key of the config; write section.key, for instance optim.lr")
-        if any(key == axis or key.startswith(f"{axis}.") for axis in _AXES):
-            raise ValueError(f"{key}: cannot be in a grid; noise, clean_counts and seeds are axes of their own")
-        if len({repr(value) for value in values}) < len(values):
+        for text in (key, *map(_text, values)):
+            if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,64}", text):
+                raise ValueError(f"{key}: keys and values must have 1 to 64 printable characters, got {text[:80]!r}")
+        # Tables and reports tell values apart by their texts, a config by their values: 1, 1.0 and true are equal.
+        if min(len(set(map(_text, values))), len(set(values))) < len(values):
             raise ValueError(f"{key}: one of the values is there twice")
     return grid
 
@@ -98,6 +116,16 @@ class StudyConfig(Section):
             raise ValueError("one of them is there twice")
         return values
 
+    @field_validator("noise")
+    @classmethod
+    def _levels_can_be_told_apart(cls, noise: tuple[NoiseConfig, ...]) -> tuple[NoiseConfig, ...]:
+        levels = [item.level for item in noise]
+        if repeated := next((level for level in levels if levels.count(level) > 1), None):
+            raise ValueError(f"{repeated[:80]} is there twice")
+        if longest := next((level for level in levels if len(level) > _LONGEST_LEVEL), None):
+            raise ValueError(f"{longest[:80]}… has more than {_LONGEST_LEVEL} characters; use fewer annotators")
+        return noise
+
     @model_validator(mode="after")
     def _champion_takes_part(self) -> Self:
         if self.champion is not None and self.champion not in self.methods:
@@ -141,7 +169,7 @@ class PlannedRun(Section):
 
     name: Name
     method: Label
-    noise: Label
+    noise: Level
     clean_count: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,17}|any)$")]
     grid: dict[Label, Label] = Field(default_factory=dict)
     seed: Annotated[str, Field(pattern=r"^[0-9]{1,19}$")]
@@ -153,7 +181,7 @@ class Plan(Section):
     name: Name
     methods: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1000)]
     champion: Label | None = None
-    noise: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
+    noise: Annotated[tuple[Level, ...], Field(min_length=1, max_length=100)]
     clean_counts: Annotated[tuple[Count, ...], Field(min_length=1, max_length=100)]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
     runs: Annotated[tuple[PlannedRun, ...], Field(validation_alias=AliasChoices("runs", "children"))]
@@ -222,6 +250,11 @@ def parse_plan(text: str, source: str) -> Plan:
         raise UserError(f"plan.json of {source}: {first_problem(error, Plan)}; {mend}") from None
 
 
+def _axis_of(key: str) -> str | None:
+    """Where the study file has the values of `key` of the config; None if the study does not set it itself."""
+    return next((axis for name, axis in _AXES.items() if key == name or key.startswith(f"{name}.")), None)
+
+
 def _read(path: Path) -> StudyConfig:
     try:
         return StudyConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
@@ -239,10 +272,15 @@ def _config_of(
     path: Path, study: StudyConfig, overrides: list[str], label: str, point: Mapping[str, GridValue]
 ) -> Config:
     """What the runs of one method at one point of its grid share."""
-    for source, items in (("", overrides), (f"methods.{label}: ", study.methods[label].settings)):
-        if taken := [item for item in items if item.partition("=")[0] in point]:
-            key = taken[0].partition("=")[0]
-            raise UserError(f"study {path}: {source}{taken[0]}: the grid varies {key}; remove one of the two")
+    own = study.methods[label].settings
+    for source, items in (("", overrides), ("settings: ", study.settings), (f"methods.{label}: ", own)):
+        for item in items:
+            key = item.partition("=")[0]
+            if axis := _axis_of(key):
+                mend = f"remove it, and set {axis} in the study file"
+                raise UserError(f"study {path}: {source}{item}: is an axis of the study; {mend}")
+            if canonical_key(key) in map(canonical_key, point) and items is not study.settings:
+                raise UserError(f"study {path}: {source}{item}: the grid varies {key}; remove one of the two")
     # JSON's scalars are YAML's, and a text in quotes stays a text.
     chosen = [f"{key}={json.dumps(value)}" for key, value in point.items()]
     settings = [*study.settings, *study.methods[label].settings, *chosen, *overrides]
@@ -276,7 +314,8 @@ def _run(
     variant = "-".join([label, *(f"{key.rpartition('.')[2]}{value}" for key, value in grid.items())])
     readable = f"{variant}-{noise_name}-k{count_name}-s{seed}".replace(", ", "_").replace(")", "")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", readable).lstrip("._-")
-    name = f"{safe[:160]}-{config_hash(config)}"
+    ending = f"-{config_hash(config)}"
+    name = safe[: _LONGEST_NAME - len(ending)] + ending
     try:
         config = Config.model_validate(config.model_dump() | {"name": name})
     except ValidationError as error:
@@ -285,7 +324,10 @@ def _run(
 
 
 def _text(value: GridValue) -> str:
-    """A value of a grid as names and tables have it."""
+    """A value of a grid as names and tables have it; different values have different texts."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)

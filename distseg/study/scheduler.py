@@ -92,27 +92,30 @@ def run_all(
 ) -> int:
     """Make the runs that have not finished, one a place, each with `ranks` processes.
 
-    Progress goes to the log. SIGINT and SIGTERM end the processes after a checkpoint. Returns an exit code: 0 all
-    finished, 1 a run failed, 75 stopped or pre-empted.
+    Progress goes to the log. SIGINT, SIGTERM and any exception end the processes after a checkpoint. Returns an exit
+    code: 0 all finished, 1 a run failed, 75 stopped or pre-empted.
     """
     waiting = [run for run in runs if state_of(run, folder) != "finished"]
     _log.info("%d of %d runs have finished before", len(runs) - len(waiting), len(runs))
     running: dict[Place, _Process] = {}
     code = 0
     with _StopSignals() as stop:
-        while waiting or running:
-            if stop.signal or code == PREEMPTED:
-                _end_all(list(running.values()))
-                _log.info("stopped; the same command goes on from here")
-                return PREEMPTED
-            for place in places:
-                if place not in running and (taken := _take_one(waiting, folder)):
-                    running[place] = _Process(*taken, folder, parent, ranks, place)
-            time.sleep(0.05)
-            for place, process in list(running.items()):
-                if process.ended:
-                    del running[place]
-                    code = max(code, process.close())
+        try:
+            while (waiting or running) and not stop.signal and code != PREEMPTED:
+                for place in places:
+                    if place not in running and (taken := _take_one(waiting, folder)):
+                        running[place] = _Process(*taken, folder, parent, ranks, place)
+                time.sleep(0.05)
+                for place, process in list(running.items()):
+                    if process.ended:
+                        del running[place]
+                        code = max(code, process.close())
+        finally:  # no process goes on unseen, whatever has happened here
+            unfinished = bool(waiting or running)
+            _end_all(list(running.values()))
+        if unfinished or code == PREEMPTED:
+            _log.info("stopped; the same command goes on from here")
+            return PREEMPTED
     return code
 
 
@@ -162,6 +165,7 @@ class _Process:
         self, run: StudyRun, lock: IO[str], folder: StudyFolder, parent: Parent | None, ranks: int, place: Place
     ) -> None:
         self._run, self._lock, self._folder, self._began = run, lock, folder, time.monotonic()
+        self._ranks = ranks
         written = folder.config(run.name)
         write_atomically(written, dump_config(_tracked(run, parent)))
         begun = folder.run(run.name).config.exists()
@@ -183,17 +187,21 @@ class _Process:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def close(self) -> int:
-        """Record how the process ended, and give the lock back; returns what it means for the whole study."""
+    def close(self, was_asked: bool = False) -> int:
+        """Record how the process ended, and give the lock back; returns what it means for the whole study.
+
+        `was_asked`: it had been asked to end, so that an end by a signal is no failure. A launcher of several ranks has
+        exit code 1 for that.
+        """
         code = self.process.returncode
-        if code == PREEMPTED:
-            self.record("stopped")
+        if code == PREEMPTED or (was_asked and (code < 0 or (self._ranks > 1 and code not in (0, 2)))):
+            self._record("stopped")
             return PREEMPTED
         done = code == 0 and state_of(self._run, self._folder) == "finished"
-        self.record("finished" if done else "failed")
+        self._record("finished" if done else "failed")
         return 0 if done else 1
 
-    def record(self, state: Literal["finished", "failed", "stopped"]) -> None:
+    def _record(self, state: Literal["finished", "failed", "stopped"]) -> None:
         seconds = time.monotonic() - self._began
         self._lock.close()
         status = RunStatus(state=state, exit_code=self.process.returncode, seconds=round(seconds, 1))
@@ -244,7 +252,8 @@ def _end_all(running: Sequence[_Process]) -> None:
         except subprocess.TimeoutExpired:
             _signal_group(run.process, signal.SIGKILL)
             run.process.wait()
-        run.record("stopped")
+    for run in running:
+        run.close(was_asked=True)
 
 
 def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> None:

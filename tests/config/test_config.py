@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from distseg.config.load import changed_keys, dump_config, flatten_config, load_config
+from distseg.config.load import CHANGEABLE, changed_keys, dump_config, flatten_config, has_no_effect, load_config
 from distseg.config.schema import Config
 from distseg.errors import UserError
 from distseg.methods.config import MethodConfig
@@ -148,3 +148,18 @@ def test_the_mend_of_a_key_that_does_not_apply_can_be_typed(minimal: Path, overr
     with pytest.raises(UserError, match=re.escape(mend)):
         load_config(minimal, ["method.name=noisy_only", override])
     load_config(minimal, ["method.name=noisy_only", override, mend])
+
+
+def test_a_key_without_effect_may_change_on_resume_and_is_a_key(minimal: Path) -> None:
+    config = load_config(minimal)
+    keys = flatten_config(config)
+    assert set(CHANGEABLE) <= keys.keys()
+    without_effect = [key for key in keys if has_no_effect(key)]
+    assert {"data.device_memory", "data.memory", "deepspeed.zero_stage", "tracking.mlflow"} <= set(without_effect)
+    after = load_config(minimal, ["data.device_memory=4", "deepspeed.zero_stage=2", "train.log_every=7"])
+    assert changed_keys(config, after) == []
+
+
+@pytest.mark.parametrize("key", ["data.root", "train.batch_size", "train.clean_batch_size", "train.accumulation"])
+def test_what_a_resumed_run_checks_by_itself_still_tells_runs_apart(key: str) -> None:
+    assert key in CHANGEABLE and not has_no_effect(key)

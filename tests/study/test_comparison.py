@@ -18,6 +18,7 @@ CONFIG = {
     "seed": 0,
     "data": {"clean_count": 10, "noise": {"kind": "polygon", "seed": 0}, "threads": 1},
     "optim": {"lr": 0.01},
+    "deepspeed": {"zero_stage": 0},
     "train": {"batch_size": 8, "log_every": 10},
     "tracking": {"uri": None, "tags": {}},
 }
@@ -80,6 +81,20 @@ def test_runs_are_grouped_by_everything_that_differs_but_seed_and_name(tmp_path:
         "pixel_reweight                10      1                16     1          0.400          0.650",
         "pixel_reweight                10      2                 8     1          0.300          0.650",
     ]
+
+
+def test_runs_that_differ_in_what_changes_no_result_are_one_group(tmp_path: Path) -> None:
+    changes = [
+        {},
+        {"data__device_memory": 0},
+        {"data__memory": 0},
+        {"deepspeed__zero_stage": 2},
+        {"deepspeed__config_file": "a.json"},
+        {"train__log_every": 1},
+    ]
+    runs = [read_run(run_folder(tmp_path, f"run{index}", **change)) for index, change in enumerate(changes)]
+    other_data = read_run(run_folder(tmp_path, "other_data", data__root="/elsewhere"))
+    assert [len(group.runs) for group in group_runs([*runs, other_data])] == [len(changes), 1]
 
 
 def test_keys_that_differ_between_methods_only_need_no_column(tmp_path: Path) -> None:

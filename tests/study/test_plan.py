@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,8 @@ def test_a_method_without_grid_keeps_the_name_that_it_has_without_one(write) -> 
         ({"grid": {"optim.lr": [0.1, 0.1]}}, "optim.lr: one of the values is there twice"),
         ({"grid": {"data.noise.kind": ["box"]}}, "data.noise.kind: cannot be in a grid"),
         ({"grid": {"data.clean_count": [1]}}, "data.clean_count: cannot be in a grid"),
+        ({"grid": {"seed": [1]}}, "seed: cannot be in a grid, it is an axis already; write its values as seeds of"),
+        ({"grid": {"data.noise.seed": [1]}}, "write its values as seeds of the study"),
         ({"grid": {"tracking.mlflow": [True]}}, "tracking.mlflow: cannot be in a grid"),
         ({"methods": {"oracle": []}, "grid": {"optim.rl": [1]}}, "optim.rl: unknown key; known: name, lr"),
         ({"methods": {"oracle": []}, "grid": {"optim.lr": ["fast"]}}, "optim.lr: input should be a valid number"),
@@ -171,6 +174,10 @@ def test_a_method_without_grid_keeps_the_name_that_it_has_without_one(write) -> 
         (
             {"methods": {"oracle": ["optim.lr=1"]}, "grid": {"optim.lr": [0.1]}},
             "methods.oracle: optim.lr=1: the grid varies optim.lr; remove one of the two",
+        ),
+        (
+            {"methods": {"finetune": ["method.clean_phase=0.3"]}, "grid": {"method.phases.clean_phase": [0.1]}},
+            "the grid varies method.clean_phase; remove one of the two",
         ),
         ({"methods": {"a\nb": []}}, "methods.a\\nb"),
         ({"methods": {"x" * 300: []}}, "string should have at most 64 characters"),
@@ -199,3 +206,77 @@ def test_the_plan_reads_back(write) -> None:
     assert [row.name for row in plan.runs] == [run.name for run in runs]
     assert (plan.champion, plan.grid_keys, plan.noise[0]) == ("oracle", ("optim.lr",), "polygon(3)")
     assert {**plan.runs[-1].grid, "seed": plan.runs[-1].seed} == {"optim.lr": "0.2", "seed": "2"}
+
+
+def test_long_labels_and_values_make_a_plan_that_reads_back(write) -> None:
+    methods = {"x" * 64: ["method.name=pixel_reweight"]}
+    grid = {
+        "optim.lr": [1.234567890123456e-3, 1.234567890123457e-3],
+        "method.granularity": ["pixel", "patch(12)"],
+        "data.layout": ["auto"],
+        "data.root": ["/" + "d" * 63],
+    }
+    annotators = [{"kind": "boundary", "alpha": alpha, "beta": 0.75} for alpha in (0.6, 0.7, 0.8, 0.9)]
+    noise = [{"kind": "mixed", "annotators": annotators}]
+    study, runs = load_study(write(methods=methods, grid=grid, noise=noise))
+    plan = parse_plan(plan_json(study, runs), "here")
+    assert len({row.name for row in plan.runs}) == len(plan.runs) == 2 * 2 * 2 * 3
+    assert max(len(row.name) for row in plan.runs) == 100
+    assert all(run.name.endswith(config_hash(run.config)) for run in runs)
+
+
+@pytest.mark.parametrize("value", ["x" * 65, "", "a\nb"])
+def test_a_grid_value_that_tables_cannot_have_is_one_line(write, value: str) -> None:
+    with pytest.raises(UserError, match=r"grid: data\.root: keys and values must have 1 to 64 printable") as caught:
+        load_study(write(methods={"oracle": []}, grid={"data.root": ["/d", value]}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_noise_with_a_level_that_is_too_long_is_one_line(write) -> None:
+    annotators = [{"kind": "boundary", "alpha": 0.5, "beta": 0.5}] * 40
+    with pytest.raises(UserError, match=r"noise: mixed\(.*… has more than 500 characters; use fewer annotators$"):
+        load_study(write(noise=[{"kind": "mixed", "annotators": annotators}]))
+
+
+def test_grid_values_that_differ_late_are_cells_of_their_own(write) -> None:
+    _, runs = load_study(write(methods={"oracle": []}, grid={"optim.lr": [0.12345678, 0.12345679, 1e-3]}, seeds=[0]))
+    assert [run.grid["optim.lr"] for run in runs] == ["0.12345678", "0.12345679", "0.001"]
+    assert len({run.name for run in runs}) == 3
+
+
+@pytest.mark.parametrize("values", [[1, 1.0], [1, "1"], [1000000, 1e6], [True, 1], [True, "true"]])
+def test_equal_grid_values_are_refused(write, values: list) -> None:
+    with pytest.raises(UserError, match=r"optim\.lr: one of the values is there twice"):
+        load_study(write(methods={"oracle": []}, grid={"optim.lr": values}))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        [{"kind": "box"}, {"kind": "box", "seed": 3}],
+        [{"kind": "boundary", "alpha": 0.7, "beta": b} for b in (0.12345678, 0.12345679)],
+    ],
+)
+def test_noise_levels_of_one_text_are_refused(write, noise: list) -> None:
+    with pytest.raises(UserError, match=r"noise: .*\) is there twice|noise: box is there twice"):
+        load_study(write(noise=noise))
+
+
+@pytest.mark.parametrize(
+    ("item", "axis"),
+    [
+        ("seed=5", "seeds"),
+        ("data.noise.seed=5", "seeds"),
+        ("data.noise={kind: box}", "noise"),
+        ("data.noise.kind=box", "noise"),
+        ("data.clean_count=5", "clean_counts"),
+    ],
+)
+def test_a_setting_of_an_axis_is_refused_in_one_line(write, item: str, axis: str) -> None:
+    said = re.escape(f"{item}: is an axis of the study; remove it, and set {axis} in the study file") + "$"
+    with pytest.raises(UserError, match=said):
+        load_study(write(), [item])
+    with pytest.raises(UserError, match=f"settings: {said}"):
+        load_study(write(settings=[item]))
+    with pytest.raises(UserError, match=f"methods.oracle: {said}"):
+        load_study(write(methods={"oracle": [item]}))

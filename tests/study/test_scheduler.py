@@ -21,7 +21,8 @@ from distseg.study.scheduler import Parent, Place, lock_file, run_all, share_mac
 
 PLACE = Place(cores=(min(os.sched_getaffinity(0)),), gpus=())
 
-# What training does as far as a scheduler can see, by the run's method: succeeds, fails, is pre-empted, or waits.
+# What training does as far as a scheduler can see, by the run's method: succeeds, fails, is pre-empted, or waits for
+# SIGTERM and ends with some exit code.
 RUN = """
 import signal, sys, time
 from pathlib import Path
@@ -34,10 +35,15 @@ if "clean_only" in folder.name:
     sys.exit("error: the data are gone")
 if "union" in folder.name and not resume:
     sys.exit(75)
-if "finetune" in folder.name:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    (folder / "waits").touch()
-    time.sleep(60)
+for method, code in {"finetune": 75, "t_loss": 0, "image_reweight": 2, "label_correction": 1}.items():
+    if method in folder.name:
+        def end(*_):
+            if code == 0:
+                (folder / "result.json").write_text("{}")
+            sys.exit(code)
+        signal.signal(signal.SIGTERM, end)
+        (folder / "waits").touch()
+        time.sleep(60)
 (folder / "result.json").write_text("{}")
 """
 
@@ -101,6 +107,47 @@ def test_a_signal_ends_the_runs_after_their_checkpoint(study, caplog) -> None:
     assert [state_of(run, folder) for run in runs] == ["stopped", "new"]
     assert caplog.messages[-1] == "stopped; the same command goes on from here"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def places(count: int) -> list[Place]:
+    return [Place(PLACE.cores, (str(index),)) for index in range(count)]
+
+
+@pytest.mark.parametrize(("ranks", "crashed"), [(1, "failed"), (2, "stopped")])
+def test_a_run_that_ends_within_the_grace_is_recorded_as_what_it_was(study, ranks: int, crashed: str) -> None:
+    runs, folder = study("finetune", "t_loss", "image_reweight", "label_correction", "noisy_only")
+
+    def interrupt() -> None:
+        while not all((folder.run(run.name).path / "waits").exists() for run in runs[:4]):
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run_all(runs, folder, None, ranks, places(4)) == 75
+    thread.join()
+    # A launcher of several ranks has exit code 1 for SIGTERM.
+    assert [state_of(run, folder) for run in runs] == ["stopped", "finished", "failed", crashed, "new"]
+    recorded = [json.loads(folder.status(run.name).read_text()) for run in runs[:4]]
+    assert [status["exit_code"] for status in recorded] == [75, 0, 2, 1]
+    assert [status["state"] for status in recorded] == ["stopped", "finished", "failed", crashed]
+
+
+def test_an_exception_ends_the_runs_that_are_going_on(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, folder = study("finetune", "noisy_only")
+
+    def command(ranks: int, *words: str) -> list[str]:
+        if "noisy_only" in words[1]:
+            raise OSError("no more processes")
+        return [sys.executable, "-c", RUN, *words]
+
+    monkeypatch.setattr(scheduler, "train_command", command)
+    with pytest.raises(OSError, match="no more processes"):
+        run_all(runs, folder, None, 1, places(2))
+    assert state_of(runs[0], folder) == "stopped"
+    lock = lock_file(folder.run_lock(runs[0].name), wait=False)
+    assert lock is not None  # its process has ended
+    lock.close()
 
 
 def test_each_run_gets_its_place_in_the_study_and_in_the_tracker(study) -> None:
