@@ -142,7 +142,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.parametrize(
-    ("world_size", "stages"), [(1, [2, 3, 1, 0]), (2, [s for _, s in CASES]), (4, [3, 2, 0, 1])],
+    ("world_size", "stages"),
+    [(1, [2, 3, 1, 0]), (2, [s for _, s in CASES]), pytest.param(4, [3, 2, 0, 1], marks=pytest.mark.slow)],
     ids=["on 1 rank", "on as many", "on 4 ranks"],
 )  # fmt: skip
 def test_any_ranks_and_stage_continue_what_two_ranks_wrote(two_ranks, world_size: int, stages: list[int]) -> None:

@@ -234,7 +234,7 @@ def table(runtime) -> dict[str, Tensor]:
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_one_rank_or_many_whole_or_sharded_accumulated_or_not(world_size: int) -> None:
     expected = expectations()
     wrong = []

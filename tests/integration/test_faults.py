@@ -168,6 +168,7 @@ def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
     assert_same_end(done.run, make_whole(steps), steps)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_the_ranks(config: Path, tmp_path: Path) -> None:
     """`kill` of the process that a shell knows ends DeepSpeed's runner and nothing else; the ranks notice."""
     import mlflow

@@ -187,7 +187,7 @@ def train_each(runtime, config: str, folder: str, methods: list[str], stage: int
     return {}
 
 
-@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_every_method_trains(small: Path, tmp_path: Path, stage: int) -> None:
     """At every ZeRO stage that it allows; a stage that it does not is refused."""
     needs_whole_parameters = ["meta_weight_net"] if stage == 3 else []

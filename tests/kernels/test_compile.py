@@ -46,6 +46,7 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tu
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_ahead_of_time_without_spills(
     capability: int, compilers: dict[int, tuple[subprocess.Popen, Path]]
