@@ -30,10 +30,10 @@ def test_the_benchmark_finds_every_collective_of_a_step(tmp_path: Path) -> None:
     calls = {(row["kind"], row["asker"].split()[-1]): (row["calls"], row["bytes"]) for row in measured["collectives"]}
     gradient = 4 * measured["parameters"]
     assert calls["plain", "DeepSpeed"] == calls["weighted", "DeepSpeed"] == (1, gradient)
-    assert calls["weighted", "gradient_ready"] == (1, gradient + 4)  # with the count of valid pixels
+    assert calls["weighted", "_ready"] == (1, gradient + 4)  # with the count of valid pixels
     assert calls["weighted", "weight_maps"] == (1, 8 * 8)
     more = {name for kind, name in calls if kind == "weighted"} - {name for kind, name in calls if kind == "plain"}
-    assert more == {"gradient_ready", "weight_maps"}, "the meta pass communicates twice"
+    assert more == {"_ready", "weight_maps"}, "the meta pass communicates twice"
     assert "512" in done.stdout and "assumed, and not measured here" in done.stdout
 
 
