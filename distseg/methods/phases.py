@@ -7,7 +7,7 @@ union   half noisy, half clean images in each batch
 truth   every training image with its true mask, the noisy stream's too
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -56,6 +56,9 @@ class NoisyConfig(Section):
     """The last part of the steps, spent on the clean images alone."""
     include_clean: bool = False
     """Between the two, also learn from a clean batch."""
+    held_out: Fraction = 0.0
+    """include_clean: the part of the steps after warm_up in which the clean images are not learned from yet. Labels of
+    kind corrected are calibrated on them as long."""
     clean_share: Fraction | None = None
     """include_clean: how much of the loss is the mean clean one, 0.5 unless set; the rest is the noisy one."""
 
@@ -80,16 +83,18 @@ class NoisyConfig(Section):
     def takes_clean(self) -> bool:
         return self.include_clean or self.clean_phase > 0
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         noisy = context.noisy_stream()
-        beside = self.include_clean or weights_need_clean
+        beside = self.include_clean or needs_clean
         main = Phase(
             noisy,
             context.clean_stream(context.clean_batch_size) if beside else None,
             self.clean_share or 0.0,
             main=True,
         )
-        schedule = [(0, Phase(noisy)), (round(context.steps * self.warm_up), main)]
+        first = round(context.steps * self.warm_up)
+        schedule = [(0, Phase(noisy)), (first, replace(main, clean_share=0.0))]
+        schedule.append((first + round(context.steps * self.held_out), main))
         if self.clean_phase:
             clean = Phase(clean=context.clean_stream(context.batch_size))
             schedule.append((round(context.steps * (1 - self.clean_phase)), clean))
@@ -102,7 +107,7 @@ class CleanConfig(Section):
     takes_noisy: ClassVar[bool] = False
     takes_clean: ClassVar[bool] = True
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         return Phases(((0, Phase(clean=context.clean_stream(context.batch_size))),))
 
 
@@ -112,7 +117,7 @@ class UnionConfig(Section):
     takes_noisy: ClassVar[bool] = True
     takes_clean: ClassVar[bool] = True
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         half = context.batch_size // 2
         return Phases(((0, Phase(context.noisy_stream(half), context.clean_stream(half), main=True)),))
 
@@ -123,7 +128,7 @@ class TruthConfig(Section):
     takes_noisy: ClassVar[bool] = False
     takes_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         return Phases(((0, Phase(clean=context.true_stream())),))
 
 

@@ -1,53 +1,144 @@
 """The labels of the noisy images as they most probably are, by the label model of distseg/labels.
 
-How annotators err is counted over the last steps, from the logits that the loss needs anyway, in the warm-up too. A
-step costs as much as one with the labels as drawn.
+Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
+pass of clean images. Whether labels are corrected at all is decided once, after the first `LEAST_STEPS` steps with clean
+images that the network has not learned from: where the shift of the calibration takes away a share of the loss on these
+images that is above its own standard error by `least_gain`. A network averages out what annotators do to both sides;
+what they do to one side it learns, and the shift is how much of that the clean images show. docs/ablation.md has the
+reasoning and the figures.
 """
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from distseg.labels.annotators import expected_counts, identity_prior, most_probable_labels
-from distseg.labels.distances import signed_distance_bins
+from distseg.labels.annotators import (
+    corrected_labels,
+    expected_counts,
+    identity_prior,
+    posterior_logits,
+)
+from distseg.labels.calibration import (
+    calibrated,
+    calibration_sums,
+    gain_sums,
+    identity,
+    newton_step,
+    relative_gain,
+    relative_logits,
+)
+from distseg.labels.distances import bin_count, signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
-from distseg.methods.part import LabelModel
-from distseg.section import Section
+from distseg.methods.part import HeldOut, LabelModel
+from distseg.section import Fraction, Section
 
 DECAY = 0.9
-"""Of the counts' exponential moving average, a step: they remember about ten."""
+"""Of the exponential moving averages, a step: they remember about ten."""
+LEAST_STEPS = 20
+"""With held-out clean images, before it is decided whether labels are corrected."""
 
 
 class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
+    counts: Literal["calibrated", "posterior"] = "posterior"
+    """What stands for the truth where annotators' errors are counted."""
+    certainty: Fraction = 0.5
+    """A label is changed where another is at least as probable as this."""
+    least_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
+    """Labels stay as drawn unless the clean images show systematic errors that cost the network a share of its loss
+    which is above its standard error by this. −1 corrects always."""
+
+    needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
-        return Corrected(context.device)
+        return Corrected(self, context.device, context.classes, len(context.clean))
 
 
 class Corrected(LabelModel):
-    def __init__(self, device: torch.device) -> None:
-        self.counts = identity_prior(device)
-        """(2, BINS) float64, the same on every rank; before anything is known, what was drawn is the truth."""
+    """All state is the same on every rank, float64."""
+
+    def __init__(self, config: CorrectedConfig, device: torch.device, classes: int, clean_count: int) -> None:
+        self.config, self.classes, self.clean_count = config, classes, clean_count
+        self.counts = identity_prior(classes, device)
+        """(C, bins); before anything is known, what was drawn is the truth."""
+        self.theta = identity(classes, device).repeat(2, 1)
+        """(2, C): the calibration, and the one that has no shift."""
+        self.fit = torch.zeros(2, 1 + classes + classes**2, dtype=torch.float64, device=device)
+        """Averaged `calibration_sums` of the two."""
+        self.gain = torch.zeros(4, dtype=torch.float64, device=device)
+        """Averaged `gain_sums`."""
+        self.known = torch.zeros((), dtype=torch.float64, device=device)
+        """Steps with clean images that the network had not learned from."""
+        self.corrects = torch.zeros((), dtype=torch.float64, device=device)
+        """1 if labels are corrected, 0 if not, or not yet."""
 
     def bins(self, masks: Tensor) -> Tensor:
-        return signed_distance_bins(masks)
+        return signed_distance_bins(masks, self.classes)
 
     def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
-        return most_probable_labels(logits, masks, bins, self.counts)
+        corrected = corrected_labels(self._posterior(logits, bins), masks, self.config.certainty)
+        return torch.where(self.corrects > 0, corrected, masks)
 
-    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
-        return expected_counts(logits, masks, bins).flatten()
+    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
+        truth = self._prior(logits).softmax(1) if self.config.counts == "calibrated" else self._posterior(logits, bins)
+        parts = [expected_counts(truth, masks, bins, self.counts.shape[1])]
+        if held_out is None:
+            parts += [torch.zeros_like(self.fit), torch.zeros_like(self.gain)]
+        else:
+            relative = relative_logits(held_out.logits)
+            parts += [calibration_sums(relative, held_out.masks, theta) for theta in self.theta]
+            parts += [gain_sums(relative, held_out.masks, *self.theta)]
+        return torch.cat([part.flatten() for part in parts])
 
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
-        average = DECAY * self.counts + (1 - DECAY) * evidence.view_as(self.counts)
-        self.counts = torch.where(average.isfinite().all() & ~skipped, average, self.counts)
-        return {}
+        counts, fit, gain = (
+            part.view_as(like)
+            for part, like in zip(
+                evidence.split([self.counts.numel(), self.fit.numel(), self.gain.numel()]),
+                (self.counts, self.fit, self.gain),
+                strict=True,
+            )
+        )
+        keep = ~skipped & evidence.isfinite().all()
+        held_out = keep & (fit[0, 0] > 0)
+        self.counts = torch.where(keep, _averaged(self.counts, counts), self.counts)
+        self.fit = torch.where(held_out, _averaged(self.fit, fit), self.fit)
+        ahead = torch.stack([newton_step(self.theta[0], self.fit[0]), newton_step(self.theta[1], self.fit[1], False)])
+        self.theta = torch.where(held_out, ahead, self.theta)
+        self.gain = torch.where(held_out, _averaged(self.gain, gain), self.gain)
+        self.known = self.known + held_out
+        share, error = relative_gain(self.gain, self.clean_count)
+        decides = held_out & (self.known == LEAST_STEPS)
+        self.corrects = torch.where(decides, (share - error >= self.config.least_gain).double(), self.corrects)
+        return {
+            "labels/gain": share,
+            "labels/gain_error": error,
+            "labels/corrects": self.corrects,
+            "labels/scale": self.theta[0, 0],
+            "labels/shift": self.theta[0, 1],
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"counts": self.counts}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.counts = state["counts"].to(self.counts)
+        for name in _STATE:
+            setattr(self, name, state[name].to(getattr(self, name)))
+
+    def _prior(self, logits: Tensor) -> Tensor:
+        """(B, C, H, W): log P(c | x), up to a constant."""
+        return calibrated(relative_logits(logits), self.theta[0])
+
+    def _posterior(self, logits: Tensor, bins: Tensor) -> Tensor:
+        """(B, C, H, W): P(c | x, m)."""
+        return posterior_logits(self._prior(logits), bins, self.counts).softmax(1)
+
+
+_STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
+
+
+def _averaged(average: Tensor, new: Tensor) -> Tensor:
+    return DECAY * average + (1 - DECAY) * new
