@@ -24,6 +24,8 @@ class Drawn:
     """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
     held_out: HeldOut | None = None
     """Clean images beside them, as long as the network has not learned from any."""
+    truth: Tensor | None = None
+    """(count, H, W) their true masks, where there are any, for diagnostics."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class Step:
         labels = drawn.labels
         if labels is None:
             labels = model.labels(logits[: drawn.count], masks, drawn.bins)
-        if self._diagnose:
-            self._wrong[index] = _wrong_pixels(masks, labels, batch.true_masks[: drawn.count])
+        if self._diagnose and drawn.truth is not None:
+            self._wrong[index] = _wrong_pixels(masks, labels, drawn.truth)
         return torch.cat([labels, rest])
 
 

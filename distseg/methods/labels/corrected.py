@@ -29,7 +29,7 @@ from distseg.labels.calibration import (
     relative_gain,
     relative_logits,
 )
-from distseg.labels.distances import bin_count, signed_distance_bins
+from distseg.labels.distances import signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
 from distseg.methods.part import HeldOut, LabelModel
