@@ -3,8 +3,8 @@
     log P(c | x, m) = log P(c | x) + log P(m | c) + const
 
 P(c | x) is the network's calibrated probability (calibration.py) and m the bin of the pixel: the drawn class and the
-signed distance to its contour (distances.py). P(m | c), how annotators err, is counted on the noisy stream, with what is
-expected there in place of the truth (Dawid and Skene 1979, "Maximum Likelihood Estimation of Observer Error-Rates Using
+signed distance to its contour (distances.py). P(m | c), how annotators err, is counted on the noisy stream, with what
+is expected there in place of the truth (Dawid and Skene 1979, "Maximum Likelihood Estimation of Observer Error-Rates Using
 the EM Algorithm"; with a network for the prior, Bekker and Goldberger 2016, "Training Deep Neural-Networks Based on
 Unreliable Labels"). Their model has one confusion matrix per annotator. Masks have distances too: annotators err by
 where they put the contour, so background close to a drawn lesion says something else than background far from it.
@@ -27,7 +27,7 @@ occurred says nothing."""
 
 def identity_prior(classes: int, device: torch.device) -> Tensor:
     """Counts of annotators who do not err: a bin occurs where the truth is what was drawn."""
-    return torch.nn.functional.one_hot(drawn_class(classes, device), classes).T.double()
+    return torch.nn.functional.one_hot(drawn_class(classes, device), classes).T.double().contiguous()
 
 
 def expected_counts(probabilities: Tensor, masks: Tensor, bins: Tensor, bin_count: int) -> Tensor:
@@ -50,17 +50,6 @@ def posterior_logits(logits: Tensor, bins: Tensor, counts: Tensor) -> Tensor:
     return logits + log_likelihood(counts).to(logits.dtype).T[bins].movedim(-1, 1)
 
 
-def corrected_labels(probabilities: Tensor, masks: Tensor, certainty: float) -> Tensor:
-    """masks with the most probable class at each valid pixel where it is at least as probable as `certainty`."""
-    highest, label = probabilities.max(1)
-    return torch.where(valid_pixels(masks) & (highest >= certainty), label.to(masks.dtype), masks)
-
-
-def expected_errors(probabilities: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
-    """(2,) float64: how many of the valid pixels are expected to be wrong as drawn, and in `labels`."""
-    valid = valid_pixels(masks)
-    wrong = []
-    for each in (masks, labels):
-        own = probabilities.gather(1, torch.where(valid, each, 0).long()[:, None])[:, 0]
-        wrong.append(torch.where(valid, 1 - own, 0.0).sum(dtype=torch.float64))
-    return torch.stack(wrong)
+def most_probable_labels(posterior: Tensor, masks: Tensor) -> Tensor:
+    """masks with the most probable class at each valid pixel."""
+    return torch.where(valid_pixels(masks), posterior.argmax(1).to(masks.dtype), masks)

@@ -73,8 +73,11 @@ class NoisyConfig(Section):
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if self.warm_up + self.clean_phase > 1:
-            raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
+        if self.warm_up + self.held_out + self.clean_phase > 1:
+            parts = f"warm_up {self.warm_up}, held_out {self.held_out} and clean_phase {self.clean_phase}"
+            raise ValueError(f"{parts} are more than all steps")
+        if self.held_out and not self.include_clean:
+            raise ValueError("held_out applies where .include_clean=true; set that, or .held_out=0")
         if self.clean_share is not None and not self.include_clean:
             raise ValueError("clean_share applies where .include_clean=true; set that, or .clean_share=null")
         return self

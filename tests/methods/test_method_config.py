@@ -45,10 +45,10 @@ def test_presets_are_combinations_of_parts() -> None:
 def test_any_combination_can_be_written() -> None:
     config = method(name="finetune", loss={"kind": "generalised_cross_entropy", "q": 0.5})
     assert (config.phases.clean_phase, config.loss.q) == (0.3, 0.5)
-    config = method(name="pixel_reweight", labels="corrected", include_clean=True)
+    config = method(name="pixel_reweight", labels="corrected", include_clean=True, held_out=0.5)
     assert (config.weighting.kind, config.labels.kind, config.phases.clean_share) == ("aligned", "corrected", 0.5)
     config = method(name="label_correction", weighting={"kind": "aligned", "estimator": "reverse"}, warm_up=0.1)
-    assert (config.weighting.estimator, config.phases.warm_up, config.phases.clean_phase) == ("reverse", 0.1, 0.2)
+    assert (config.weighting.estimator, config.phases.warm_up, config.phases.held_out) == ("reverse", 0.1, 0.3)
 
 
 def test_a_key_needs_no_part_before_it() -> None:

@@ -14,12 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distseg.labels.annotators import (
-    corrected_labels,
-    expected_counts,
-    identity_prior,
-    posterior_logits,
-)
+from distseg.labels.annotators import expected_counts, identity_prior, most_probable_labels, posterior_logits
 from distseg.labels.calibration import (
     calibrated,
     calibration_sums,
@@ -33,7 +28,7 @@ from distseg.labels.distances import signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
 from distseg.methods.part import HeldOut, LabelModel
-from distseg.section import Fraction, Section
+from distseg.section import Section
 
 DECAY = 0.9
 """Of the exponential moving averages, a step: they remember about ten."""
@@ -43,10 +38,6 @@ LEAST_STEPS = 20
 
 class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
-    counts: Literal["calibrated", "posterior"] = "posterior"
-    """What stands for the truth where annotators' errors are counted."""
-    certainty: Fraction = 0.5
-    """A label is changed where another is at least as probable as this."""
     least_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     """Labels stay as drawn unless the clean images show systematic errors that cost the network a share of its loss
     which is above its standard error by this. −1 corrects always."""
@@ -54,14 +45,14 @@ class CorrectedConfig(Section):
     needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
-        return Corrected(self, context.device, context.classes, len(context.clean))
+        return Corrected(context.device, context.classes, len(context.clean), self.least_gain)
 
 
 class Corrected(LabelModel):
     """All state is the same on every rank, float64."""
 
-    def __init__(self, config: CorrectedConfig, device: torch.device, classes: int, clean_count: int) -> None:
-        self.config, self.classes, self.clean_count = config, classes, clean_count
+    def __init__(self, device: torch.device, classes: int, clean_count: int, least_gain: float) -> None:
+        self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.counts = identity_prior(classes, device)
         """(C, bins); before anything is known, what was drawn is the truth."""
         self.theta = identity(classes, device).repeat(2, 1)
@@ -79,11 +70,12 @@ class Corrected(LabelModel):
         return signed_distance_bins(masks, self.classes)
 
     def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
-        corrected = corrected_labels(self._posterior(logits, bins), masks, self.config.certainty)
-        return torch.where(self.corrects > 0, corrected, masks)
+        return torch.where(self.corrects > 0, most_probable_labels(self._posterior(logits, bins), masks), masks)
 
     def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
-        truth = self._prior(logits).softmax(1) if self.config.counts == "calibrated" else self._posterior(logits, bins)
+        # The posterior knows more than the network alone, but not before the counts, which it needs, are known.
+        prior, posterior = self._prior(logits), self._posterior(logits, bins)
+        truth = torch.where(self.corrects > 0, posterior, prior).softmax(1)
         parts = [expected_counts(truth, masks, bins, self.counts.shape[1])]
         if held_out is None:
             parts += [torch.zeros_like(self.fit), torch.zeros_like(self.gain)]
@@ -112,7 +104,7 @@ class Corrected(LabelModel):
         self.known = self.known + held_out
         share, error = relative_gain(self.gain, self.clean_count)
         decides = held_out & (self.known == LEAST_STEPS)
-        self.corrects = torch.where(decides, (share - error >= self.config.least_gain).double(), self.corrects)
+        self.corrects = torch.where(decides, (share - error >= self.least_gain).double(), self.corrects)
         return {
             "labels/gain": share,
             "labels/gain_error": error,
@@ -133,8 +125,8 @@ class Corrected(LabelModel):
         return calibrated(relative_logits(logits), self.theta[0])
 
     def _posterior(self, logits: Tensor, bins: Tensor) -> Tensor:
-        """(B, C, H, W): P(c | x, m)."""
-        return posterior_logits(self._prior(logits), bins, self.counts).softmax(1)
+        """(B, C, H, W): log P(c | x, m), up to a constant."""
+        return posterior_logits(self._prior(logits), bins, self.counts)
 
 
 _STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
