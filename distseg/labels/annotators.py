@@ -4,11 +4,11 @@
 
 P(c | x) is the network's calibrated probability (calibration.py) and m the bin of the pixel: the drawn class and the
 signed distance to its contour (distances.py). P(m | c), how annotators err, is counted on the noisy stream, with what
-is expected there in place of the truth (Dawid and Skene 1979, "Maximum Likelihood Estimation of Observer Error-Rates Using
-the EM Algorithm"; with a network for the prior, Bekker and Goldberger 2016, "Training Deep Neural-Networks Based on
-Unreliable Labels"). Their model has one confusion matrix per annotator. Masks have distances too: annotators err by
-where they put the contour, so background close to a drawn lesion says something else than background far from it.
-Under masks that miss the rim, near background says little and far background much.
+is expected there in place of the truth (Dawid and Skene 1979, "Maximum Likelihood Estimation of Observer Error-Rates
+Using the EM Algorithm"; with a network for the prior, Bekker and Goldberger 2016, "Training Deep Neural-Networks Based
+on Unreliable Labels"). Their model has one confusion matrix per annotator. Masks have distances too: annotators err by
+where they put the contour, so background close to a drawn lesion says something else than background far from it. Under
+masks that miss the rim, near background says little and far background much.
 
 Masks (B, H, W) class ids, 255 = ignore; logits (B, C, H, W) of C classes, calibrated; bins (B, H, W) int64; counts
 (C, bins) float64, rows the expected class. All are pure functions.

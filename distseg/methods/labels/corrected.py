@@ -1,11 +1,11 @@
 """The labels of the noisy images as they most probably are, by the label model of distseg/labels.
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
-pass of clean images. Whether labels are corrected at all is decided once, after the first `LEAST_STEPS` steps with clean
-images that the network has not learned from: where the shift of the calibration takes away a share of the loss on these
-images that is above its own standard error by `least_gain`. A network averages out what annotators do to both sides;
-what they do to one side it learns, and the shift is how much of that the clean images show. docs/ablation.md has the
-reasoning and the figures.
+pass of clean images. Whether labels are corrected at all is decided once, after the first `LEAST_STEPS` steps with
+clean images that the network has not learned from. They are where the shift of the calibration takes away a share of
+the loss on these images that is above its own standard error by `least_gain`: a network averages out what annotators do
+to both sides; what they do to one side it learns, and the shift is how much of that the clean images show.
+docs/ablation.md has the reasoning and the figures.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -33,7 +33,7 @@ from distseg.section import Section
 DECAY = 0.9
 """Of the exponential moving averages, a step: they remember about ten."""
 LEAST_STEPS = 20
-"""With held-out clean images, before it is decided whether labels are corrected."""
+"""With held-out clean images, before it is decided whether labels are corrected; a fifth of all in shorter runs."""
 
 
 class CorrectedConfig(Section):
@@ -45,14 +45,19 @@ class CorrectedConfig(Section):
     needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
-        return Corrected(context.device, context.classes, len(context.clean), self.least_gain)
+        decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
+        return Corrected(context.device, context.classes, len(context.clean), self.least_gain, decide_after)
 
 
 class Corrected(LabelModel):
     """All state is the same on every rank, float64."""
 
-    def __init__(self, device: torch.device, classes: int, clean_count: int, least_gain: float) -> None:
+    def __init__(
+        self, device: torch.device, classes: int, clean_count: int, least_gain: float, decide_after: int
+    ) -> None:
+        """clean_count: how many different clean images there are; decide_after: steps with such images."""
         self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
+        self.decide_after = decide_after
         self.counts = identity_prior(classes, device)
         """(C, bins); before anything is known, what was drawn is the truth."""
         self.theta = identity(classes, device).repeat(2, 1)
@@ -103,7 +108,7 @@ class Corrected(LabelModel):
         self.gain = torch.where(held_out, _averaged(self.gain, gain), self.gain)
         self.known = self.known + held_out
         share, error = relative_gain(self.gain, self.clean_count)
-        decides = held_out & (self.known == LEAST_STEPS)
+        decides = held_out & (self.known == self.decide_after)
         self.corrects = torch.where(decides, (share - error >= self.least_gain).double(), self.corrects)
         return {
             "labels/gain": share,
