@@ -64,10 +64,10 @@ class MethodConfig(Section):
             )
         if not phases.takes_noisy and self.labels.kind != "drawn":
             raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set .labels.kind=drawn")
-        if phases.kind == "noisy" and self.labels.kind == "corrected" and phases.include_clean and not phases.held_out:
+        if self.labels.kind == "corrected" and not phases.holds_out_clean:
             raise ValueError(
-                "labels corrected: are calibrated on clean images that are not learned from yet; set .phases.held_out "
-                "above 0, or .phases.include_clean=false"
+                "labels corrected: are calibrated on clean images before these are learned from; set "
+                ".phases.kind=noisy and .phases.held_out above 0, or .labels.kind=drawn"
             )
         main_phase_differs = weighting.kind != "uniform" or self.labels.kind != "drawn"
         if phases.kind == "noisy" and phases.warm_up and not (main_phase_differs or phases.include_clean):

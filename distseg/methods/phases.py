@@ -64,6 +64,11 @@ class NoisyConfig(Section):
 
     takes_noisy: ClassVar[bool] = True
 
+    @property
+    def holds_out_clean(self) -> bool:
+        """Whether there is a part after warm_up in which the clean images are not learned from."""
+        return not self.include_clean or self.held_out > 0
+
     @model_validator(mode="before")
     @classmethod
     def _half_of_the_loss(cls, values: Any) -> Any:
@@ -109,6 +114,7 @@ class CleanConfig(Section):
 
     takes_noisy: ClassVar[bool] = False
     takes_clean: ClassVar[bool] = True
+    holds_out_clean: ClassVar[bool] = False
 
     def build(self, context: Context, needs_clean: bool) -> Phases:
         return Phases(((0, Phase(clean=context.clean_stream(context.batch_size))),))
@@ -119,6 +125,7 @@ class UnionConfig(Section):
 
     takes_noisy: ClassVar[bool] = True
     takes_clean: ClassVar[bool] = True
+    holds_out_clean: ClassVar[bool] = False
 
     def build(self, context: Context, needs_clean: bool) -> Phases:
         half = context.batch_size // 2
@@ -130,6 +137,7 @@ class TruthConfig(Section):
 
     takes_noisy: ClassVar[bool] = False
     takes_clean: ClassVar[bool] = False
+    holds_out_clean: ClassVar[bool] = False
 
     def build(self, context: Context, needs_clean: bool) -> Phases:
         return Phases(((0, Phase(clean=context.true_stream())),))

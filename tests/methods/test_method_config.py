@@ -76,6 +76,13 @@ def test_a_key_needs_no_part_before_it() -> None:
         ({"name": "clean_only", "clean_phase": 0.5}, "clean_phase is no key of clean"),
         ({"name": "t_loss", "weighting": "aligned"}, "t_loss: takes one weight an image"),
         ({"name": "clean_only", "labels": "corrected"}, "there are no noisy images to correct"),
+        ({"name": "union", "labels": "corrected"}, "are calibrated on clean images before these are learned from"),
+        ({"name": "label_correction", "held_out": 0}, ".phases.held_out above 0"),
+        ({"name": "finetune", "held_out": 0.2}, "held_out applies where .include_clean=true"),
+        (
+            {"name": "label_correction", "held_out": 0.5, "clean_phase": 0.3},
+            "held_out 0.5 and clean_phase 0.3 are more",
+        ),
         ({"name": "union", "weighting": "aligned"}, "set .phases.kind=noisy or .weighting.kind=uniform"),
         ({"name": "noisy_only", "warm_up": 0.2}, "nothing would change after it"),
         ({"name": "noisy_only", "clean_share": 0.2}, "clean_share applies where .include_clean=true"),

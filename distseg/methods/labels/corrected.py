@@ -59,7 +59,8 @@ class Corrected(LabelModel):
         self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.decide_after = decide_after
         self.counts = identity_prior(classes, device)
-        """(C, bins); before anything is known, what was drawn is the truth."""
+        """(C, bins) of the posterior. They start from annotators who do not err and move a tenth of the way a step:
+        counts of the network alone, for a start, trust the masks too little (docs/ablation.md)."""
         self.theta = identity(classes, device).repeat(2, 1)
         """(2, C): the calibration, and the one that has no shift."""
         self.fit = torch.zeros(2, 1 + classes + classes**2, dtype=torch.float64, device=device)
@@ -78,10 +79,7 @@ class Corrected(LabelModel):
         return torch.where(self.corrects > 0, most_probable_labels(self._posterior(logits, bins), masks), masks)
 
     def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
-        # The posterior knows more than the network alone, but not before the counts, which it needs, are known.
-        prior, posterior = self._prior(logits), self._posterior(logits, bins)
-        truth = torch.where(self.corrects > 0, posterior, prior).softmax(1)
-        parts = [expected_counts(truth, masks, bins, self.counts.shape[1])]
+        parts = [expected_counts(self._posterior(logits, bins).softmax(1), masks, bins, self.counts.shape[1])]
         if held_out is None:
             parts += [torch.zeros_like(self.fit), torch.zeros_like(self.gain)]
         else:
@@ -125,13 +123,9 @@ class Corrected(LabelModel):
         for name in _STATE:
             setattr(self, name, state[name].to(getattr(self, name)))
 
-    def _prior(self, logits: Tensor) -> Tensor:
-        """(B, C, H, W): log P(c | x), up to a constant."""
-        return calibrated(relative_logits(logits), self.theta[0])
-
     def _posterior(self, logits: Tensor, bins: Tensor) -> Tensor:
         """(B, C, H, W): log P(c | x, m), up to a constant."""
-        return posterior_logits(self._prior(logits), bins, self.counts)
+        return posterior_logits(calibrated(relative_logits(logits), self.theta[0]), bins, self.counts)
 
 
 _STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
