@@ -62,7 +62,7 @@ def test_labels_are_corrected_where_the_clean_images_show_a_shift_and_only_there
         assert torch.equal(labels, masks) != bool(corrects)
 
 
-def test_it_is_decided_once_after_so_many_steps() -> None:
+def test_it_is_decided_after_so_many_steps_and_for_good() -> None:
     model = model_of()
     assert learn(model, range(LEAST_STEPS - 1), 4.0)["labels/corrects"] == 0
     assert torch.equal(*relabelled(model, 4.0))
@@ -71,8 +71,8 @@ def test_it_is_decided_once_after_so_many_steps() -> None:
         "corrected labels take the shift away; that is no reason"
     )
     other = model_of()
-    learn(other, range(LEAST_STEPS), 0.0)
-    assert learn(other, range(60, 100), 4.0)["labels/corrects"] == 0
+    assert learn(other, range(LEAST_STEPS + 10), 0.0)["labels/corrects"] == 0
+    assert learn(other, range(60, 100), 4.0)["labels/corrects"] == 1, "a shift may show later"
 
 
 def test_without_held_out_images_the_calibration_stays_and_nothing_is_decided() -> None:

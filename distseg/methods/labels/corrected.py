@@ -1,10 +1,10 @@
 """The labels of the noisy images as they most probably are, by the label model of distseg/labels.
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
-pass of clean images. Whether labels are corrected at all is decided once, after the first `LEAST_STEPS` steps with
-clean images that the network has not learned from. They are where the shift of the calibration takes away a share of
-the loss on these images that is above its own standard error by `least_gain`: a network averages out what annotators do
-to both sides; what they do to one side it learns, and the shift is how much of that the clean images show.
+pass of clean images. Labels stay as drawn until the clean images that the network has not learned from show that
+correction pays: the shift of the calibration takes away a share of the loss on these images that is above its own
+standard error by `least_gain`. A network averages out what annotators do to both sides; what they do to one side it
+learns, and the shift is how much of that the clean images show. Once labels are corrected they stay so.
 docs/ablation.md has the reasoning and the figures.
 """
 
@@ -33,7 +33,7 @@ from distseg.section import Section
 DECAY = 0.9
 """Of the exponential moving averages, a step: they remember about ten."""
 LEAST_STEPS = 20
-"""With held-out clean images, before it is decided whether labels are corrected; a fifth of all in shorter runs."""
+"""With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
 
 class CorrectedConfig(Section):
@@ -55,7 +55,7 @@ class Corrected(LabelModel):
     def __init__(
         self, device: torch.device, classes: int, clean_count: int, least_gain: float, decide_after: int
     ) -> None:
-        """clean_count: how many different clean images there are; decide_after: steps with such images."""
+        """clean_count: how many different clean images there are; decide_after: steps with them before it may correct."""
         self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.decide_after = decide_after
         self.counts = identity_prior(classes, device)
@@ -106,8 +106,9 @@ class Corrected(LabelModel):
         self.gain = torch.where(held_out, _averaged(self.gain, gain), self.gain)
         self.known = self.known + held_out
         share, error = relative_gain(self.gain, self.clean_count)
-        decides = held_out & (self.known == self.decide_after)
-        self.corrects = torch.where(decides, (share - error >= self.least_gain).double(), self.corrects)
+        pays = held_out & (self.known >= self.decide_after) & (share - error >= self.least_gain)
+        # For good: corrected labels take the shift away.
+        self.corrects = torch.where(pays, 1.0, self.corrects)
         return {
             "labels/gain": share,
             "labels/gain_error": error,
