@@ -29,7 +29,7 @@ def polygons_to_mask(polygons: Sequence[Sequence[float]], size: tuple[int, int],
     if not polygons:
         return np.zeros((height, width), bool)
     runs = coco.merge(coco.frPyObjects([list(map(float, points)) for points in polygons], height, width))
-    return coco.decode(runs).astype(bool)
+    return runs_to_mask(runs["counts"].decode("ascii"), size, where)
 
 
 def runs_to_mask(counts: str | Sequence[int], size: tuple[int, int], where: str) -> NDArray[np.bool_]:
