@@ -27,9 +27,10 @@ class Archive:
             raise BadFileError(f"{path}: no such file")
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise BadFileError(f"{path}: cannot be read as a zip archive: {error}; export it again") from None
-        members = [member for member in self._zip.infolist() if not member.is_dir()]
+        except Exception as error:  # BadZipFile, OSError, NotImplementedError, struct.error, UnicodeDecodeError, …
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise BadFileError(f"{path}: cannot be read as a zip archive: {text}; export it again") from None
+        members = [member for member in self._zip.infolist() if not member.filename.endswith("/")]
         self._check(members)
         self._members = {member.filename: member for member in members}
         self.names = set(self._members)
@@ -65,7 +66,7 @@ class Archive:
         seen = set()
         for member in members:
             name = member.filename
-            if leaves_root(name):
+            if leaves_root(name) or not name:
                 raise BadFileError(f"{self.place(name)}: leaves the archive; do not trust it, export it again")
             if member.flag_bits & _ENCRYPTED:
                 raise BadFileError(f"{self.place(name)}: is encrypted; export the archive without a password")

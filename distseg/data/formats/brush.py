@@ -5,7 +5,7 @@ The layout is that of `decode` in https://github.com/thi-ng/umbrella/blob/develo
 Then blocks: a bit (1 for one value repeated, 0 for values in a row), 2 bits that choose one of the four lengths, a
 count less one, and the values.
 
-label_studio_sdk has it too, but allocates what the first 32 bits say, and takes seconds for a mask of one megapixel.
+label_studio_sdk has it too, but allocates what the first 32 bits say before anything is known about them.
 """
 
 import numpy as np

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from distseg.data.decode import MAX_SIDE
 from distseg.data.formats.contents import (
+    IGNORE,
     Canvas,
     Contents,
     Item,
@@ -27,10 +28,11 @@ from distseg.data.formats.contents import (
     named_values,
     number_classes,
     split_named,
+    written_names,
 )
 from distseg.data.formats.images import ImageFolder, check_size, ids_of, without_suffix
 from distseg.data.formats.json_file import Part, read_json
-from distseg.data.formats.shapes import mask_to_runs, polygons_to_mask, runs_to_mask
+from distseg.data.formats.shapes import labels_to_runs, polygons_to_mask, runs_to_mask
 from distseg.errors import BadFileError
 
 Id = Annotated[int, Field(ge=-(2**63), lt=2**63)] | str
@@ -146,14 +148,13 @@ def read(source: Source) -> Contents:
 def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Path) -> None:
     """images/ and annotations/instances_SPLIT.json, with run lengths, which hold a mask to the pixel."""
     values = named_values(classes)
-    names = list(values)
-    categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(names, start=1)]
+    ignored = False
     content: dict[str, dict[str, list[dict[str, Any]]]] = {}
     annotation_ids = count(1)
     (folder / "images").mkdir()
     (folder / "annotations").mkdir()
     for image_id, item in enumerate(items, start=1):
-        file = content.setdefault(item.split, {"images": [], "annotations": [], "categories": categories})
+        file = content.setdefault(item.split, {"images": [], "annotations": []})
         name = f"{item.id}{item.picture.suffix}"
         (folder / "images" / name).write_bytes(item.picture.content)
         width, height = item.picture.size
@@ -164,8 +165,11 @@ def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Pa
                 file["annotations"].append(
                     {"id": next(annotation_ids), "image_id": image_id, "category_id": category_id, "iscrowd": 0, **part}
                 )
+        ignored |= bool((item.masks[role] == IGNORE).any())
+    names = written_names(values, ignored)
+    categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(names, start=1)]
     for split, file in content.items():
-        text = json.dumps(file, ensure_ascii=False)
+        text = json.dumps(file | {"categories": categories}, ensure_ascii=False)
         (folder / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
 
 
@@ -201,6 +205,7 @@ def _shape(annotation: _Annotation, size: tuple[int, int], where: str) -> NDArra
 def _parts(mask: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
     """Segmentation, area and box of each 8-connected part of (H, W)."""
     number, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    for label in range(1, number):
-        left, top, width, height, area = stats[label].tolist()
-        yield {"segmentation": mask_to_runs(labels == label), "area": area, "bbox": [left, top, width, height]}
+    for runs, (left, top, width, height, area) in zip(
+        labels_to_runs(labels, number - 1), stats[1:].tolist(), strict=True
+    ):
+        yield {"segmentation": runs, "area": area, "bbox": [left, top, width, height]}

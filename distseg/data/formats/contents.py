@@ -122,7 +122,7 @@ def number_classes(names: Iterable[str], where: Path | str) -> tuple[tuple[str, 
 
 
 def named_values(classes: tuple[str, ...]) -> dict[str, int]:
-    """The id of each class by name, without background, and ignore as 255: what an exported file may hold.
+    """The id of each class by name, without background, and ignore as 255, last: what an exported file may hold.
 
     Raises UserError for a class whose name would be read back as another.
     """
@@ -130,6 +130,11 @@ def named_values(classes: tuple[str, ...]) -> dict[str, int]:
         if name.casefold() in (BACKGROUND, IGNORED):
             raise UserError(f"data.classes: the name {name} means something else in annotation tools; choose another")
     return {name: id for id, name in enumerate(classes) if id} | {IGNORED: IGNORE}
+
+
+def written_names(values: dict[str, int], ignored: bool) -> list[str]:
+    """The names of `named_values` that a file has to list: ignore only if a mask has such pixels."""
+    return [name for name in values if name != IGNORED or ignored]
 
 
 def split_named(word: str) -> str:

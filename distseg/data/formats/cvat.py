@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distseg.data.decode import Decoding, opened
+from distseg.data.decode import Decoding
 from distseg.data.formats.archive import Archive
 from distseg.data.formats.contents import (
+    BACKGROUND,
+    IGNORE,
     Contents,
     Item,
     Mask,
@@ -23,8 +25,9 @@ from distseg.data.formats.contents import (
     named_values,
     number_classes,
     split_named,
+    written_names,
 )
-from distseg.data.formats.images import ImageFolder, Picture, check_size, ids_of, picture
+from distseg.data.formats.images import ImageFolder, Picture, check_size, ids_of, opened_whole, picture
 from distseg.data.formats.palette import colour_of
 from distseg.errors import BadFileError, UserError
 from distseg.text import for_terminal
@@ -72,19 +75,22 @@ def read(source: Source) -> Contents:
 
 def write(items: Iterable[Item], classes: tuple[str, ...], role: str, path: Path) -> None:
     """labelmap.txt, a list for each split, the masks in colours, and the images as they are."""
-    values = {classes[0]: 0} | named_values(classes)
+    values = {BACKGROUND: 0} | named_values(classes)
     if broken := [name for name in values if ":" in name or name.startswith("#")]:
         raise UserError(f"data.classes: CVAT's labelmap.txt cannot hold the name {broken[0]!r}; choose one without ':'")
     palette = np.array([colour_of(value) for value in range(256)], np.uint8)
     lists: dict[str, list[str]] = {}
     with zipfile.ZipFile(path, "w") as file:
-        lines = [f"{name}:{','.join(map(str, colour_of(value)))}::" for name, value in values.items()]
-        _add(file, LABELS, "\n".join(["# label:color_rgb:parts:actions", *lines, ""]).encode(), zipfile.ZIP_DEFLATED)
+        ignored = False
         for item in items:
             lists.setdefault(item.split, []).append(item.id)
             coloured = palette[item.masks[role]][..., ::-1]
             _add(file, f"{MASKS}{item.id}.png", cv2.imencode(".png", coloured)[1].tobytes(), zipfile.ZIP_STORED)
             _add(file, f"{IMAGES}{item.id}{item.picture.suffix}", item.picture.content, zipfile.ZIP_STORED)
+            ignored |= bool((item.masks[role] == IGNORE).any())
+        names = written_names(values, ignored)
+        lines = [f"{name}:{','.join(map(str, colour_of(values[name])))}::" for name in names]
+        _add(file, LABELS, "\n".join(["# label:color_rgb:parts:actions", *lines, ""]).encode(), zipfile.ZIP_DEFLATED)
         for split, ids in lists.items():
             _add(file, f"{LISTS}{split}.txt", "".join(f"{id}\n" for id in ids).encode(), zipfile.ZIP_DEFLATED)
 
@@ -168,7 +174,7 @@ def _mask(archive: Archive, name: str, shown: Picture, colours: _Colours, decodi
     if member not in archive.names:
         return np.zeros(shown.size[::-1], np.uint8)
     where = Path(archive.place(member))
-    with opened(where, decoding, archive.read(member)) as image:
+    with opened_whole(where, decoding, archive.read(member)) as image:
         check_size(shown, image.size, str(where))
         if image.mode == "L":  # CVAT's form without colours: a value is a line of labelmap.txt
             return _by_line(np.asarray(image), colours, where)

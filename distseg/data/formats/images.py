@@ -3,7 +3,8 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from distseg.data.decode import Decoding, content_of, opened, turn_of
 from distseg.data.layouts.pairing import image_files
+from distseg.data.png import lacks_rows
 from distseg.data.sample import fault_of_id
 from distseg.errors import BadFileError, UserError
 from distseg.text import for_terminal
@@ -46,6 +48,18 @@ def picture(name: str, content: bytes, decoding: Decoding) -> Picture:
     size = (height, width) if turn in _TRANSPOSING else (width, height)
     suffix = path.suffix.lower()
     return Picture(name, suffix if suffix[1:].isalnum() and suffix.isascii() else f".{kind}", content, size)
+
+
+@contextmanager
+def opened_whole(path: Path, decoding: Decoding, content: bytes) -> Iterator[Image.Image]:
+    """`opened`, of a mask: raises BadFileError too where a PNG is damaged in a way that decoders fill in."""
+    with opened(path, decoding, content) as image:
+        if image.format == "PNG":
+            image.verify()  # every chunk's checksum; loading looks at none
+            if lacks_rows(content):
+                raise BadFileError(f"{path}: has fewer rows than its header says; export it again")
+    with opened(path, decoding, content) as image:
+        yield image
 
 
 def check_size(shown: Picture, size: tuple[int, int], what: str) -> None:

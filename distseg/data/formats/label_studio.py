@@ -25,6 +25,7 @@ from distseg.data.decode import MAX_SIDE
 from distseg.data.formats.brush import brush_to_mask, mask_to_brush
 from distseg.data.formats.contents import (
     ANNOTATION,
+    IGNORE,
     REFERENCE,
     Canvas,
     Contents,
@@ -33,6 +34,7 @@ from distseg.data.formats.contents import (
     Source,
     named_values,
     number_classes,
+    written_names,
 )
 from distseg.data.formats.images import UPLOAD_PREFIX, ImageFolder, Picture, check_size, ids_of, without_suffix
 from distseg.data.formats.json_file import Part, checked, read_json
@@ -167,7 +169,7 @@ def read(source: Source) -> Contents:
 def write(items: Iterable[Item], classes: tuple[str, ...], role: str | None, folder: Path) -> None:
     """images/, annotations.json with every annotator's masks, and label_config.xml for the project's settings."""
     values = named_values(classes)
-    (folder / LABELS).write_text(_label_config(values), encoding="utf-8")
+    ignored = False
     (folder / "images").mkdir()
     numbers = count(1)
     with (folder / JSON).open("w", encoding="utf-8") as file:
@@ -180,9 +182,12 @@ def write(items: Iterable[Item], classes: tuple[str, ...], role: str | None, fol
                 "data": data | ({"group": item.group} if item.group else {}),
                 "annotations": [_annotation(key, mask, values, next(numbers)) for key, mask in masks.items()],
             }
+            ignored |= any((mask == IGNORE).any() for mask in masks.values())
             file.write(",\n" if number else "[\n")
             json.dump(task, file, ensure_ascii=False)
         file.write("\n]\n")
+    named = {name: values[name] for name in written_names(values, ignored)}
+    (folder / LABELS).write_text(_label_config(named), encoding="utf-8")
 
 
 def _annotations_by_role(task: _Task, where: str) -> dict[str, _Annotation]:

@@ -17,9 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from distseg.data.decode import Decoding, content_of, opened
-from distseg.data.formats.contents import IGNORE, IGNORED, Contents, Item, Mask, Source, named_values, number_classes
-from distseg.data.formats.images import Picture, check_size, ids_of, picture
+from distseg.data.decode import Decoding, content_of
+from distseg.data.formats.contents import (
+    BACKGROUND,
+    IGNORE,
+    IGNORED,
+    Contents,
+    Item,
+    Mask,
+    Source,
+    named_values,
+    number_classes,
+)
+from distseg.data.formats.images import Picture, check_size, ids_of, opened_whole, picture
 from distseg.data.formats.json_file import Part, read_json
 from distseg.data.formats.nifti import read_slice
 from distseg.errors import BadFileError
@@ -74,11 +84,10 @@ def read(source: Source) -> Contents:
 
 def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Path) -> None:
     """The images, which must be RGB in PNG, and labels as PNG; `ignore`, if a mask has it, comes after the classes."""
-    named_values(classes)
+    labels = {BACKGROUND: 0} | {name: id for name, id in named_values(classes).items() if id != IGNORE}
     for name in (name for part in _PARTS.values() for name in part):
         (folder / name).mkdir()
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    labels = {name: id for id, name in enumerate(classes)}
     for item in items:
         splits[item.split].append(item.id)
         images, masks = _PARTS["test" if item.split == "test" else "train"]
@@ -191,7 +200,7 @@ def _values(path: Path, decoding: Decoding) -> NDArray[Any]:
     """(H, W) as the file has them; of a palette the indices."""
     if path.name.endswith(_NIFTI):
         return read_slice(path, decoding)
-    with opened(path, decoding) as image:
+    with opened_whole(path, decoding, content_of(path, decoding)) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "F"):
             raise BadFileError(f"{path}: its colours are {image.mode}; save one channel as grey")
         return np.asarray(image)

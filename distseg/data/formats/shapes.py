@@ -1,7 +1,8 @@
 """Outlines and run lengths into pixels, by COCO's rules. The only importer of pycocotools."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,26 @@ def runs_to_mask(counts: str | Sequence[int], size: tuple[int, int], where: str)
     return np.repeat(values, np.asarray(lengths, np.int64)).reshape(width, height).T
 
 
-def mask_to_runs(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """{"size": [H, W], "counts": compressed} from (H, W)."""
-    encoded = _pycocotools().encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+def labels_to_runs(labels: NDArray[np.int32], count: int) -> Iterator[dict[str, Any]]:
+    """{"size": [H, W], "counts": compressed} of each of the labels 1 to `count` of (H, W); each must occur.
+
+    In one pass over the pixels, however many labels there are.
+    """
+    coco = _pycocotools()
+    height, width = labels.shape
+    flat = labels.ravel(order="F")
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    ends = np.append(starts[1:], flat.size)
+    order = np.argsort(flat[starts], kind="stable")
+    places = np.searchsorted(flat[starts][order], np.arange(1, count + 2))
+    for first, last in pairwise(places):
+        runs = order[first:last]
+        bounds = np.column_stack([starts[runs], ends[runs]]).ravel()
+        lengths = np.diff(bounds, prepend=0, append=flat.size).tolist()
+        packed = coco.frPyObjects(
+            {"size": [height, width], "counts": lengths if lengths[-1] else lengths[:-1]}, height, width
+        )
+        yield {"size": [height, width], "counts": packed["counts"].decode("ascii")}
 
 
 def _decompressed(text: str, where: str) -> list[int]:

@@ -15,7 +15,7 @@ from distseg.data.decode import PLAIN
 from distseg.data.formats import FORMATS
 from distseg.data.formats.brush import brush_to_mask, mask_to_brush
 from distseg.data.formats.contents import Contents, Item, Source
-from distseg.data.formats.shapes import mask_to_runs, polygons_to_mask, runs_to_mask
+from distseg.data.formats.shapes import labels_to_runs, polygons_to_mask, runs_to_mask
 from distseg.errors import BadFileError
 
 FILES = Path(__file__).with_name("files")
@@ -70,6 +70,10 @@ def test_outlines_are_filled_as_pycocotools_does() -> None:
     assert item.overlapping == int((shapes[0] & shapes[1]).sum()) > 0
 
 
+def mask_to_runs(mask: np.ndarray) -> dict:
+    return next(labels_to_runs(mask.astype(np.int32), 1))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_run_lengths_are_those_of_pycocotools(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -80,10 +84,19 @@ def test_run_lengths_are_those_of_pycocotools(seed: int) -> None:
     np.testing.assert_array_equal(runs_to_mask(encoded["counts"].decode(), (width, height), "x"), mask)
 
 
+def test_each_label_has_its_runs() -> None:
+    labels = np.random.default_rng(0).integers(0, 6, (29, 31)).astype(np.int32)
+    for label, runs in enumerate(labels_to_runs(labels, 5), start=1):
+        encoded = coco_mask.encode(np.asfortranarray(labels == label, np.uint8))
+        assert runs == {"size": [29, 31], "counts": encoded["counts"].decode()}
+    assert label == 5
+
+
 @pytest.mark.parametrize("mask", [np.zeros((7, 11), bool), np.ones((7, 11), bool), np.ones((401, 397), bool)])
 def test_run_lengths_of_flat_masks(mask: np.ndarray) -> None:
     size = mask.shape[::-1]
-    np.testing.assert_array_equal(runs_to_mask(mask_to_runs(mask)["counts"], size, "x"), mask)
+    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+    np.testing.assert_array_equal(runs_to_mask(encoded, size, "x"), mask)
     np.testing.assert_array_equal(brush_to_mask(bytes(mask_to_brush(mask)), size, "x"), mask)
 
 
