@@ -7,13 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from distseg.cli.process import say
-from distseg.data.decode import PLAIN
+from distseg.data.decode import PLAIN, read_mask
 from distseg.data.formats import FORMATS
 from distseg.data.formats.contents import IGNORE, Item, Source
 from distseg.data.formats.convert import Imported, check_role, export_annotations, import_annotations
@@ -104,7 +105,14 @@ def export_samples(config: "Config", samples: Sequence[Sample], arguments: argpa
         check_role(arguments.role)
     data = config.data
     done = export_annotations(
-        samples, data.class_names, arguments.export, arguments.role, arguments.to, data.decoding, _shown
+        samples,
+        data.class_names,
+        arguments.export,
+        arguments.role,
+        arguments.to,
+        data.decoding,
+        partial(read_mask, decoding=data.decoding),
+        _shown,
     )
     say(f"{arguments.to}: {done.count} images" + (f"; {done.without} without such a mask" if done.without else ""))
     for lost in done.lost:

@@ -86,8 +86,8 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
         shown = samples[:SHOWN_MASKS]
         sheet = contact_sheet(
             [read_image(sample.image, config.data.decoding) for sample in shown],
-            [read_mask(sample.mask, config.data.decoding) for sample in shown],
-            {noise.level: [read_mask(sample.noisy_mask) for sample in shown if sample.noisy_mask]},
+            [read_mask(sample.truth, config.data.decoding) for sample in shown],
+            {noise.level: [read_mask(sample.annotations[0].mask) for sample in shown]},
         )
         save_png(sheet, folder / "contact_sheet.png")
     except OSError as error:

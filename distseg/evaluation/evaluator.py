@@ -38,7 +38,7 @@ def evaluate(
             foreground = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(dim=1) > 0
             broken = ~torch.isfinite(logits).flatten(1).all(dim=1)
             state = torch.stack([broken, torch.ones_like(broken)], dim=1)
-            filled.append((positions, torch.cat([confusion(foreground, batch.true_masks), state], dim=1)))
+            filled.append((positions, torch.cat([confusion(foreground, batch.masks), state], dim=1)))
 
     # What went wrong travels with the counts: an error raised here by one rank would leave the others in the sum.
     table = torch.zeros(count, 6, dtype=torch.int64, device=filled[0][1].device if filled else "cpu")

@@ -149,7 +149,7 @@ def test_tables_as_spreadsheets_save_them_are_read(tmp_path, kind):
     (tmp_path / "manifest.csv").write_bytes(TABLES[kind])
     samples, problems = survey(DataConfig(root=tmp_path, test_fraction=0))
     assert problems == []
-    assert [(s.id, s.split, s.image, s.mask) for s in samples] == [
+    assert [(s.id, s.split, s.image, s.truth) for s in samples] == [
         ("a", "train", tmp_path / "images/a.jpg", tmp_path / "masks/a.png"),
         ("b", "val", tmp_path / "images/b.jpg", tmp_path / "masks/b.png"),
     ]
@@ -159,7 +159,7 @@ def test_a_file_with_a_backslash_in_its_name_is_that_file(tmp_path):
     (tmp_path / "manifest.csv").write_text("id,split,image,mask\na,train,i\\a.jpg,m\\a.png\n")
     touch(tmp_path / "i\\a.jpg")
     [sample] = read_samples(DataConfig(root=tmp_path, test_fraction=0, val_fraction=0))
-    assert (sample.image, sample.mask) == (tmp_path / "i\\a.jpg", tmp_path / "m" / "a.png")
+    assert (sample.image, sample.truth) == (tmp_path / "i\\a.jpg", tmp_path / "m" / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_root_of_no_layout_says_what_was_looked_for_and_what_is_there(tmp_path
     for name in ("labels", "pictures"):
         (tmp_path / name).mkdir()
     touch(tmp_path / "read\nme.txt")
-    with pytest.raises(UserError, match=r"images/ and masks/\); it holds labels/, pictures/, read\\nme.txt"):
+    with pytest.raises(UserError, match=r"references/ and annotations/\); it holds labels/, pictures/, read\\nme.txt"):
         read_samples(DataConfig(root=tmp_path))
 
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distseg.data.decode import Decoding, content_of, opened, orientation_of, read_image, read_mask
+from distseg.data.decode import Decoding, content_of, opened, orientation_of, read_image
 from distseg.data.formats import FORMATS, Format
 from distseg.data.formats.contents import (
     ANNOTATION,
@@ -109,19 +109,20 @@ def export_annotations(
     role: str | None,
     to: Path,
     decoding: Decoding,
+    read: Callable[[Path], Mask],
     progress: Progress,
 ) -> Exported:
     """Write a data set as an annotation tool reads it: images as they are, and the masks of `role`.
 
-    `role` may be None where there is but one, and where the format holds those of all. Raises UserError or
-    BadFileError, and leaves nothing, if anything is wrong.
+    `role` may be None where there is but one, and where the format holds those of all. `read` gives the class ids of a
+    mask's file. Raises UserError or BadFileError, and leaves nothing, if anything is wrong.
     """
     kind = FORMATS[format]
     role = _chosen(role, samples, kind, format)
     with_masks = [sample for sample in samples if role is None or role in sample.files]
     if not with_masks:
         raise UserError(f"--as {role}: no image has such a mask; there are {', '.join(_roles(samples))}")
-    items = progress(_items(with_masks, role, kind, decoding), len(with_masks))
+    items = progress(_items(with_masks, role, kind, decoding, read), len(with_masks))
     # The registry's writers take a role; one that holds all takes None for all of them.
     with _new_place(to, kind) as place:
         kind.write(items, classes, role, place)
@@ -222,14 +223,16 @@ def _chosen(role: str | None, samples: Sequence[Sample], kind: Format, format: s
     return roles[0]
 
 
-def _items(samples: Iterable[Sample], role: str | None, kind: Format, decoding: Decoding) -> Iterator[Item]:
+def _items(
+    samples: Iterable[Sample], role: str | None, kind: Format, decoding: Decoding, read: Callable[[Path], Mask]
+) -> Iterator[Item]:
     for sample in samples:
         shown = _picture(sample.image, kind.needs_png, decoding)
         masks = {}
         for key, path in sample.files.items():
             if key == "image" or role not in (None, key):
                 continue
-            masks[str(key)] = read_mask(path, decoding)
+            masks[key] = read(path)
             check_size(shown, masks[key].shape[::-1], str(path))
         yield Item(sample.id, sample.split, shown, masks, sample.group)
 

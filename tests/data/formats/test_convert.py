@@ -10,7 +10,7 @@ from drawn import CLASSES, SIZES, SPLITS, draw_image, draw_mask
 from PIL import Image
 
 from distseg.data.config import DataConfig
-from distseg.data.decode import PLAIN, Decoding
+from distseg.data.decode import PLAIN, Decoding, read_mask
 from distseg.data.formats import FORMATS
 from distseg.data.formats.contents import Source
 from distseg.data.formats.convert import Imported, export_annotations, import_annotations
@@ -52,12 +52,17 @@ def assert_same(one: dict, other: dict) -> None:
         np.testing.assert_array_equal(one[key], other[key], err_msg=str(key))
 
 
-def surveyed(root: Path, classes: tuple[str, ...]) -> tuple[list[Sample], Decoding]:
+def surveyed(root: Path) -> list[Sample]:
     """What training would see of an imported folder."""
-    config = DataConfig(root=root, classes={name: id for id, name in enumerate(classes)}, ignore=[255])
-    samples, problems = survey(config)
+    samples, problems = survey(DataConfig(root=root))
     assert not problems
-    return samples, config.decoding
+    return samples
+
+
+def values(path: Path) -> np.ndarray:
+    """The class ids of a mask, as an import writes them."""
+    with Image.open(path) as image:
+        return np.array(image)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -66,12 +71,12 @@ def test_there_and_back_is_the_same(tmp_path: Path, format: str, to: str) -> Non
     """The files of other programs, to ours, to each format, to ours."""
     path, role = WRITTEN[format]
     first = imported(tmp_path / "first", (format, path, role))
-    samples, decoding = surveyed(tmp_path / "first", first.classes)
+    samples = surveyed(tmp_path / "first")
     assert [sample.id for sample in samples] == sorted(SIZES)
     role = None if FORMATS[to].all_roles else "reference"
     place = tmp_path / "exported"
     named = ("any name for the background", *first.classes[1:])
-    done = export_annotations(samples, named, to, role, place, decoding, silent)
+    done = export_annotations(samples, named, to, role, place, PLAIN, values, silent)
     assert (done.count, done.without) == (5, 0)
     second = imported(tmp_path / "second", (to, place, role))
     assert second.classes == first.classes
@@ -94,7 +99,7 @@ def every_annotator(root: Path) -> Imported:
     rows = ["id,split,image,reference,annotation:7,annotation:ann@example.org,group"]
     for sample in first.samples:
         paths = [path.relative_to(first.samples[0].image.parents[1]).as_posix() for path in sample.files.values()]
-        rows.append(",".join([sample.id, SPLITS[sample.id], *paths, f"patient {len(sample.id)}"]))
+        rows.append(",".join([sample.id, SPLITS[sample.id], *paths, f"patient {SPLITS[sample.id]}"]))
     (root.with_name("label_studio") / "manifest.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return first
 
@@ -103,11 +108,11 @@ def every_annotator(root: Path) -> Imported:
 def test_annotators_groups_and_ignored_pixels_survive(tmp_path: Path, format: str) -> None:
     first = every_annotator(tmp_path / "x")
     classes = (*first.classes, "seen nowhere")
-    samples, decoding = surveyed(tmp_path / "label_studio", classes)
+    samples = surveyed(tmp_path / "label_studio")
     roles = [None] if FORMATS[format].all_roles else ["reference", "annotation:7", "annotation:ann@example.org"]
     files = []
     for number, role in enumerate(roles):
-        done = export_annotations(samples, classes, format, role, tmp_path / f"export{number}", decoding, silent)
+        done = export_annotations(samples, classes, format, role, tmp_path / f"export{number}", PLAIN, values, silent)
         assert done.lost == (() if FORMATS[format].keeps_groups else ("groups",))
         files.append((format, tmp_path / f"export{number}", role))
     second = imported(tmp_path / "second", *files)
@@ -116,7 +121,7 @@ def test_annotators_groups_and_ignored_pixels_survive(tmp_path: Path, format: st
     assert_same(masks_of(second), masks_of(first))
     assert {s.id: s.split for s in second.samples} == SPLITS
     if FORMATS[format].keeps_groups:
-        assert {s.id: s.group for s in second.samples} == {id: f"patient {len(id)}" for id in SIZES}
+        assert {s.id: s.group for s in second.samples} == {id: f"patient {split}" for id, split in SPLITS.items()}
 
 
 def test_files_of_several_formats_are_joined_by_id(tmp_path: Path) -> None:
@@ -154,11 +159,11 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     for name in "ab":
         first = imported(tmp_path / name, ("coco", FILES / "coco", "reference"))
     assert written(tmp_path / "a") == written(tmp_path / "b")
-    samples, decoding = surveyed(tmp_path / "a", first.classes)
+    samples = surveyed(tmp_path / "a")
     for format in ONE_MASK:
         for name in "ab":
             place = tmp_path / name / format
-            export_annotations(samples, first.classes, format, None, place, decoding, silent)
+            export_annotations(samples, first.classes, format, None, place, PLAIN, values, silent)
         one, other = tmp_path / "a" / format, tmp_path / "b" / format
         assert one.read_bytes() == other.read_bytes() if one.is_file() else written(one) == written(other)
 
@@ -174,36 +179,38 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path, format: str) -> None:
     first = imported(tmp_path / "first", ("coco", FILES / "coco", "reference"))
-    samples, decoding = surveyed(tmp_path / "first", first.classes)
+    samples = surveyed(tmp_path / "first")
     assert samples[-1].reference is not None
     samples[-1].reference.write_bytes(samples[-1].reference.read_bytes()[:60])
     with pytest.raises(UserError, match=samples[-1].reference.name):
-        export_annotations(samples, first.classes, format, "reference", tmp_path / "out", decoding, silent)
+        export_annotations(samples, first.classes, format, "reference", tmp_path / "out", PLAIN, read_mask, silent)
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
-        export_annotations(samples, first.classes, format, "reference", tmp_path / "out", decoding, silent)
+        export_annotations(samples, first.classes, format, "reference", tmp_path / "out", PLAIN, values, silent)
 
 
 def test_which_masks_to_export_must_be_said(tmp_path: Path) -> None:
     first = imported(tmp_path / "first", ("label-studio", *WRITTEN["label-studio"]))
-    samples, decoding = surveyed(tmp_path / "first", first.classes)
+    samples = surveyed(tmp_path / "first")
     for format in ONE_MASK:
         with pytest.raises(UserError, match=r"--as annotation:7 \| annotation:ann@example.org \| reference"):
-            export_annotations(samples, first.classes, format, None, tmp_path / "out", decoding, silent)
+            export_annotations(samples, first.classes, format, None, tmp_path / "out", PLAIN, values, silent)
     with pytest.raises(UserError, match="no image has such a mask"):
-        export_annotations(samples, first.classes, "coco", "annotation:bob", tmp_path / "out", decoding, silent)
+        export_annotations(samples, first.classes, "coco", "annotation:bob", tmp_path / "out", PLAIN, values, silent)
 
 
 def test_names_that_mean_something_else_are_refused(tmp_path: Path) -> None:
-    first = imported(tmp_path / "first", ("coco", FILES / "coco", "reference"))
-    samples, decoding = surveyed(tmp_path / "first", first.classes)
+    imported(tmp_path / "first", ("coco", FILES / "coco", "reference"))
+    samples = surveyed(tmp_path / "first")
     for format in ONE_MASK:
         with pytest.raises(UserError, match=r"data\.classes: the name Ignore"):
-            export_annotations(samples, ("background", "a", "Ignore"), format, None, tmp_path / "x", decoding, silent)
+            export_annotations(
+                samples, ("background", "a", "Ignore"), format, None, tmp_path / "x", PLAIN, values, silent
+            )
     with pytest.raises(UserError, match="cannot hold the name 'a:b'"):
-        export_annotations(samples, ("background", "a:b", "c"), "cvat", None, tmp_path / "x", decoding, silent)
+        export_annotations(samples, ("background", "a:b", "c"), "cvat", None, tmp_path / "x", PLAIN, values, silent)
 
 
 def test_a_photo_that_is_turned_has_its_masks_as_displayed(tmp_path: Path) -> None:
@@ -222,6 +229,6 @@ def test_a_photo_that_is_turned_has_its_masks_as_displayed(tmp_path: Path) -> No
     done = imported(tmp_path / "out", ("coco", tmp_path / "x.json", "reference"))
     assert masks_of(done)["A", "reference"].shape == (20, 10)
     ignoring = Decoding(orientation="ignore")
-    source = Source(tmp_path / "x.json", None, "reference", ignoring)
+    source = Source(tmp_path / "x.json", tmp_path / "images", "reference", ignoring)
     with pytest.raises(UserError, match=r"has 20×10; .*data\.orientation"):
         import_annotations([("coco", source)], tmp_path / "other", None, silent)
