@@ -54,7 +54,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch numpy
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dali,dev,docs,formats]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dali,dev,docs]"
 	touch $@
 
 clean:

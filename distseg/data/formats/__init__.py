@@ -11,12 +11,12 @@ from distseg.data.formats.contents import Contents, Item, Source
 @dataclass(frozen=True)
 class Format:
     read: Callable[[Source], Contents]
-    write: Callable[[Iterable[Item], tuple[str, ...], str, Path], None]
-    """Of items, classes and a role, into an empty folder or a new file."""
+    write: Callable[[Iterable[Item], tuple[str, ...], Path], None]
+    """Of items with the masks that are wanted, and the names of the classes, into an empty folder or a new file."""
     is_file: bool = False
     """Whether it is written as one file."""
     all_roles: bool = False
-    """Whether one file holds the masks of every role."""
+    """Whether one file holds the masks of every role; else items have one mask."""
     needs_png: bool = False
     """Whether images must be RGB in PNG."""
     keeps_groups: bool = False

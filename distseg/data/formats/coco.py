@@ -145,7 +145,7 @@ def read(source: Source) -> Contents:
     return Contents(classes, items(), len(entries), unmarked)
 
 
-def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Path) -> None:
+def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None:
     """images/ and annotations/instances_SPLIT.json, with run lengths, which hold a mask to the pixel."""
     values = named_values(classes)
     ignored = False
@@ -160,12 +160,13 @@ def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Pa
         width, height = item.picture.size
         group = {"group": item.group} if item.group else {}
         file["images"].append({"id": image_id, "file_name": name, "width": width, "height": height, **group})
+        [mask] = item.masks.values()
         for category_id, value in enumerate(values.values(), start=1):
-            for part in _parts(item.masks[role] == value):
+            for part in _parts(mask == value):
                 file["annotations"].append(
                     {"id": next(annotation_ids), "image_id": image_id, "category_id": category_id, "iscrowd": 0, **part}
                 )
-        ignored |= bool((item.masks[role] == IGNORE).any())
+        ignored |= bool((mask == IGNORE).any())
     names = written_names(values, ignored)
     categories = [{"id": number, "name": name, "supercategory": ""} for number, name in enumerate(names, start=1)]
     for split, file in content.items():
@@ -206,6 +207,6 @@ def _parts(mask: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
     """Segmentation, area and box of each 8-connected part of (H, W)."""
     number, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     for runs, (left, top, width, height, area) in zip(
-        labels_to_runs(labels, number - 1), stats[1:].tolist(), strict=True
+        labels_to_runs(np.asarray(labels, np.int32), number - 1), stats[1:].tolist(), strict=True
     ):
         yield {"segmentation": runs, "area": area, "bbox": [left, top, width, height]}

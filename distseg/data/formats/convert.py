@@ -123,9 +123,8 @@ def export_annotations(
     if not with_masks:
         raise UserError(f"--as {role}: no image has such a mask; there are {', '.join(_roles(samples))}")
     items = progress(_items(with_masks, role, kind, decoding, read), len(with_masks))
-    # The registry's writers take a role; one that holds all takes None for all of them.
     with _new_place(to, kind) as place:
-        kind.write(items, classes, role, place)
+        kind.write(items, classes, place)
     lost = ("groups",) if any(sample.group for sample in with_masks) and not kind.keeps_groups else ()
     return Exported(len(with_masks), len(samples) - len(with_masks), lost)
 

@@ -73,7 +73,7 @@ def read(source: Source) -> Contents:
     return Contents(classes, items(), len(splits), sum(_member(name) not in archive.names for name in splits))
 
 
-def write(items: Iterable[Item], classes: tuple[str, ...], role: str, path: Path) -> None:
+def write(items: Iterable[Item], classes: tuple[str, ...], path: Path) -> None:
     """labelmap.txt, a list for each split, the masks in colours, and the images as they are."""
     values = {BACKGROUND: 0} | named_values(classes)
     if broken := [name for name in values if ":" in name or name.startswith("#")]:
@@ -84,10 +84,11 @@ def write(items: Iterable[Item], classes: tuple[str, ...], role: str, path: Path
         ignored = False
         for item in items:
             lists.setdefault(item.split, []).append(item.id)
-            coloured = palette[item.masks[role]][..., ::-1]
+            [mask] = item.masks.values()
+            coloured = palette[mask][..., ::-1]
             _add(file, f"{MASKS}{item.id}.png", cv2.imencode(".png", coloured)[1].tobytes(), zipfile.ZIP_STORED)
             _add(file, f"{IMAGES}{item.id}{item.picture.suffix}", item.picture.content, zipfile.ZIP_STORED)
-            ignored |= bool((item.masks[role] == IGNORE).any())
+            ignored |= bool((mask == IGNORE).any())
         names = written_names(values, ignored)
         lines = [f"{name}:{','.join(map(str, colour_of(values[name])))}::" for name in names]
         _add(file, LABELS, "\n".join(["# label:color_rgb:parts:actions", *lines, ""]).encode(), zipfile.ZIP_DEFLATED)

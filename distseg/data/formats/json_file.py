@@ -22,6 +22,10 @@ class Part(BaseModel):
 
 def read_json(path: Path, limit: int, model: type[T] | Any) -> T:
     """The content of a JSON file as `model` has it. Raises BadFileError, one line that names the file and the place."""
+    if path.is_file() and (size := path.stat().st_size) > limit:
+        raise BadFileError(
+            f"{path}: has {size:,} bytes, above data.max_file_bytes ({limit:,}); export fewer images at once"
+        )
     try:
         text = read_regular(path, limit).decode("utf-8-sig")
     except FileNotFoundError:

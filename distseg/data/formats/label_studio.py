@@ -166,7 +166,7 @@ def read(source: Source) -> Contents:
     return Contents(classes, items(), len(annotated), unannotated=len(tasks) - len(annotated))
 
 
-def write(items: Iterable[Item], classes: tuple[str, ...], role: str | None, folder: Path) -> None:
+def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None:
     """images/, annotations.json with every annotator's masks, and label_config.xml for the project's settings."""
     values = named_values(classes)
     ignored = False
@@ -177,12 +177,11 @@ def write(items: Iterable[Item], classes: tuple[str, ...], role: str | None, fol
             name = f"{item.id}{item.picture.suffix}"
             (folder / "images" / name).write_bytes(item.picture.content)
             data = {"image": f"/data/local-files/?d={quote(f'{folder.name}/images/{name}')}", "split": item.split}
-            masks = {key: mask for key, mask in item.masks.items() if role in (None, key)}
             task = {
                 "data": data | ({"group": item.group} if item.group else {}),
-                "annotations": [_annotation(key, mask, values, next(numbers)) for key, mask in masks.items()],
+                "annotations": [_annotation(key, mask, values, next(numbers)) for key, mask in item.masks.items()],
             }
-            ignored |= any((mask == IGNORE).any() for mask in masks.values())
+            ignored |= any((mask == IGNORE).any() for mask in item.masks.values())
             file.write(",\n" if number else "[\n")
             json.dump(task, file, ensure_ascii=False)
         file.write("\n]\n")

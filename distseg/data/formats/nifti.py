@@ -45,5 +45,7 @@ def _nibabel() -> Any:
     try:
         import nibabel
     except ImportError:
-        raise UserError("NIfTI needs nibabel: pip install 'distseg[formats]', or save the slices as PNG") from None
+        raise UserError(
+            "NIfTI needs nibabel, which is not installed: pip install nibabel, or save the slices as PNG"
+        ) from None
     return nibabel

@@ -82,7 +82,7 @@ def read(source: Source) -> Contents:
     return Contents(classes, items(), len(cases))
 
 
-def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Path) -> None:
+def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None:
     """The images, which must be RGB in PNG, and labels as PNG; `ignore`, if a mask has it, comes after the classes."""
     labels = {BACKGROUND: 0} | {name: id for name, id in named_values(classes).items() if id != IGNORE}
     for name in (name for part in _PARTS.values() for name in part):
@@ -91,7 +91,7 @@ def write(items: Iterable[Item], classes: tuple[str, ...], role: str, folder: Pa
     for item in items:
         splits[item.split].append(item.id)
         images, masks = _PARTS["test" if item.split == "test" else "train"]
-        mask = item.masks[role]
+        [mask] = item.masks.values()
         if (mask == IGNORE).any():
             labels[IGNORED] = len(classes)
         (folder / images / f"{item.id}_0000.png").write_bytes(item.picture.content)

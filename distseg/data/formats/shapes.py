@@ -93,5 +93,5 @@ def _pycocotools() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise UserError("outlines and COCO need pycocotools: pip install 'distseg[formats]'") from None
+        raise UserError("outlines and COCO need pycocotools, which is not installed: pip install pycocotools") from None
     return mask

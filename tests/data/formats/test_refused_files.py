@@ -81,7 +81,7 @@ COCO: dict[str, tuple[Callable[[], str], str]] = {
     "empty": (lambda: "", "cannot be read as JSON"),
     "truncated": (lambda: json.dumps(sound_coco())[:-40], "cannot be read as JSON"),
     "nested": (lambda: DEEP[:9_000], "nested too deeply"),
-    "large": (lambda: " " * 10_001 + "{}", "more than 10000 bytes"),
+    "large": (lambda: " " * 10_001 + "{}", "above data.max_file_bytes (10,000)"),
     "no object": (lambda: "[1, 2]", "input should be"),
     "without images": (lambda: put({"categories": [], "annotations": [], "x": 0}, "x", 1), "images"),
     "width of nothing": (lambda: put(sound_coco(), "images.0.width", 0), "images.0.width"),
