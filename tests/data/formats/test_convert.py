@@ -1,7 +1,9 @@
 """From a tool's files to ours, back, and once more: the same masks, bit for bit."""
 
 import json
+import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from distseg.data.decode import PLAIN, Decoding, read_mask
 from distseg.data.formats import FORMATS
 from distseg.data.formats.contents import Source
 from distseg.data.formats.convert import Imported, export_annotations, import_annotations
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.data.survey import survey
 from distseg.errors import UserError
 
@@ -232,3 +234,27 @@ def test_a_photo_that_is_turned_has_its_masks_as_displayed(tmp_path: Path) -> No
     source = Source(tmp_path / "x.json", tmp_path / "images", "reference", ignoring)
     with pytest.raises(UserError, match=r"has 20×10; .*data\.orientation"):
         import_annotations([("coco", source)], tmp_path / "other", None, silent)
+
+
+@pytest.mark.data
+@pytest.mark.skipif("DISTSEG_DATA" not in os.environ, reason="DISTSEG_DATA does not name the folder of samples")
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_crowds_masks_survive(tmp_path: Path, format: str) -> None:
+    """Thirty microscopy images of BU-BIL with seven crowd workers and the experts, in JPEG."""
+    data = Path(os.environ["DISTSEG_DATA"]) / "bubil_crowd"
+    listed, _ = survey(DataConfig(root=data))
+    samples = [
+        replace(s, annotations=tuple(Annotation(f"w{n}", data / f"crowd/{s.id}_w{n}.png") for n in range(1, 8)))
+        for s in listed[::9]
+    ]
+    roles = [None] if FORMATS[format].all_roles else ["reference", "annotation:w1", "annotation:w7"]
+    files = []
+    for number, role in enumerate(roles):
+        place = tmp_path / f"export{number}"
+        export_annotations(samples, ("background", "cell"), format, role, place, PLAIN, read_mask, silent)
+        files.append((format, place, role))
+    found = masks_of(imported(tmp_path / "back", *files))
+    assert len(found) == 30 * (8 if roles == [None] else 3)
+    for sample in samples:
+        for role in (role for id, role in found if id == sample.id):
+            np.testing.assert_array_equal(found[sample.id, role], read_mask(sample.files[role]))
