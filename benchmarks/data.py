@@ -73,7 +73,7 @@ class PlainDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         sample, size = self.samples[index], self.size
         image = Image.open(sample.image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        mask = Image.open(sample.mask).convert("L").resize((size, size), Image.Resampling.NEAREST)
+        mask = Image.open(sample.truth).convert("L").resize((size, size), Image.Resampling.NEAREST)
 
         rng = random.Random(int(torch.randint(2**31, ())))
         for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE):

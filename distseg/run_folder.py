@@ -8,8 +8,8 @@ runs/NAME/config.yaml          the resolved config
           run.lock             held by the process that trains it (distseg/run_lock.py)
           checkpoints/         distseg/training/checkpoint.py
           figures/             training panels along the steps
-          noisy_masks/         the noisy stream's masks, where they are simulated
-          samples.csv          its samples, their splits and the SHA-256 of their files
+          noisy_masks/         the noisy stream's masks, where they are simulated or made of several annotators'
+          data.json            its samples: split, group, whether it is clean, the SHA-256 of its files
           left_out.csv         under data.on_bad=skip the samples that it does without, and why
 """
 
@@ -58,8 +58,8 @@ class RunFolder:
         return self.path / "noisy_masks"
 
     @property
-    def samples(self) -> Path:
-        return self.path / "samples.csv"
+    def data(self) -> Path:
+        return self.path / "data.json"
 
     @property
     def left_out(self) -> Path:

@@ -6,6 +6,9 @@ Each rank holds its share of the noisy and of the clean batch. The weights sum t
 so any number of ranks takes the same steps: with `--nproc-per-node 1` the printed losses are the same.
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from drawn import lesions
@@ -49,6 +52,9 @@ def main() -> None:
         if rank == 0:
             print(f"step {step}  loss {total.item():.8f}")
     dist.destroy_process_group()
+    # A thread of gloo's may outlive its group, and abort where it meets an interpreter that is being taken apart.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def draw(runs: Sequence[Path], allow_import: bool) -> "np.ndarray":
         predictions[for_terminal(run.name)] = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1) > 0
     assert examples is not None  # argparse asks for a run
     batch, masks = examples
-    return comparison_figure(records, batch.pictures, masks, batch.true_masks, predictions)
+    return comparison_figure(records, batch.pictures, masks, batch.masks, predictions)
 
 
 def load_examples(config: "Config", run: Path) -> "tuple[Batch, Tensor]":
@@ -95,6 +95,6 @@ def load_examples(config: "Config", run: Path) -> "tuple[Batch, Tensor]":
     pictures = batch.pictures.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     masks = [
         corrupt(mask.numpy(), config.data.noise, sample.id, picture)
-        for mask, sample, picture in zip(batch.true_masks, chosen, pictures, strict=True)
+        for mask, sample, picture in zip(batch.masks, chosen, pictures, strict=True)
     ]
     return batch, torch.from_numpy(np.stack(masks))

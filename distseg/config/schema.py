@@ -41,6 +41,11 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of {stride} (2**model.depth) for unet"
             )
+        if self.data.clean_count is None and self.data.noise.kind != "none":
+            raise ValueError(
+                f"data.noise.kind {self.data.noise.kind}: draws wrong masks from right ones, as studies do; set "
+                "data.clean_count=K, or data.noise.kind=none to learn from the annotations that there are"
+            )
         if self.data.clean_count == 0 and self.method.needs_clean:
             raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
         if self.method.weighting.kind == "learned" and self.deepspeed.zero_stage == 3:

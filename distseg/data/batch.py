@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ class Batch:
     """(B, 3, H, W) float32, contiguous; RGB, normalised by channel means and deviations."""
     masks: Tensor
     """(B, H, W) uint8 class ids to learn from, 255 = ignore: noisy masks in the noisy stream."""
-    true_masks: Tensor
-    """(B, H, W) uint8: the clean annotation; the same tensor as `masks` where nothing was corrupted."""
+    true_masks: Tensor | None
+    """(B, H, W) uint8: the references; the same tensor as `masks` where those are learned from, and None unless every
+    image of the stream has one."""
     ids: tuple[str, ...]
 
     @property
@@ -37,13 +38,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """What a loader is asked for: one sample, which of its masks to learn from, and what to do with the pixels."""
+    """What a loader is asked for: one image, its masks, and what to do with the pixels."""
 
-    sample: Sample
-    labels: Labels
+    id: str
+    image: Path
+    label: Path
+    """The mask to learn from."""
+    truth: Path | None
+    """The reference, which may be the same file; of all requests of a loader or of none."""
     transform: Transform
 
-    @property
-    def label_file(self) -> Path:
-        """The mask to learn from; the true mask's own path where the sample has no noisy one."""
-        return (self.sample.noisy_mask if self.labels == "noisy" else None) or self.sample.mask
+    @classmethod
+    def of(
+        cls, sample: Sample, labels: Labels, transform: Transform, annotation: int = 0, truth_known: bool = True
+    ) -> Self:
+        """Of the reference (`true`), or of one of the annotations (`noisy`), where a study has made the sample some."""
+        noisy = labels == "noisy" and sample.annotations
+        label = sample.annotations[annotation].mask if noisy else sample.truth
+        return cls(sample.id, sample.image, label, sample.reference if truth_known else None, transform)

@@ -1,9 +1,9 @@
 """Images and masks at network resolution, written once and read in place of large originals.
 
-A cache is a folder of shards of up to 256 samples, each two or three .npy files: `images` (n, S, S, 3) uint8 RGB,
-`masks` (n, S, S) uint8 in {0, 1} and, where a sample has one, `noisy_masks` (n, S, S); and index.json, which says what
-it was made from (of each source file its path under the root, its size, its time of change and its SHA-256) and each
-.npy file's SHA-256.
+A cache is a folder of shards of up to 256 samples, each two .npy files: `images` (n, S, S, 3) uint8 RGB and `masks`
+(m, S, S) uint8 class ids, all of the samples' masks in the order of `Sample.files`; and index.json, which says what it
+was made from (of each source file its path under the root, its size, its time of change and its SHA-256) and each .npy
+file's SHA-256.
 
 The pixels are those that the loaders would decode on the CPU, so that training from the cache is bit for bit training
 from the originals. index.json is written last: without it there is no cache, only shards, which a restarted run keeps
@@ -14,7 +14,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -24,17 +24,17 @@ from pydantic import BaseModel, Field, model_validator
 
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding, read_resized_image, read_resized_mask
-from distseg.data.sample import Kind, Problem, Sample, leaves_root
+from distseg.data.sample import FileKey, Problem, Sample, leaves_root
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 from distseg.section import Section
 
-FORMAT = 3
+FORMAT = 4
 SHARD_SIZE = 256
+Kind = Literal["images", "masks"]
 _READERS: dict[Kind, Callable[[Path, int, Decoding], NDArray[np.uint8]]] = {
-    "image": read_resized_image,
-    "mask": read_resized_mask,
-    "noisy_mask": read_resized_mask,
+    "images": read_resized_image,
+    "masks": read_resized_mask,
 }
 
 
@@ -55,8 +55,8 @@ class Shard(Section):
     orientation: Literal["apply", "ignore"]
     sha256: dict[Kind, Digest]
     """Of the arrays."""
-    sources: Annotated[list[dict[Kind, Source]], Field(min_length=1)]
-    contents: list[dict[Kind, Digest]]
+    sources: Annotated[list[dict[FileKey, Source]], Field(min_length=1)]
+    contents: list[dict[FileKey, Digest]]
     """The SHA-256 of each of `sources`."""
 
     @model_validator(mode="after")
@@ -66,7 +66,11 @@ class Shard(Section):
         return self
 
     def array(self, kind: Kind) -> str:
-        return f"{Path(self.name).stem}_{kind}s.npy"
+        return f"{Path(self.name).stem}_{kind}.npy"
+
+    def rows(self, kind: Kind) -> list[Source]:
+        """The source of each row of an array."""
+        return [source for sample in self.sources for key, source in sample.items() if _kind_of(key) == kind]
 
 
 class Index(Section):
@@ -187,21 +191,20 @@ def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) 
             pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             pixels = None
-    shape = (len(shard.sources), shard.image_size, shard.image_size, *((3,) if kind == "image" else ()))
+    sources = shard.rows(kind)
+    shape = (len(sources), shard.image_size, shard.image_size, *((3,) if kind == "images" else ()))
     sound = pixels is not None and pixels.dtype == np.uint8 and pixels.shape == shape
-    if pixels is None or not sound or (kind != "image" and pixels.max() > 1):
+    if pixels is None or not sound or (kind == "masks" and pixels.max() > 1):
         raise _refusal(folder, f"is damaged: {path.name}")
     pixels = np.asarray(pixels)  # a memmap's rows are slow to take
     rows = {}
-    for row, sources in enumerate(shard.sources):
-        if kind in sources:
-            name, *stamp = sources[kind]
-            if leaves_root(name):
-                raise _refusal(folder, f"is damaged: {shard.name}")
-            source = root / name
-            if _stamp(source) != tuple(stamp):
-                raise _refusal(folder, f"is not of this data: {source} is missing or has changed")
-            rows[source] = pixels[row]
+    for row, (name, *stamp) in zip(pixels, sources, strict=True):
+        if leaves_root(name):
+            raise _refusal(folder, f"is damaged: {shard.name}")
+        source = root / name
+        if _stamp(source) != tuple(stamp):
+            raise _refusal(folder, f"is not of this data: {source} is missing or has changed")
+        rows[source] = row
     return rows
 
 
@@ -209,21 +212,18 @@ def _write_shard(
     folder: Path,
     name: str,
     samples: Sequence[Sample],
-    sources: list[dict[Kind, Source]],
+    sources: list[dict[FileKey, Source]],
     config: DataConfig,
     pool: ThreadPoolExecutor,
 ) -> Shard:
     size, digests = config.image_size, {}
     for kind, read in _READERS.items():
-        paths = [sample.files.get(kind) for sample in samples]
-        if any(paths):
-            channels = (3,) if kind == "image" else ()
-            blank = np.zeros((size, size, *channels), np.uint8)
-            decode = partial(_read_or_blank, read, blank, config.decoding)
-            content = io.BytesIO()
-            np.save(content, np.stack(list(pool.map(decode, paths))), allow_pickle=False)
-            write_atomically(folder / f"{Path(name).stem}_{kind}s.npy", content.getvalue())
-            digests[kind] = hashlib.sha256(content.getvalue()).hexdigest()
+        paths = [path for sample in samples for key, path in sample.files.items() if _kind_of(key) == kind]
+        content = io.BytesIO()
+        pixels = [pool.submit(read, path, size, config.decoding) for path in paths]
+        np.save(content, np.stack([row.result() for row in pixels]), allow_pickle=False)
+        write_atomically(folder / f"{Path(name).stem}_{kind}.npy", content.getvalue())
+        digests[kind] = hashlib.sha256(content.getvalue()).hexdigest()
     contents = [{kind: _sha256(path) for kind, path in sample.files.items()} for sample in samples]
     shard = Shard(
         name=name, image_size=size, orientation=config.orientation, sha256=digests, sources=sources, contents=contents
@@ -232,16 +232,11 @@ def _write_shard(
     return shard
 
 
-def _read_or_blank(
-    read: Callable[[Path, int, Decoding], NDArray[np.uint8]],
-    blank: NDArray[np.uint8],
-    decoding: Decoding,
-    path: Path | None,
-) -> NDArray[np.uint8]:
-    return blank if path is None else read(path, blank.shape[0], decoding)
+def _kind_of(key: FileKey) -> Kind:
+    return "images" if key == "image" else "masks"
 
 
-def _whole_shard(folder: Path, name: str, sources: list[dict[Kind, Source]], config: DataConfig) -> Shard | None:
+def _whole_shard(folder: Path, name: str, sources: list[dict[FileKey, Source]], config: DataConfig) -> Shard | None:
     """What a record says, where its shard was made from these files with these keys and is undamaged."""
     try:
         shard = Shard.model_validate_json((folder / name).read_bytes())
@@ -253,8 +248,8 @@ def _whole_shard(folder: Path, name: str, sources: list[dict[Kind, Source]], con
         return None
 
 
-def _sources(sample: Sample, root: Path) -> dict[Kind, Source]:
-    return {kind: (str(path.relative_to(root)), *_stamp_of(path)) for kind, path in sample.files.items()}
+def _sources(sample: Sample, root: Path) -> dict[FileKey, Source]:
+    return {key: (str(path.relative_to(root)), *_stamp_of(path)) for key, path in sample.files.items()}
 
 
 def _stamp_of(path: Path) -> Stamp:

@@ -12,9 +12,8 @@ from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
-from distseg.data.roster import Digests, keep_roster
-from distseg.data.sample import SPLITS, Kind, Problem, Sample, first_of
-from distseg.data.splits import check_clean_count
+from distseg.data.roster import Digests
+from distseg.data.sample import SPLITS, FileKey, Problem, Sample, first_of
 from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
@@ -30,20 +29,28 @@ class Inspection:
 
     problems: list[Problem]
     """By id."""
-    masks: dict[str, MaskFacts]
-    """Of the true masks that can be used, by id; none where a cache stands for the files."""
+    images: dict[str, ImageFacts]
+    """Of the images that can be decoded, by id; of neither these nor masks where a cache stands for the files."""
+    masks: dict[str, dict[FileKey, MaskFacts]]
+    """Of the masks that can be decoded, by id."""
     digests: Digests
 
 
 def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample]:
+    """`checked_samples` without the digests."""
+    return checked_samples(config, folder, check)[0]
+
+
+def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list[Sample], Digests]:
     """The samples to train and score with, sorted by id: the same on every rank, where the main rank comes first.
 
-    With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
-    or left out and written to the run's `folder`, where the ranks that do not check find it; so are the samples that
-    are used, with the digests of their files, which a resumed run must find again.
+    With them the SHA-256 of their files by id, empty unless this call has looked into them.
 
-    Raises UserError, one line, for the first bad file, for a split without samples, for masks that show nothing, for a
-    cache that does not fit the data and where a run is resumed and its data has changed.
+    With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
+    or left out and written to the run's `folder`, where the ranks that do not check find it.
+
+    Raises UserError, one line, for the first bad file, for a split without samples, for masks that show nothing and for
+    a cache that does not fit the data.
     """
     samples, problems = survey(config)
     run, inspection = RunFolder(folder), None
@@ -66,41 +73,41 @@ def usable_samples(config: DataConfig, folder: Path, check: bool) -> list[Sample
         left_out = _read(record)
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
-    if check and inspection is not None:
-        if inspection.masks:
-            check_masks(samples, inspection.masks)
-        check_clean_count(samples, config.clean_count)  # before anything is written that a run would leave
-        keep_roster(samples, inspection.digests, run.samples, run.config.exists())
-    return samples
+    if check and inspection is not None and inspection.masks:
+        check_masks(samples, inspection.masks)
+    return samples, inspection.digests if inspection else {}
 
 
 def check_splits(samples: list[Sample]) -> None:
+    """Raises UserError for a split without samples."""
+    if samples and not any(sample.reference for sample in samples):
+        names = sorted({each.annotator for sample in samples for each in sample.annotations if each.annotator})
+        mend = f"name the annotator who is the expert, data.expert={for_terminal(names[0])}" if names else "give some"
+        raise UserError(f"data: no image has a reference mask, against which a network could be scored; {mend}")
     for split in SPLITS:
         if not any(sample.split == split for sample in samples):
             key = "rows of that split" if split == "train" else f"rows of that split, or a larger data.{split}_fraction"
             raise UserError(f"data: the {split} split is empty; it needs {key}")
 
 
-def check_masks(samples: Sequence[Sample], masks: dict[str, MaskFacts]) -> None:
-    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped.
-
-    `masks` has the facts of each sample's true mask.
-    """
+def check_masks(samples: Sequence[Sample], masks: dict[str, dict[FileKey, MaskFacts]]) -> None:
+    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped."""
     for split in SPLITS:
-        lit = [masks[sample.id].lit for sample in samples if sample.split == split]
+        lit = [mask.lit for sample in samples if sample.split == split for mask in masks[sample.id].values()]
         for share, what in ((0.0, "empty: they mark no lesion"), (1.0, "full: they mark no background")):
             if lit and all(each == share for each in lit):
                 raise UserError(
                     f"data: all {len(lit)} masks of the {split} split are {what}; look at the files, a conversion may "
                     "have gone wrong: background is 0, lesion is 255 or 1"
                 )
-    swapped = sum(masks[sample.id].lit_border > 0.5 for sample in samples)
-    if 2 * swapped > len(samples):
+    borders = [mask.lit_border for sample in samples for mask in masks[sample.id].values()]
+    swapped = sum(border > 0.5 for border in borders)
+    if 2 * swapped > len(borders):
         _log.warning(
             "data: in %d of %d masks lesion covers most of the frame's border; if background and lesion are swapped, "
             "invert the masks",
             swapped,
-            len(samples),
+            len(borders),
         )
 
 
@@ -114,11 +121,11 @@ def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int) -
     with ThreadPoolExecutor(threads) as pool:
         files = list(pool.map(lambda sample: _inspect(sample, decoding), ordered))
     problems = [problem for each in files for problem in each.problems]
-    images = [(sample, each.image) for sample, each in zip(ordered, files, strict=True) if each.image is not None]
-    masks = {sample.id: each.mask for sample, each in zip(ordered, files, strict=True) if each.mask is not None}
-    problems += _twins(images)
+    images = {sample.id: each.image for sample, each in zip(ordered, files, strict=True) if each.image is not None}
+    masks = {sample.id: each.masks for sample, each in zip(ordered, files, strict=True)}
+    problems += _twins([(sample, images[sample.id]) for sample in ordered if sample.id in images])
     digests = {sample.id: each.digests for sample, each in zip(ordered, files, strict=True)}
-    return Inspection(sorted(problems, key=lambda problem: problem.id), masks, digests)
+    return Inspection(sorted(problems, key=lambda problem: problem.id), images, masks, digests)
 
 
 def problems_table(problems: list[Problem]) -> str:
@@ -142,7 +149,7 @@ def _look_into_files(samples: list[Sample], config: DataConfig) -> Inspection:
         for sample in samples
         if sample.id not in bad
     }
-    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, digests)
+    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, {}, digests)
 
 
 @dataclass
@@ -150,23 +157,22 @@ class _Files:
     """What is known of one sample's files."""
 
     problems: list[Problem]
-    digests: dict[Kind, str]
+    digests: dict[FileKey, str]
+    masks: dict[FileKey, MaskFacts]
     image: ImageFacts | None = None
-    mask: MaskFacts | None = None
 
 
 def _inspect(sample: Sample, decoding: Decoding) -> _Files:
-    found = _Files([], {})
-    sizes: dict[Kind, tuple[int, int]] = {}
+    found = _Files([], {}, {})
+    sizes: dict[FileKey, tuple[int, int]] = {}
     for kind, path in sample.files.items():
         try:
             if kind == "image":
                 found.image = inspect_image(path, decoding)
                 sizes[kind], found.digests[kind] = found.image.size, found.image.digest
             else:
-                facts = inspect_mask(path, decoding)
+                found.masks[kind] = facts = inspect_mask(path, decoding)
                 sizes[kind], found.digests[kind] = facts.size, facts.digest
-                found.mask = facts if kind == "mask" else found.mask
         except BadFileError as error:
             found.problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))
     if found.image is not None:

@@ -76,8 +76,14 @@ class DataConfig(Section):
     """How the files lie in the folder; auto takes the first layout that fits."""
     image_size: Annotated[int, Field(ge=8, le=8192)] = 96
     """Side of the square network input, pixels."""
-    clean_count: Annotated[int, Field(ge=0, lt=2**31)] = 50
-    """K, the images of the training split whose true masks are known; the others are the noisy stream."""
+    clean_count: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """null: the clean stream is what has a reference mask, the noisy stream what has annotations alone. K: a study, in
+    which that many references, drawn by the run's seed, are known, and the others' serve diagnostics alone."""
+    expert: str = ""
+    """The annotator whose masks are the references, where the data says whose masks they are and not which count."""
+    annotators: Literal["drawn", "majority", "staple"] = "drawn"
+    """What is learned from where an image has several annotations: one drawn by seed each time, the class that most of
+    them mark, or STAPLE's estimate (Warfield et al. 2004; needs SimpleITK)."""
     noise: NoiseConfig = NoNoise()
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it imports, the torch loader elsewhere."""
@@ -107,6 +113,11 @@ class DataConfig(Section):
     """About this much of the training images, where the data does not bring the split (distseg/data/splits.py)."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws the splits that the data does not bring: the same for all seeds of a study."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class id."""
+        return ("background", "lesion")
 
     @property
     def decoding(self) -> Decoding:

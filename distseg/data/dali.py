@@ -101,12 +101,13 @@ def load_batches(
                 raise
             batch = pending.popleft()
             labels, true = _split(masks, device, stream)
-            corrupted = any(request.label_file != request.sample.mask for request in batch)
+            known = batch[0].truth is not None
+            corrupted = any(request.label != request.truth for request in batch)
             yield Batch(
                 images=_to_torch(images, device, stream),
                 masks=labels if corrupted else true,
-                true_masks=true,
-                ids=tuple(request.sample.id for request in batch),
+                true_masks=true if known else None,
+                ids=tuple(request.id for request in batch),
             )
     finally:
         ahead.close()
@@ -176,20 +177,20 @@ def _fed(inputs: Iterator[list[dict[str, Array]]], names: list[str], **where: An
 
 def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, Array]:
     """The arrays of one sample under their names in `_INPUTS`; with `decoding`, DALI does the image's file."""
-    sample, transform = request.sample, request.transform
-    true = reader.mask(sample.mask)
-    label = true if request.label_file == sample.mask else reader.mask(request.label_file)
+    transform = request.transform
+    label = reader.mask(request.label)
+    true = label if request.truth in (None, request.label) else reader.mask(request.truth)
     masks = np.stack([label, true], axis=-1)
     if transform.elastic is not None:
         masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
     image: dict[str, Array]
     if decoding:
-        reader.check_unchanged(sample.image)
-        image = {"file": np.frombuffer(os.fsencode(sample.image), np.uint8)}
+        reader.check_unchanged(request.image)
+        image = {"file": np.frombuffer(os.fsencode(request.image), np.uint8)}
     elif reader.on_device:
-        image = {"kept": reader.on_device.image(sample.image)}
+        image = {"kept": reader.on_device.image(request.image)}
     else:
-        pixels = reader.image(sample.image)
+        pixels = reader.image(request.image)
         if transform.elastic is not None:
             pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
         image = {"pixels": pixels}
@@ -232,5 +233,5 @@ def _split(masks: Any, device: torch.device, stream: torch.cuda.Stream | None) -
 
 def _raise_for_bad_file(pending: Sequence[Sequence[Request]], reader: PixelReader) -> None:
     """DALI's error does not say which file it met; read those in flight one by one."""
-    for path in {request.sample.image: None for batch in pending for request in batch}:
+    for path in {request.image: None for batch in pending for request in batch}:
         read_image(path, reader.decoding)

@@ -1,61 +1,80 @@
 """The samples that a run began with, by content: it goes on with these or not at all."""
 
-import csv
-import io
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
-from distseg.data.sample import Kind, Sample
+from pydantic import TypeAdapter
+
+from distseg.data.sample import FileKey, Sample
 from distseg.errors import UserError
 from distseg.files import write_atomically
+from distseg.section import Section
+from distseg.text import for_terminal
 
-Digests = dict[str, dict[Kind, str]]
+Digests = dict[str, dict[FileKey, str]]
 """The SHA-256 of each sample's files, by id."""
-_KINDS: tuple[Kind, ...] = ("image", "mask", "noisy_mask")
-_COLUMNS = ("id", "split", *_KINDS)
+FORMAT: Literal[1] = 1
 
 
-def keep_roster(samples: Sequence[Sample], digests: Digests, record: Path, begun: bool) -> None:
+class _Member(Section):
+    """A sample as data.json has it."""
+
+    split: str
+    group: str
+    clean: bool
+    sha256: dict[FileKey, str]
+
+
+class _Roster(Section):
+    format: Literal[1]
+    samples: dict[str, _Member]
+
+
+def keep_roster(samples: Sequence[Sample], clean: Collection[str], digests: Digests, record: Path, begun: bool) -> None:
     """Write the samples to `record`, or where the run has begun hold them against it. Paths do not count.
 
-    Raises UserError that names the first sample that is new, gone, in another split or of another content.
+    `clean` are the ids of the clean stream. Raises UserError that names the first sample that is new, gone, in another
+    split, group or stream or of another content.
     """
-    rows = [
-        {"id": sample.id, "split": sample.split, **{kind: digests[sample.id].get(kind, "") for kind in _KINDS}}
+    now = {
+        sample.id: _Member(split=sample.split, group=sample.group, clean=sample.id in clean, sha256=digests[sample.id])
         for sample in samples
-    ]
-    if begun and record.exists():
-        changes = _changes(_read(record), {row["id"]: row for row in rows})
-        if changes:
-            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-            raise UserError(
-                f"{record}: the data is not what this run began with: {changes[0]}{more}; put it back as it was, or "
-                "start a new run with another name="
-            )
+    }
+    if not (begun and record.exists()):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        content = _Roster(format=FORMAT, samples=now).model_dump()
+        write_atomically(record, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, table.getvalue())
+    changes = _changes(_read(record), now)
+    if changes:
+        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+        raise UserError(
+            f"{record}: the data is not what this run began with: {for_terminal(changes[0])}{more}; put it back as it "
+            "was, or start a new run with another name="
+        )
 
 
-def _read(record: Path) -> dict[str, dict[str, str]]:
+def _read(record: Path) -> dict[str, _Member]:
     try:
-        with record.open(newline="", encoding="utf-8") as file:
-            return {row["id"]: {column: row[column] for column in _COLUMNS} for row in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, csv.Error):
+        return TypeAdapter(_Roster).validate_json(record.read_bytes()).samples
+    except (OSError, ValueError):
         raise UserError(f"{record}: is damaged; put it back, or start a new run with another name=") from None
 
 
-def _changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
-    changes = []
-    for id in sorted(before.keys() | now.keys()):
-        if id not in before or id not in now:
-            changes.append(f"{id} is {'new' if id in now else 'gone'}")
-        elif before[id]["split"] != now[id]["split"]:
-            changes.append(f"{id} was in {before[id]['split']} and is in {now[id]['split']}")
+def _changes(before: dict[str, _Member], now: dict[str, _Member]) -> list[str]:
+    changes = [f"{id} is new" for id in sorted(now.keys() - before.keys())]
+    changes += [f"{id} is gone" for id in sorted(before.keys() - now.keys())]
+    for id in sorted(before.keys() & now.keys()):
+        old, new = before[id], now[id]
+        if old.split != new.split:
+            changes.append(f"{id} was in {old.split} and is in {new.split}")
+        elif old.group != new.group:
+            changes.append(f"{id} was of the group {old.group!r} and is of {new.group!r}")
+        elif old.clean != new.clean:
+            changes.append(f"{id} was {'clean' if old.clean else 'noisy'} and is {'clean' if new.clean else 'noisy'}")
         else:
-            changes += [f"the {kind} of {id} has changed" for kind in _KINDS if before[id][kind] != now[id][kind]]
+            keys = sorted(old.sha256.keys() | new.sha256.keys())
+            changes += [f"the {key} of {id} has changed" for key in keys if old.sha256.get(key) != new.sha256.get(key)]
     return changes

@@ -3,29 +3,56 @@
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal
 
 from distseg.text import for_terminal
 
-Kind = Literal["image", "mask", "noisy_mask"]
+FileKey = str
+"""`image`, `reference`, `annotation` (of an annotator without a name) or `annotation:NAME`."""
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
+class Annotation:
+    """A cheap mask: what somebody drew who may be wrong."""
+
+    annotator: str
+    """Empty where only one is known, without a name."""
+    mask: Path
+
+    @property
+    def key(self) -> FileKey:
+        return f"annotation:{self.annotator}" if self.annotator else "annotation"
+
+
+@dataclass(frozen=True)
 class Sample:
+    """An image and what is known of its mask: a reference that counts as the truth, annotations that may be wrong."""
+
     id: str
     split: str
     """train, val or test."""
     image: Path
-    mask: Path
-    """The true mask."""
-    noisy_mask: Path | None = None
+    reference: Path | None = None
+    """The expert's mask; None where nobody has drawn one."""
+    annotations: tuple[Annotation, ...] = ()
+    """By annotator, sorted."""
+    group: str = ""
+    """Patient, lesion or video, which never spans two splits; empty for a group of its own."""
 
     @property
-    def files(self) -> dict[Kind, Path]:
-        """What there is of image, mask and noisy_mask."""
-        files: dict[Kind, Path | None] = {"image": self.image, "mask": self.mask, "noisy_mask": self.noisy_mask}
-        return {kind: path for kind, path in files.items() if path}
+    def files(self) -> dict[FileKey, Path]:
+        """The image first, then the masks."""
+        files = {"image": self.image}
+        if self.reference is not None:
+            files["reference"] = self.reference
+        return files | {each.key: each.mask for each in self.annotations}
+
+    @property
+    def truth(self) -> Path:
+        """The reference, where there must be one. Raises ValueError where there is none."""
+        if self.reference is None:
+            raise ValueError(f"{self.id} has no reference mask")
+        return self.reference
 
 
 @dataclass(frozen=True)

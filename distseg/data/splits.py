@@ -4,6 +4,7 @@ Every random choice goes by a hash of (seed, id), so that it depends neither on 
 the samples nor on the presence of others. The splits go by the data's own seed, the clean set by the run's.
 """
 
+import logging
 from dataclasses import replace
 
 from distseg.data.config import DataConfig
@@ -11,51 +12,76 @@ from distseg.data.sample import Sample
 from distseg.data.seeding import stable_hash
 from distseg.errors import UserError
 
+_log = logging.getLogger(__name__)
 
-def split_clean(samples: list[Sample], clean_count: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(the K clean training samples, the others), each sorted by id; a smaller K picks a subset of a larger one's.
 
-    Raises UserError where K would leave the noisy stream without an image.
+def split_clean(samples: list[Sample], clean_count: int | None, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(the clean training samples, the noisy ones), each sorted by id.
+
+    Without `clean_count` the clean ones are those with a reference, as the data gives it, and the noisy ones those
+    without. With it, a study: K of those with a reference are drawn, a smaller K a subset of a larger one's, and what
+    is known of the others is kept from the training. Raises UserError where the noisy stream would have no image.
     """
-    check_clean_count(samples, clean_count)
-    train = sorted(
-        (sample for sample in samples if sample.split == "train"), key=lambda s: stable_hash(seed, "clean", s.id)
-    )
-    clean, noisy = train[:clean_count], train[clean_count:]
-    return sorted(clean, key=lambda s: s.id), sorted(noisy, key=lambda s: s.id)
+    train = sorted((sample for sample in samples if sample.split == "train"), key=lambda s: s.id)
+    check_clean_count(train, clean_count)
+    known = [sample for sample in train if sample.reference is not None]
+    if clean_count is not None:
+        known = sorted(known, key=lambda sample: stable_hash(seed, "clean", sample.id))[:clean_count]
+    clean = {sample.id for sample in known}
+    return [s for s in train if s.id in clean], [s for s in train if s.id not in clean]
 
 
-def check_clean_count(samples: list[Sample], clean_count: int) -> None:
-    """Raises UserError where K would leave the noisy stream without an image."""
-    count = sum(sample.split == "train" for sample in samples)
-    if clean_count >= count:
+def check_clean_count(samples: list[Sample], clean_count: int | None) -> None:
+    """Raises UserError where the noisy stream would have no image, or not as many clean ones could be drawn."""
+    train = [sample for sample in samples if sample.split == "train"]
+    known = sum(sample.reference is not None for sample in train)
+    if clean_count is None:
+        if known == len(train):
+            raise UserError(
+                f"data: all {known} training images have a reference mask, and none has a cheap one alone. If experts "
+                "drew these, set data.clean_count=K for a study in which K of them are known; if not, say so by "
+                "folders, annotations/ beside references/, or by columns of manifest.csv, annotation beside reference"
+            )
+    elif clean_count > min(known, len(train) - 1):
         raise UserError(
-            f"data.clean_count {clean_count}: the training split has {count} images and the noisy stream needs at "
-            f"least one; set data.clean_count to at most {max(count - 1, 0)}"
+            f"data.clean_count {clean_count}: {known} of the training split's {len(train)} images have a reference "
+            "mask, and the noisy stream needs at least one image; set data.clean_count to at most "
+            f"{max(min(known, len(train) - 1), 0)}"
         )
 
 
 def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: DataConfig) -> list[Sample]:
-    """`samples` with a test and a val split drawn from the training images where the data brings none.
+    """`samples` with a test and a val split drawn from the training images with a reference, if the data brings none.
 
-    A sample's split follows from a hash of (`data.split_seed`, id) and the fractions alone: no other sample and no bad
-    file moves it, and all seeds of a study share their test images. So the sizes of the splits are the fractions only
-    about, as of independent draws. One exception keeps small data usable: a split that would be empty takes an
-    image of the largest one.
+    A group's split follows from a hash of (`data.split_seed`, group, or id without one) and the fractions alone: no
+    other sample and no bad file moves it, and all seeds of a study share their test images. So the sizes of the splits
+    are the fractions only about, as of independent draws. One exception keeps small data usable: a split that would be
+    empty takes a group of the largest one. What a group that is scored on has without a reference is left out.
     """
     fractions = {"test": config.test_fraction, "val": config.val_fraction}
     wanted = {split: part for split, part in fractions.items() if split not in brought and part > 0}
-    places = {s.id: stable_hash(config.split_seed, "split", s.id) / 2**128 for s in samples if s.split == "train"}
-    members: dict[str, list[str]] = {"train": [], **{split: [] for split in wanted}}
-    for id in sorted(places, key=lambda id: places[id]):
-        split = _split_at(places[id], config)
-        members[split if split in wanted else "train"].append(id)
+    groups = {_group(sample) for sample in samples if sample.split == "train" and sample.reference is not None}
+    places = {group: stable_hash(config.split_seed, "split", group[1]) / 2**128 for group in groups}
+    members: dict[str, list[tuple[str, str]]] = {"train": [], **{split: [] for split in wanted}}
+    for group in sorted(places, key=lambda group: (places[group], group)):
+        split = _split_at(places[group], config)
+        members[split if split in wanted else "train"].append(group)
     for split in members:
         donor = max(members.values(), key=len)
         if not members[split] and len(donor) > 1:
             members[split].append(donor.pop(-1 if split == "train" else 0))
-    drawn = {id: split for split, ids in members.items() for id in ids}
-    return [replace(s, split=drawn[s.id]) if s.split == "train" else s for s in samples]
+    drawn = {group: split for split, those in members.items() for group in those}
+    placed = [replace(s, split=drawn.get(_group(s), "train")) if s.split == "train" else s for s in samples]
+    unscorable = {
+        new.id for old, new in zip(samples, placed, strict=True) if old.split != new.split and new.reference is None
+    }
+    if unscorable:
+        _log.warning("data: left out %d images without a reference, of groups that are scored on", len(unscorable))
+    return [sample for sample in placed if sample.id not in unscorable]
+
+
+def _group(sample: Sample) -> tuple[str, str]:
+    return ("group", sample.group) if sample.group else ("id", sample.id)
 
 
 def _split_at(place: float, config: DataConfig) -> str:

@@ -20,6 +20,7 @@ from distseg.data.sample import Sample
 from distseg.data.seeding import generator
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import UserError
+from distseg.text import for_terminal
 
 
 class Stream:
@@ -46,6 +47,14 @@ class Stream:
         """`batch_size` is per rank and micro-batch. Raises UserError where there are no samples or no such loader."""
         if not samples:
             raise UserError(f"the {name} stream has no images: data.clean_count divides the training split; change it")
+        unknown = [sample.id for sample in samples if sample.reference is None]
+        if labels == "true" and unknown:
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise UserError(
+                f"the {name} stream learns from references, and {for_terminal(unknown[0])} has none{more}; choose "
+                "another method"
+            )
+        self._truth_known = not unknown
         self._samples = samples
         self._labels = labels
         self._name = name
@@ -103,7 +112,12 @@ class Stream:
         order = _epoch_order(self._seed, self._name, epoch, len(self._samples))
         config = self._config
         transform = draw_transform(config.augment, config.image_size, self._seed, self._name, position)
-        return Request(self._samples[order[offset]], self._labels, transform)
+        sample = self._samples[order[offset]]
+        annotation = 0
+        if len(sample.annotations) > 1:
+            rng = generator(self._seed, "annotator", self._name, position)
+            annotation = int(rng.integers(len(sample.annotations)))
+        return Request.of(sample, self._labels, transform, annotation, self._truth_known)
 
 
 def evaluation_batches(
@@ -112,7 +126,7 @@ def evaluation_batches(
     """This rank's share of `samples`, each once, in the order given, with true masks and no augmentation."""
     transform = identity_transform(config.image_size)
     requests = (
-        [Request(samples[index], "true", transform) for index in indices]
+        [Request.of(samples[index], "true", transform) for index in indices]
         for indices in shard.evaluation_batches(len(samples), batch_size)
     )
     reader = PixelReader(config.image_size, cache=open_cache(config), decoding=config.decoding)

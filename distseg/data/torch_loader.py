@@ -42,10 +42,10 @@ Loaded = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8] | None]
 
 def _load(request: Request, reader: PixelReader) -> Loaded:
     """(3, H, W) float32 image, (H, W) uint8 label and, where it is another file, true mask."""
-    files = request.label_file, request.sample.mask
-    label = _warped_mask(request, reader.mask(files[0]))
-    true = None if files[0] == files[1] else _warped_mask(request, reader.mask(files[1]))
-    return _warped_image(request, reader.image(request.sample.image)), label, true
+    label = _warped_mask(request, reader.mask(request.label))
+    other = request.truth is not None and request.truth != request.label
+    true = _warped_mask(request, reader.mask(request.truth)) if request.truth is not None and other else None
+    return _warped_image(request, reader.image(request.image)), label, true
 
 
 def _warped_image(request: Request, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -81,13 +81,11 @@ def _warp(pixels: NDArray[np.uint8], matrix: NDArray[np.float32], interpolation:
 def _collate(batch: Sequence[Request], loaded: list[Loaded], device: torch.device) -> Batch:
     images, labels, trues = zip(*loaded, strict=True)
     masks = _to_device(labels, device)
-    corrupted = any(true is not None for true in trues)
-    true_masks = (
-        _to_device([label if true is None else true for label, true in zip(labels, trues, strict=True)], device)
-        if corrupted
-        else masks
-    )
-    return Batch(_to_device(images, device), masks, true_masks, tuple(request.sample.id for request in batch))
+    true_masks: Tensor | None = masks if batch[0].truth is not None else None
+    if any(true is not None for true in trues):
+        truths = [label if true is None else true for label, true in zip(labels, trues, strict=True)]
+        true_masks = _to_device(truths, device)
+    return Batch(_to_device(images, device), masks, true_masks, tuple(request.id for request in batch))
 
 
 def _to_device(arrays: Sequence[NDArray], device: torch.device) -> Tensor:

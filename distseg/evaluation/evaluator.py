@@ -25,12 +25,14 @@ def evaluate(
     an int64 tensor on the device of the batches (on the CPU on a rank that has none) and returns the sum over ranks;
     counts are integers and each row is filled by one rank, so N ranks give what one rank gives, exactly.
 
-    Raises, on every rank: FloatingPointError if any logit is not finite; ValueError if the rows do not cover
-    range(count) exactly once.
+    Raises ValueError for a batch without true masks. Raises, on every rank: FloatingPointError if any logit is not
+    finite; ValueError if the rows do not cover range(count) exactly once.
     """
     filled = []
     # Batches are fetched outside inference mode: what a loader caches on the way must stay usable in training.
     for batch, positions in zip(batches, rows, strict=True):
+        if batch.true_masks is None:
+            raise ValueError("a batch without true masks cannot be scored")
         if len(batch.images) != len(positions):
             raise ValueError(f"a batch of {len(batch.images)} images was announced as rows {positions}")
         with torch.inference_mode():

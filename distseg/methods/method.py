@@ -91,7 +91,7 @@ class Method:
         labels = None
         if correct and self.logits_of:
             labels = model.labels(self.logits_of(batch.images), batch.masks, bins)
-        return Drawn(len(batch.ids), bins, labels)
+        return Drawn(len(batch.ids), bins, labels, batch.true_masks)
 
     def _weigh(
         self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool
@@ -100,7 +100,8 @@ class Method:
             (batch.images, batch.masks if known is None or known.labels is None else known.labels)
             for batch, known in zip(noisy, drawn, strict=True)
         ]
-        truths = [batch.true_masks for batch in noisy] if diagnose else None
+        known = [batch.true_masks for batch in noisy if batch.true_masks is not None]
+        truths = known if diagnose and len(known) == len(noisy) else None
         return self.weighting.weigh(labelled, [(batch.images, batch.masks) for batch in clean], truths)
 
     def _beside_clean(
@@ -122,7 +123,9 @@ def _joined(noisy: Sequence[Batch], clean: Sequence[Batch]) -> list[Batch]:
         Batch(
             images=torch.cat([first.images, then.images]),
             masks=torch.cat([first.masks, then.masks]),
-            true_masks=torch.cat([first.true_masks, then.true_masks]),
+            true_masks=None
+            if first.true_masks is None or then.true_masks is None
+            else torch.cat([first.true_masks, then.true_masks]),
             ids=(*first.ids, *then.ids),
         )
         for first, then in zip(noisy, clean, strict=True)

@@ -22,6 +22,8 @@ class Drawn:
     """(count, H, W) of their masks: `LabelModel.bins`."""
     labels: Tensor | None = None
     """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
+    truth: Tensor | None = None
+    """(count, H, W) their true masks, where there are any, for diagnostics."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Step:
             labels = drawn.labels
         else:
             labels = model.labels(logits[: drawn.count], masks, drawn.bins)
-        if self._diagnose:
-            self._wrong[index] = _wrong_pixels(masks, labels, batch.true_masks[: drawn.count])
+        if self._diagnose and drawn.truth is not None:
+            self._wrong[index] = _wrong_pixels(masks, labels, drawn.truth)
         return torch.cat([labels, rest])
 
 

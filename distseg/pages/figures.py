@@ -59,7 +59,7 @@ def _text_as_it_is(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _
 def panel(
     images: Tensor,
     masks: Tensor,
-    true_masks: Tensor,
+    true_masks: Tensor | None,
     weights: Tensor,
     probabilities: Tensor,
     caption: str,
@@ -68,6 +68,7 @@ def panel(
 
     Columns: image; image with the noisy mask's contour; image with the true one's; the wrong labels, white; weight map
     under both contours; foreground probability, black 0 to white 1, under the true contour. Ignored pixels are grey.
+    Without `true_masks` the two columns that need them are not there, and the prediction is under the noisy contour.
 
     `images` (B, 3, H, W) RGB in [0, 1]; `masks` and `true_masks` (B, H, W) class ids, 255 = ignore; `weights` (B, H, W)
     ≥ 0 in any unit; `probabilities` (B, H, W) in [0, 1]; on any device. Few pixels carry most of a weight map, so each
@@ -75,31 +76,34 @@ def panel(
     Returns (h, w, 3) uint8.
     """
     pictures = _pictures(images[:_MOST_ROWS])
-    noisy, true, weight, probability = (
-        tensor[:_MOST_ROWS].detach().float().cpu().numpy() for tensor in (masks, true_masks, weights, probabilities)
+    noisy, weight, probability = (
+        tensor[:_MOST_ROWS].detach().float().cpu().numpy() for tensor in (masks, weights, probabilities)
     )
-    titles = ("image", "noisy mask", "true mask", "wrong labels", "weights", "prediction")
-    figure, grid = _sheet(len(pictures), titles, caption)
+    true = true_masks[:_MOST_ROWS].cpu().numpy() if true_masks is not None else None
+    of_truth = () if true is None else ("true mask", "wrong labels")
+    figure, grid = _sheet(len(pictures), ("image", "noisy mask", *of_truth, "weights", "prediction"), caption)
     for row, picture in enumerate(pictures):
-        image, with_noisy, with_true, error, weight_map, prediction = grid[row]
-        for axes in (image, with_noisy, with_true):
+        image, with_noisy, *about_truth, weight_map, prediction = grid[row]
+        for axes in (image, with_noisy, *about_truth[:1]):
             axes.imshow(picture, interpolation="bilinear")
         _contour(with_noisy, noisy[row], _NOISY)
-        _contour(with_true, true[row], _TRUE)
-
-        wrong = (noisy[row] != true[row]) & (noisy[row] != IGNORE) & (true[row] != IGNORE)
-        error.imshow(wrong, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        _note(error, f"{wrong.mean():.1%}")
+        if true is not None:
+            with_true, error = about_truth
+            _contour(with_true, true[row], _TRUE)
+            wrong = (noisy[row] != true[row]) & (noisy[row] != IGNORE) & (true[row] != IGNORE)
+            error.imshow(wrong, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            _note(error, f"{wrong.mean():.1%}")
 
         positive = weight[row][weight[row] > 0]
         top = np.percentile(positive, 99) if positive.size else 1.0
         weight_map.imshow(weight[row], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
         _contour(weight_map, noisy[row], _NOISY, width=0.7)
-        _contour(weight_map, true[row], _TRUE, width=0.7)
+        if true is not None:
+            _contour(weight_map, true[row], _TRUE, width=0.7)
         _note(weight_map, f"0 – {top / weight[row].mean():.1f} × mean" if positive.size else "all 0")
 
         prediction.imshow(probability[row], cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
-        _contour(prediction, true[row], _TRUE)
+        _contour(prediction, noisy[row] if true is None else true[row], _NOISY if true is None else _TRUE)
     return _pixels(figure)
 
 

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from distseg.data.checks import usable_samples
+from distseg.data.annotators import fuse_annotations
+from distseg.data.checks import checked_samples
 from distseg.data.config import DataConfig
 from distseg.data.noise.write import read_noisy_masks, write_noisy_masks
+from distseg.data.roster import keep_roster
 from distseg.data.sample import Sample
 from distseg.data.splits import split_clean
+from distseg.errors import UserError
 from distseg.run_folder import RunFolder
 
 
@@ -28,14 +31,24 @@ class Splits:
         return {"noise_rate": rate, "clean_count": len(self.clean)}
 
 
-def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool) -> Splits:
+def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool, needs_clean: bool = False) -> Splits:
     """Read and split the data, with its noisy masks in `folder`; UserError for what is wrong with it.
 
-    check: whether to look into every file and to draw the masks, which one rank does for all, before the others.
+    check: whether to look into every file and to write what the run keeps, which one rank does for all, before the
+    others. needs_clean: whether the method learns from clean images.
     """
-    samples = usable_samples(config, folder.path, check)
+    samples, digests = checked_samples(config, folder.path, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
     clean, noisy = split_clean(by_split["train"], config.clean_count, seed)
+    if needs_clean and not clean:
+        raise UserError(
+            "data: no training image has a reference mask, and the method learns from some; add experts' masks, name "
+            "the annotator who is the expert (data.expert), or choose a method without (method.name=noisy_only)"
+        )
+    if digests:
+        keep_roster(samples, {sample.id for sample in clean}, digests, folder.data, folder.config.exists())
+    if config.annotators != "drawn":
+        noisy = fuse_annotations(noisy, config.annotators, folder.noisy_masks, config.decoding, check)
     noisy_masks = write_noisy_masks if check else read_noisy_masks
     noisy, noise_rate = noisy_masks(noisy, config.noise, folder.noisy_masks, config.decoding)
     return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)

@@ -129,7 +129,8 @@ class Trainer:
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(
-            lambda: prepare_splits(config.data, config.seed, self.folder, runtime.is_main), runtime.device
+            lambda: prepare_splits(config.data, config.seed, self.folder, runtime.is_main, config.method.needs_clean),
+            runtime.device,
         )
         self.steps = config.train.steps or math.ceil(
             (config.train.epochs or 0) * len(self.splits.noisy) / self.images_per_step
@@ -211,10 +212,11 @@ class Trainer:
         self.close()
         config, splits, shard = self.config, self.splits, self.runtime.shard
         parts = config.method
+        wrong = "not known" if math.isnan(splits.noise_rate) else f"{splits.noise_rate:.1%}"
         ranks = f"{shard.world_size} ranks ({self.runtime.device.type})"
         counts = f"{len(splits.noisy)} noisy, {len(splits.clean)} clean, {len(splits.val)} val, {len(splits.test)} test"
         lines = [
-            f"data       {counts}; wrong pixels in the noisy masks: {splits.noise_rate:.1%}",
+            f"data       {counts}; wrong pixels in the noisy masks: {wrong}",
             f"network    {config.model.name}, {self.parameter_count:,} parameters, input {config.data.image_size}²",
             f"method     {parts.name}: phases {parts.phases.kind}, weights {parts.weighting.kind}, loss "
             f"{parts.loss.kind}, labels {parts.labels.kind}",

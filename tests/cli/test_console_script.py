@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -113,18 +115,35 @@ def test_a_run_whose_result_is_written_ends_well_whoever_listens(drawn_data: Pat
     assert "warning: standard output: No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
+@contextmanager
+def interruptible(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """distseg as a terminal starts it, which takes SIGINT also where this process was started to ignore it."""
+    process = subprocess.Popen(
+        [*DISTSEG, *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_ctrl_c_in_a_training_is_one_line(drawn_data: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG.replace("steps: 3", "steps: 100000"))
     words = ["train", "--config", str(tmp_path / "c.yaml"), f"data.root={drawn_data}", "--runs-dir", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     log = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen([*DISTSEG, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    with interruptible(*words) as process:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert told.splitlines()[-1] == "interrupted; --resume continues from the last checkpoint"
     assert "Traceback" not in told
@@ -133,13 +152,11 @@ def test_ctrl_c_in_a_training_is_one_line(drawn_data: Path, tmp_path: Path) -> N
 def test_ctrl_c_in_another_command_is_one_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "c.yaml")  # the command waits in reading it
     words = ["prepare", "--config", str(tmp_path / "c.yaml")]
-    process = subprocess.Popen(
-        [*DISTSEG, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
-    )
-    descriptor = os.open(tmp_path / "c.yaml", os.O_WRONLY)  # returns once the command reads
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    os.close(descriptor)
+    with interruptible(*words) as process:
+        descriptor = os.open(tmp_path / "c.yaml", os.O_WRONLY)  # returns once the command reads
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        os.close(descriptor)
     assert (process.returncode, told) == (130, "interrupted\n")
 
 

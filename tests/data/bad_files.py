@@ -184,7 +184,7 @@ ROWS = {
     "parent,train,../outside.png,masks/good0.png": ("parent", "leaves the folder"),
     "absolute,train,/etc/passwd,masks/good0.png": ("absolute", "leaves the folder"),
     "backslashes,train,images/good0.png,..\\masks\\good0.png": ("backslashes", "leaves the folder"),
-    "no-mask,train,images/good0.png,": ("no-mask", "mask is empty"),
+    "no-mask,train,images/good0.png,": ("no-mask", "has neither a reference nor an annotation"),
     "odd-split,training,images/good0.png,masks/good0.png": ("odd-split", "split 'training'"),
     "a/b,train,images/good0.png,masks/good0.png": ("a/b", "id 'a/b'"),
     "twice,train,images/twice1.png,masks/twice1.png": ("twice", "the id twice is twice in train"),

@@ -79,7 +79,7 @@ def test_a_file_that_is_not_in_the_cache_is_decoded(cached, tmp_path):
 
 def test_a_stopped_run_is_taken_up_where_it_was(cached, monkeypatch):
     shutil.rmtree(cached.cache)
-    read, calls = cache_module._READERS["image"], []
+    read, calls = cache_module._READERS["images"], []
 
     def fail_at_the_eleventh(path: Path, size: int, decoding: Decoding) -> np.ndarray:
         calls.append(path)
@@ -87,12 +87,12 @@ def test_a_stopped_run_is_taken_up_where_it_was(cached, monkeypatch):
             raise BadFileError("stopped")
         return read(path, size, decoding)
 
-    monkeypatch.setitem(cache_module._READERS, "image", fail_at_the_eleventh)
+    monkeypatch.setitem(cache_module._READERS, "images", fail_at_the_eleventh)
     with pytest.raises(BadFileError, match="stopped"):
         write(cached)
     with pytest.raises(UserError, match="is no finished cache"):
         open_cache(cached)
-    monkeypatch.setitem(cache_module._READERS, "image", read)
+    monkeypatch.setitem(cache_module._READERS, "images", read)
     (cached.cache / ".shard_00002_images.npy.1.part").write_bytes(b"half a fi")
     assert write(cached) == (1, 2)
     assert open_cache(cached)
@@ -108,13 +108,13 @@ def test_only_what_has_changed_is_written_anew(cached):
     assert open_cache(cached)
     smaller = cached.model_copy(update={"image_size": 16})
     assert write(smaller) == (3, 0)
-    assert open_cache(smaller).find(read_samples(cached)[0].mask).shape == (16, 16)
+    assert open_cache(smaller).find(read_samples(cached)[0].truth).shape == (16, 16)
 
 
 def test_shards_that_are_no_longer_needed_go(cached):
     write_cache(read_samples(cached)[:4], [], cached, cached.cache, threads=1)
     assert {path.name.split(".")[0] for path in cached.cache.iterdir()} == {
-        "index", "shard_00000", "shard_00000_images", "shard_00000_masks", "shard_00000_noisy_masks"
+        "index", "shard_00000", "shard_00000_images", "shard_00000_masks"
     }  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def craft(change, kind: str = "images"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         for name in ("index.json", "shard_00000.json"):
             record = json.loads((config.cache / name).read_text())
-            (record["shards"][0] if name == "index.json" else record)["sha256"][kind[:-1]] = digest
+            (record["shards"][0] if name == "index.json" else record)["sha256"][kind] = digest
             (config.cache / name).write_text(json.dumps(record))
 
     return spoil
@@ -172,7 +172,7 @@ CRAFTED = {
     "dtype": (craft(lambda array: array.astype(np.float64)), "is damaged: shard_00000_images.npy"),
     "scalar": (craft(lambda array: np.uint8(3)), "is damaged: shard_00000_images.npy"),
     "labels": (craft(lambda array: array * 7, "masks"), "is damaged: shard_00000_masks.npy"),
-    "noisy labels": (craft(lambda array: array * 255, "noisy_masks"), "is damaged: shard_00000_noisy_masks.npy"),
+    "fewer masks": (craft(lambda array: array[1:], "masks"), "is damaged: shard_00000_masks.npy"),
     "climbs": (edit_shard(climb), "is damaged: shard_00000.json"),
     "other folder": (edit_shard(lambda shard: shard.update(name="../x/shard_00000.json")), "is no finished cache"),
     "foreign kind": (edit_shard(lambda shard: shard["sha256"].update(weights="0" * 64)), "is no finished cache"),

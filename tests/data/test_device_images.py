@@ -13,7 +13,7 @@ from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
 from distseg.data.reader import PixelReader
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.data.streams import Stream
 from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
@@ -31,7 +31,7 @@ def samples(make_dataset) -> list[Sample]:
 
 def requests(samples: list[Sample], epochs: int = 3) -> list[list[Request]]:
     order = [sample for _ in range(epochs) for sample in samples]
-    asked = [Request(s, "noisy", draw_transform(AUGMENT, SIZE, 0, "s", n)) for n, s in enumerate(order)]
+    asked = [Request.of(s, "noisy", draw_transform(AUGMENT, SIZE, 0, "s", n)) for n, s in enumerate(order)]
     return [asked[first : first + 4] for first in range(0, len(asked), 4)]
 
 
@@ -42,7 +42,10 @@ def load(samples: list[Sample], on_device: DeviceImages | None):
 
 def test_all_of_a_streams_images_fit_or_none_is_kept():
     size = 64
-    images = [Sample(f"{n}", "train", Path(f"{n}.jpg"), Path(f"{n}.png"), Path(f"{n}_noisy.png")) for n in range(100)]
+    images = [
+        Sample(f"{n}", "train", Path(f"{n}.jpg"), Path(f"{n}.png"), (Annotation("", Path(f"{n}_noisy.png")),))
+        for n in range(100)
+    ]
     needed = 100 * 3 * size**2 / 2**30
 
     def fit(samples: list[Sample], budget: float, device: torch.device = GPU) -> bool:

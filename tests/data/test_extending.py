@@ -69,7 +69,7 @@ clean, noisy = split_clean(samples, 2, 0)
 written, rate = write_noisy_masks(noisy, config.data.noise, data / "noisy")
 assert 0 < rate < 1
 for sample in written:
-    assert np.array_equal(read_mask(sample.noisy_mask), np.roll(read_mask(sample.mask), 3, axis=0))
+    assert np.array_equal(read_mask(sample.annotations[0].mask), np.roll(read_mask(sample.truth), 3, axis=0))
 assert "flipped,rows=3" in (data / "noisy" / "manifest.csv").read_text()
 mixed = {"kind": "mixed", "annotators": [{"kind": "box"}, {"kind": "flipped"}]}
 mixed = DataConfig.model_validate({"root": data, "noise": mixed})

@@ -19,7 +19,7 @@ from distseg.data.config import AugmentConfig
 from distseg.data.decode import Decoding, read_image, read_mask, read_resized_image
 from distseg.data.reader import PixelReader
 from distseg.data.resize import resize_mask
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.errors import UserError
 
 CPU = torch.device("cpu")
@@ -50,7 +50,8 @@ def write_sample(folder: Path, name: str, image: np.ndarray, mask: np.ndarray, n
     paths = {"image": image[..., ::-1], "mask": mask} | ({} if noisy is None else {"noisy_mask": noisy})
     for kind, pixels in paths.items():
         assert cv2.imwrite(str(folder / f"{name}_{kind}.png"), pixels)
-    return Sample(name, "train", **{kind: folder / f"{name}_{kind}.png" for kind in paths})
+    image_file, mask_file, noisy_file = (folder / f"{name}_{kind}.png" for kind in ("image", "mask", "noisy_mask"))
+    return Sample(name, "train", image_file, mask_file, (Annotation("", noisy_file),) if noisy is not None else ())
 
 
 def noise_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -58,7 +59,7 @@ def noise_image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def load_one(load_batches, sample: Sample, transform: Transform, size: int = SIZE, labels: str = "true"):
-    (batch,) = load_batches(iter([[Request(sample, labels, transform)]]), PixelReader(size), 1, CPU, 1)
+    (batch,) = load_batches(iter([[Request.of(sample, labels, transform)]]), PixelReader(size), 1, CPU, 1)
     return batch
 
 
@@ -72,7 +73,7 @@ def with_bytes(transform: Transform) -> Transform:
 def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
     samples = [write_sample(tmp_path, f"s{n}", noise_image(40 + n, 50, n), blob(40 + n, 50, n) * 255) for n in range(7)]
     cuts = [samples[:3], samples[3:4], samples[4:6], samples[6:]]
-    requests = ([Request(s, "true", identity_transform(SIZE)) for s in cut] for cut in cuts)
+    requests = ([Request.of(s, "true", identity_transform(SIZE)) for s in cut] for cut in cuts)
     batches = list(load_batches(requests, PixelReader(SIZE), 3, CPU, 2))
     assert [batch.ids for batch in batches] == [("s0", "s1", "s2"), ("s3",), ("s4", "s5"), ("s6",)]
     for batch in batches:
@@ -104,7 +105,7 @@ def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_pat
     ]
     order = np.random.default_rng(0).integers(0, 40, 120)
     requests = (
-        [Request(samples[n], "noisy", with_bytes(identity_transform(SIZE))) for n in order[first : first + 5]]
+        [Request.of(samples[n], "noisy", with_bytes(identity_transform(SIZE))) for n in order[first : first + 5]]
         for first in range(0, 120, 5)
     )
     seen = []
@@ -134,7 +135,7 @@ def test_closing_early_stops_the_loader(load_batches, tmp_path):
     def endless():
         while True:
             taken.append(1)
-            yield [Request(sample, "true", identity_transform(SIZE))]
+            yield [Request.of(sample, "true", identity_transform(SIZE))]
 
     before = threading.active_count()
     batches = load_batches(endless(), PixelReader(SIZE), 1, CPU, 1)
@@ -161,7 +162,7 @@ def test_every_binary_encoding_becomes_zero_and_one(load_batches, tmp_path):
     for name, image in encodings.items():
         image.save(tmp_path / f"{name}.png")
         samples.append(Sample(name, "train", samples[0].image, tmp_path / f"{name}.png"))
-    request = [Request(sample, "true", identity_transform(SIZE)) for sample in samples]
+    request = [Request.of(sample, "true", identity_transform(SIZE)) for sample in samples]
     (batch,) = load_batches(iter([request]), PixelReader(SIZE), len(samples), CPU, 1)
     for actual in batch.masks:
         np.testing.assert_array_equal(actual.numpy(), mask)
@@ -175,7 +176,7 @@ def test_masks_stay_zero_and_one_and_move_with_the_image(load_batches, tmp_path)
         mask = blob(60, 50, number)
         samples.append(write_sample(tmp_path, f"s{number}", np.repeat(mask[..., None] * 255, 3, axis=2), mask * 255))
     requests = [
-        [Request(samples[n % 5], "true", with_bytes(draw_transform(STRONG, 64, 0, "s", n)))] for n in range(300)
+        [Request.of(samples[n % 5], "true", with_bytes(draw_transform(STRONG, 64, 0, "s", n)))] for n in range(300)
     ]
     disagreeing, edge, lit = 0, 0, 0
     for batch in load_batches(iter(requests), PixelReader(64), 1, CPU, 2):
@@ -213,7 +214,10 @@ def test_ten_thousand_pairs_stay_aligned_binary_and_finite(load_batches, tmp_pat
         mask = board(number)
         samples.append(write_sample(tmp_path, f"s{number}", np.repeat(mask[..., None] * 255, 3, axis=2), mask * 255))
     requests = (
-        [Request(samples[n % 20], "true", with_bytes(draw_transform(config, 64, 1, "s", n))) for n in range(m, m + 100)]
+        [
+            Request.of(samples[n % 20], "true", with_bytes(draw_transform(config, 64, 1, "s", n)))
+            for n in range(m, m + 100)
+        ]
         for m in range(0, count, 100)
     )
     pairs, wrong_pixels, edge = 0, 0, 0
@@ -234,7 +238,7 @@ def test_colours_hairs_blur_and_grain_leave_the_masks_alone(load_batches, tmp_pa
     samples = [write_sample(tmp_path, f"s{n}", noise_image(SIZE, SIZE, n), blob(SIZE, SIZE, n)) for n in range(8)]
     batches = []
     for config in (STRONG, EVERYTHING.model_copy(update={"elastic": 0.0})):
-        requests = [Request(samples[n % 8], "true", draw_transform(config, SIZE, 0, "s", n)) for n in range(400)]
+        requests = [Request.of(samples[n % 8], "true", draw_transform(config, SIZE, 0, "s", n)) for n in range(400)]
         batches += load_batches(iter([requests]), PixelReader(SIZE), 400, CPU, 2)
     plain, changed = batches
     assert torch.isfinite(changed.images).all()
@@ -251,7 +255,7 @@ def test_right_angles_and_flips_permute_the_pixels_exactly(load_batches, tmp_pat
     sample = write_sample(tmp_path, "s", pixels, mask)
     config = AugmentConfig(flip=True, right_angles=True)
     transforms = [with_bytes(draw_transform(config, size, 0, "s", position)) for position in range(40)]
-    requests = [Request(sample, "true", transform) for transform in transforms]
+    requests = [Request.of(sample, "true", transform) for transform in transforms]
     (batch,) = load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1)
     row, column = np.mgrid[:size, :size] + 0.5
     for image, label, transform in zip(batch.images, batch.masks, transforms, strict=True):
@@ -326,8 +330,8 @@ def test_orientation_is_applied_or_ignored_for_image_and_mask_alike(load_batches
     for orientation, upright in (("apply", UPRIGHT.get(tag, UPRIGHT[1])), ("ignore", UPRIGHT[1])):
         decoding = Decoding(orientation)
         np.testing.assert_array_equal(read_image(turned.image, decoding), upright(plain))
-        np.testing.assert_array_equal(read_mask(turned.mask, decoding), upright(mask))
-        request = [[Request(turned, "true", with_bytes(identity_transform(16)))]]
+        np.testing.assert_array_equal(read_mask(turned.truth, decoding), upright(mask))
+        request = [[Request.of(turned, "true", with_bytes(identity_transform(16)))]]
         (batch,) = load_batches(iter(request), PixelReader(16, decoding=decoding), 1, CPU, 1)
         square = read_resized_image(tmp_path / "plain.image", 16)
         np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0).numpy(), upright(square))
@@ -347,18 +351,18 @@ def test_reduction_is_antialiased_and_masks_are_not(load_batches, tmp_path):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["image", "mask", "noisy_mask"])
+@pytest.mark.parametrize("kind", ["image", "reference", "annotation"])
 @pytest.mark.parametrize("content", [None, b"", b"<html>404</html>"], ids=["missing", "empty", "no image"])
 def test_a_file_that_breaks_during_training_is_named(load_batches, tmp_path, kind, content):
     samples = [
         write_sample(tmp_path, f"s{n}", noise_image(SIZE, SIZE, n), blob(SIZE, SIZE, n), blob(SIZE, SIZE, n))
         for n in range(6)
     ]
-    path = getattr(samples[3], kind)
+    path = samples[3].files[kind]
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    requests = [[Request(s, "noisy", identity_transform(SIZE)) for s in samples[i : i + 2]] for i in (0, 2, 4)]
+    requests = [[Request.of(s, "noisy", identity_transform(SIZE)) for s in samples[i : i + 2]] for i in (0, 2, 4)]
     with pytest.raises(UserError) as raised:
         list(load_batches(iter(requests), PixelReader(SIZE), 2, CPU, 1))
     assert str(raised.value).startswith(str(path))
@@ -373,7 +377,7 @@ def both(samples: list[Sample], size: int, config: AugmentConfig, colour: bool):
 
     transforms = [draw_transform(config, size, 0, "s", n) for n in range(8 * len(samples))]
     requests = [
-        Request(samples[n % len(samples)], "noisy", t if colour else with_bytes(t)) for n, t in enumerate(transforms)
+        Request.of(samples[n % len(samples)], "noisy", t if colour else with_bytes(t)) for n, t in enumerate(transforms)
     ]
     return [
         next(load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1))
@@ -455,7 +459,7 @@ def test_reduced_decoding_of_a_jpeg_is_within_grey_levels_of_full_decoding(tmp_p
 
 def test_what_is_kept_in_memory_stays_within_its_budget_and_changes_no_bit(load_batches, tmp_path):
     samples = [write_sample(tmp_path, f"s{n}", noise_image(50, 60, n), blob(50, 60, n)) for n in range(6)]
-    requests = [[Request(s, "true", draw_transform(COLOURED, SIZE, 0, "s", n)) for n, s in enumerate(samples)]] * 3
+    requests = [[Request.of(s, "true", draw_transform(COLOURED, SIZE, 0, "s", n)) for n, s in enumerate(samples)]] * 3
     one = SIZE * SIZE * (3 + 1)
     readers = {budget: PixelReader(SIZE, budget * one) for budget in (0, 2, 100)}
     batches = {b: list(load_batches(iter(requests), reader, 6, CPU, 2)) for b, reader in readers.items()}

@@ -8,7 +8,7 @@ from PIL import Image
 from distseg.data.checks import check_splits, inspect_files, usable_samples
 from distseg.data.config import DataConfig
 from distseg.data.decode import PLAIN
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.data.splits import split_clean
 from distseg.data.survey import read_samples
 from distseg.errors import UserError
@@ -20,7 +20,7 @@ def touch(path: Path) -> None:
 
 
 def pairs(samples: list[Sample], root: Path) -> dict[str, tuple[str, str, str]]:
-    return {s.id: (s.split, str(s.image.relative_to(root)), str(s.mask.relative_to(root))) for s in samples}
+    return {s.id: (s.split, str(s.image.relative_to(root)), str(s.truth.relative_to(root))) for s in samples}
 
 
 def no_drawn_splits(root: Path, **changes) -> DataConfig:
@@ -37,8 +37,10 @@ def test_manifest_reads_splits_noisy_masks_and_ignores_extra_columns(tmp_path):
     )
     samples = read_samples(DataConfig(root=tmp_path))
     assert [s.id for s in samples] == ["a", "b", "c"]
-    assert samples[0] == Sample("a", "train", tmp_path / "i/a.jpg", tmp_path / "m/a.png", tmp_path / "n/a.png")
-    assert samples[1] == Sample("b", "val", tmp_path / "i/b.jpg", tmp_path / "m/b.png", None)
+    assert samples[0] == Sample(
+        "a", "train", tmp_path / "i/a.jpg", tmp_path / "m/a.png", (Annotation("", tmp_path / "n/a.png"),)
+    )
+    assert samples[1] == Sample("b", "val", tmp_path / "i/b.jpg", tmp_path / "m/b.png")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_ph2(tmp_path, root):
         touch(tmp_path / root / id / f"{id}_lesion" / f"{id}_lesion.bmp")
     samples = read_samples(no_drawn_splits(tmp_path))
     assert [s.id for s in samples] == ["IMD002", "IMD003"]
-    assert all(s.image.is_file() and s.mask.is_file() and s.id in s.mask.name for s in samples)
+    assert all(s.image.is_file() and s.truth.is_file() and s.id in s.truth.name for s in samples)
 
 
 def test_folders_pair_by_stem_with_or_without_an_ending(tmp_path):
@@ -130,7 +132,7 @@ def test_nothing_depends_on_the_order_of_a_listing(tmp_path, monkeypatch):
         rng = np.random.default_rng(shuffle)
         monkeypatch.setattr(Path, "iterdir", lambda path, rng=rng: iter(rng.permutation(sorted(listing(path)))))
         assert read_samples(config) == expected
-    assert all(s.mask.name == f"{s.image.stem}_mask.png" for s in expected)
+    assert all(s.truth.name == f"{s.image.stem}_mask.png" for s in expected)
 
 
 def write_folders(root: Path, ids: list[str]) -> None:
@@ -208,7 +210,7 @@ def test_a_split_that_the_data_brings_stays_its_own_where_none_of_it_can_be_used
         ("a,train,a.jpg,C:\\m.png", "leaves the folder"),
         ("../a,train,a.jpg,m.png", "id '../a'"),
         ("a,training,a.jpg,m.png", "split 'training'"),
-        ("a,train,a.jpg,", "mask is empty"),
+        ("a,train,a.jpg,", "has neither a reference nor an annotation"),
         ("a,train,a.jpg,m.png\na,train,b.jpg,n.png", "id a is twice in train"),
         ("a,train,a.jpg,m.png\na,test,b.jpg,n.png", "id a is in two splits"),
         ("a,train,a.jpg,m.png\nb,test,a.jpg,n.png", "a.jpg: in the train split as a and in test as b"),
@@ -228,8 +230,8 @@ def test_bad_folders(tmp_path):
         read_samples(DataConfig(root=tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no data in the layout manifest \| isic \| ph2 \| folders"):
         read_samples(DataConfig(root=tmp_path))
-    (tmp_path / "manifest.csv").write_text("id,image,mask\na,a.jpg,a.png\n")
-    with pytest.raises(UserError, match="lacks the column split"):
+    (tmp_path / "manifest.csv").write_text("id,image,split\na,a.jpg,train\n")
+    with pytest.raises(UserError, match="lacks the column reference"):
         read_samples(DataConfig(root=tmp_path))
     for name in ("images/a.jpg", "images/b.jpg", "images/c.jpg", "masks/a.png"):
         touch(tmp_path / name)

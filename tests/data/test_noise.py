@@ -152,11 +152,11 @@ def test_written_masks_are_what_corrupt_says_and_a_rerun_is_byte_identical(make_
     rates = []
     with (folder / "manifest.csv").open() as file:
         for sample, before, row in zip(written, noisy, csv.DictReader(file), strict=True):
-            expected = corrupt(read_mask(sample.mask), config, sample.id)
-            stored = cv2.imread(str(sample.noisy_mask), cv2.IMREAD_UNCHANGED)
+            expected = corrupt(read_mask(sample.truth), config, sample.id)
+            stored = cv2.imread(str(sample.annotations[0].mask), cv2.IMREAD_UNCHANGED)
             np.testing.assert_array_equal(stored, expected * 255)
-            assert (sample.id, sample.image, sample.mask) == (before.id, before.image, before.mask)
-            rates.append(np.mean(expected != read_mask(sample.mask)))
+            assert (sample.id, sample.image, sample.truth) == (before.id, before.image, before.truth)
+            rates.append(np.mean(expected != read_mask(sample.truth)))
             assert (row["id"], row["kind"], row["parameters"], row["seed"]) == (sample.id, "polygon", "vertices=3", "4")
             assert float(row["wrong_pixel_rate"]) == pytest.approx(rates[-1], abs=1e-6)
     assert 0 < rate == pytest.approx(np.mean(rates))
@@ -178,8 +178,8 @@ def test_one_rank_draws_and_the_others_find_the_same(make_dataset, tmp_path, kin
 
     own = prepare_splits(config, 0, RunFolder(tmp_path / "own"), check=False)  # of a rank with a folder of its own
     assert (own.clean, own.noise_rate) == (first.clean, first.noise_rate)
-    assert [read_mask(s.noisy_mask).tolist() for s in own.noisy] == [
-        read_mask(s.noisy_mask).tolist() for s in first.noisy
+    assert [read_mask(s.annotations[0].mask).tolist() for s in own.noisy] == [
+        read_mask(s.annotations[0].mask).tolist() for s in first.noisy
     ]
 
 

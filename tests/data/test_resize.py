@@ -15,7 +15,7 @@ from distseg.data.decode import read_resized_image, read_resized_mask
 from distseg.data.noise.markov import markov
 from distseg.data.reader import PixelReader
 from distseg.data.resize import resize_mask
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.data.seeding import generator
 from distseg.data.streams import evaluation_batches
 from distseg.distributed.ranks import ShardSpec
@@ -86,13 +86,16 @@ def test_loaders_cache_and_evaluation_keep_them_together(tmp_path, pipeline, cac
         Image.fromarray(np.repeat(mask[..., None] * 255, 3, axis=2)).save(paths["image"])
         Image.fromarray(mask * 255).save(paths["mask"])
         Image.fromarray(mask * 255).save(paths["noisy_mask"])
-        samples.append(Sample(f"s{number:02d}", "test", **paths))
+        drawn = (Annotation("", paths["noisy_mask"]),)
+        samples.append(Sample(f"s{number:02d}", "test", paths["image"], paths["mask"], drawn))
     config = DataConfig(root=tmp_path, image_size=64, pipeline=pipeline, cache=tmp_path / "cache" if cached else None)
     if cached:
         write_cache(samples, [], config, tmp_path / "cache", threads=1)
 
     module = pytest.importorskip(f"distseg.data.{'dali' if pipeline == 'dali' else 'torch_loader'}")
-    requests = [[Request(sample, "noisy", Transform(identity_transform(64).matrix, AS_STORED)) for sample in samples]]
+    requests = [
+        [Request.of(sample, "noisy", Transform(identity_transform(64).matrix, AS_STORED)) for sample in samples]
+    ]
     reader = PixelReader(64, cache=open_cache(config))
     [training] = module.load_batches(iter(requests), reader, len(samples), CPU, 1)
     [evaluation] = evaluation_batches(samples, config, ShardSpec(), len(samples), CPU)

@@ -14,7 +14,7 @@ from distseg.data.batch import Batch, Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages
 from distseg.data.reader import PixelReader
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.data.streams import Stream
 from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError
@@ -48,7 +48,7 @@ def write_sample(folder: Path, id: str, image: np.ndarray, mask: np.ndarray) -> 
     assert cv2.imwrite(str(paths[1]), mask * 255)
     noisy = folder / f"{id}_noisy.png"
     assert cv2.imwrite(str(noisy), (1 - mask) * 255)
-    return Sample(id, "train", *paths, noisy)
+    return Sample(id, "train", *paths, (Annotation("", noisy),))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def pictures(tmp_path: Path) -> list[Sample]:
 
 def test_batches_are_on_the_gpu_in_order_and_of_the_contract(pictures: list[Sample]) -> None:
     cuts = [pictures[:3], pictures[3:4], pictures[4:]]
-    batches = list(load([[Request(s, "noisy", identity_transform(32)) for s in cut] for cut in cuts], 32, GPU))
+    batches = list(load([[Request.of(s, "noisy", identity_transform(32)) for s in cut] for cut in cuts], 32, GPU))
     assert [batch.ids for batch in batches] == [tuple(sample.id for sample in cut) for cut in cuts]
     for batch in batches:
         assert all(tensor.device.type == GPU.type for tensor in (batch.images, batch.masks, batch.true_masks))
@@ -90,7 +90,7 @@ def test_pairs_stay_aligned_binary_and_finite(boards: list[Sample]) -> None:
         return Transform(draw_transform(GEOMETRY, 64, 0, "s", position).matrix, AS_STORED)
 
     requests = [
-        [Request(boards[n % 10], "true", transform(n)) for n in range(first, first + 100)]
+        [Request.of(boards[n % 10], "true", transform(n)) for n in range(first, first + 100)]
         for first in range(0, 10_000, 100)
     ]
     pairs, wrong_pixels, edge = 0, 0, 0
@@ -109,7 +109,7 @@ def test_pairs_stay_aligned_binary_and_finite(boards: list[Sample]) -> None:
 @pytest.mark.parametrize("config", [AugmentConfig(), GEOMETRY, EVERYTHING], ids=["plain", "geometry", "everything"])
 def test_the_gpu_gives_what_the_cpu_gives(pictures: list[Sample], config: AugmentConfig) -> None:
     """Decoders and resampling filters differ by a few of 255 grey levels, of which one is 0.025 in the input."""
-    requests = [[Request(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(64)]]
+    requests = [[Request.of(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(64)]]
     [actual], [expected] = load(requests, 64, GPU), load(requests, 64, CPU)
     difference = (actual.images.cpu() - expected.images).abs()
     assert difference.mean() < 0.05
@@ -122,7 +122,7 @@ def test_the_gpu_gives_what_the_cpu_gives(pictures: list[Sample], config: Augmen
 def test_images_kept_on_the_gpu_give_what_the_cpu_gives(pictures: list[Sample], config: AugmentConfig) -> None:
     """The decoder is the same; a warp may round to the next grey level, and a mask's edge to the next pixel."""
     requests = [
-        [Request(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(first, first + 16)]
+        [Request.of(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(first, first + 16)]
         for first in range(0, 64, 16)
     ]
     images = DeviceImages(PixelReader(64).image, GPU)
@@ -180,7 +180,7 @@ def test_a_file_that_breaks_is_named(pictures: list[Sample], content: bytes | No
     broken.unlink()
     if content is not None:
         broken.write_bytes(content)
-    requests = [[Request(s, "true", identity_transform(32)) for s in pictures[i : i + 2]] for i in (0, 2, 4, 6)]
+    requests = [[Request.of(s, "true", identity_transform(32)) for s in pictures[i : i + 2]] for i in (0, 2, 4, 6)]
     with pytest.raises(BadFileError) as raised:
         list(load(requests, 32, GPU))
     assert str(raised.value).startswith(str(broken))

@@ -1,20 +1,30 @@
-"""manifest.csv with the columns id, split, image, mask and optionally noisy_mask; paths relative to the root.
+"""manifest.csv: a row an image, or a row an annotation; paths relative to the root.
+
+Columns: id, image, and of split, reference (the expert's mask), annotation (a cheap one), annotation:NAME (that of an
+annotator of this name), annotator (whose `annotation` is in this row) and group those that there are. `mask` and
+`noisy_mask` are read as reference and annotation; beside `annotator`, `mask` is the annotation. Rows of one id are one
+sample if they agree on its image, split, group and reference, and name different annotators. Other columns are ignored.
 
 Tables as spreadsheets save them are read too: separated by commas, semicolons or tabs, with a byte order mark, with
-backslashes in their paths. Other columns are ignored.
+backslashes in their paths.
 """
 
 import csv
 import os
 import stat
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
 from distseg.data.layouts.listing import Listing
-from distseg.data.sample import SPLITS, Problem, Sample, fault_of_id, leaves_root
+from distseg.data.sample import SPLITS, Annotation, Problem, Sample, fault_of_id, leaves_root
 from distseg.errors import UserError
 
-_COLUMNS = ("id", "split", "image", "mask")
-_FILES = ("image", "mask", "noisy_mask")
+HEADER = "id,split,image,reference,annotation[,annotation:NAME …][,group]"
+_NAMED = "annotation:"
+_OLD_NAMES = {"mask": "reference", "noisy_mask": "annotation"}
+_KNOWN = ("id", "split", "image", "reference", "annotation", "annotator", "group")
 _SEPARATORS = ",;\t|"
 _MOST_BYTES = 2**28
 
@@ -24,14 +34,16 @@ def read(root: Path) -> Listing | None:
     if not os.path.lexists(manifest):
         return None
     columns, rows = _table(manifest)
-    missing = [column for column in _COLUMNS if column not in columns]
+    missing = [column for column in ("id", "image") if column not in columns]
+    if not any(column in ("reference", "annotation") or column.startswith(_NAMED) for column in columns):
+        missing.append("reference")
     if missing:
-        raise UserError(f"{manifest}: lacks the column {missing[0]}; the header is {','.join(_COLUMNS)}[,noisy_mask]")
+        raise UserError(f"{manifest}: lacks the column {missing[0]}; the header is {HEADER}")
     parsed = [_parse_row(root, row, f"{manifest}, row {number}") for number, row in enumerate(rows, start=1)]
     return Listing(
-        [row for row in parsed if isinstance(row, Sample)],
+        _merged([row for row in parsed if isinstance(row, Sample)]),
         [row for row in parsed if isinstance(row, Problem)],
-        frozenset(row["split"] for row in rows if row["split"] in SPLITS),
+        frozenset(row["split"] for row in rows if row.get("split") in SPLITS),
     )
 
 
@@ -47,14 +59,27 @@ def _table(manifest: Path) -> tuple[list[str], list[dict[str, str]]]:
         lines = [line for line in csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True) if line]
     except csv.Error as error:
         raise UserError(f"{manifest}: cannot be read as CSV: {error}; save it again as CSV") from None
-    columns = [cell.strip().lower() for cell in lines[0]] if lines else []
     if not lines:
-        return list(_COLUMNS), []
-    doubled = [column for column in columns if column in (*_COLUMNS, "noisy_mask") and columns.count(column) > 1]
+        return ["id", "image", "reference"], []
+    columns = [_column(cell) for cell in lines[0]]
+    if "annotator" in columns and "annotation" not in columns:  # a row an annotation, its file under `mask`
+        columns = ["annotation" if column == "reference" else column for column in columns]
+    doubled = [column for column in columns if _is_known(column) and columns.count(column) > 1]
     if doubled:
         raise UserError(f"{manifest}: has the column {doubled[0]} twice; keep one")
     padded = [line + [""] * (len(columns) - len(line)) for line in lines[1:] if any(cell.strip() for cell in line)]
     return columns, [dict(zip(columns, map(str.strip, line), strict=False)) for line in padded]
+
+
+def _column(cell: str) -> str:
+    """A column's name, without regard to case but for the names of annotators."""
+    kind, colon, annotator = cell.strip().partition(":")
+    name = kind.strip().lower()
+    return f"{name}:{annotator.strip()}" if colon else _OLD_NAMES.get(name, name)
+
+
+def _is_known(column: str) -> bool:
+    return column in _KNOWN or column.startswith(_NAMED)
 
 
 def _text(manifest: Path) -> str:
@@ -67,10 +92,9 @@ def _text(manifest: Path) -> str:
             )
         if status.st_size > _MOST_BYTES:
             raise UserError(f"{manifest}: has {status.st_size:,} bytes, above {_MOST_BYTES:,}; is it a table?")
-        content = manifest.read_bytes()
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return _decoded(manifest.read_bytes())
     except UnicodeDecodeError as error:
-        raise UserError(f"{manifest}: cannot be read as UTF-8: {error}; save it as CSV UTF-8") from None
+        raise UserError(f"{manifest}: cannot be read as text: {error}; save it as CSV UTF-8") from None
     except FileNotFoundError:
         raise UserError(f"{manifest}: a link to a file that does not exist; mend the link or remove it") from None
     except (OSError, RuntimeError) as error:
@@ -78,27 +102,84 @@ def _text(manifest: Path) -> str:
         raise UserError(f"{manifest}: cannot be read: {reason}") from None
 
 
+def _decoded(content: bytes) -> str:
+    """Unicode, or else the code page that Windows gives to tables of Western languages. UnicodeDecodeError for others.
+
+    A table of yet another code page names files that are not there, which is told when they are looked for.
+    """
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if b"\0" in content:
+            raise
+        return content.decode("cp1252")
+
+
 def _parse_row(root: Path, values: dict[str, str], where: str) -> Sample | Problem:
-    id, split = values["id"], values["split"]
-    empty = [column for column in _COLUMNS if not values[column]]
-    if empty:
-        return Problem(id, where, f"{empty[0]} is empty")
-    if (fault := fault_of_id(id)) is not None:
+    id, split = unicodedata.normalize("NFC", values["id"]), values.get("split") or "train"
+    paths = {column: path for column, path in values.items() if path and _is_file(column)}
+    fault = _fault(id, split, paths, values)
+    if fault is not None:
         return Problem(id, where, fault)
+    files = {column: _under(root, path) for column, path in paths.items()}
+    image, reference = files.pop("image"), files.pop("reference", None)
+    named = {column: column.removeprefix(_NAMED) for column in files} | {"annotation": values.get("annotator", "")}
+    annotations = sorted((Annotation(named[column], path) for column, path in files.items()), key=lambda a: a.annotator)
+    return Sample(id, split, image, reference, tuple(annotations), values.get("group", ""))
+
+
+def _is_file(column: str) -> bool:
+    return column in ("image", "reference", "annotation") or column.startswith(_NAMED)
+
+
+def _fault(id: str, split: str, paths: dict[str, str], values: dict[str, str]) -> str | None:
+    """What is wrong with a row, or None."""
+    if not id or "image" not in paths:
+        return f"{'image' if id else 'id'} is empty"
+    if (fault := fault_of_id(id)) is not None:
+        return fault
     if split not in SPLITS:
-        return Problem(id, where, f"split {split!r} must be train, val or test")
-    paths = {column: values[column] for column in _FILES if values.get(column)}
+        return f"split {split!r} must be train, val or test"
+    if len(paths) == 1:
+        return "has neither a reference nor an annotation"
+    names = [column.removeprefix(_NAMED) for column in paths if column.startswith(_NAMED)]
+    names += [values["annotator"]] if "annotation" in paths and values.get("annotator") else []
+    for name in names:
+        if (fault := fault_of_id(name)) is not None:
+            return fault.replace("id", "annotator", 1)
+        if names.count(name) > 1:
+            return f"annotator {name} is there twice; keep one"
     for column, path in paths.items():
         if leaves_root(path):
-            return Problem(id, where, f"{column} {path!r} leaves the folder; paths are relative to it, without '..'")
+            return f"{column} {path!r} leaves the folder; paths are relative to it, without '..'"
         if not path.isprintable():
-            return Problem(id, where, f"{column} {path!r} must be of printable letters")
-    noisy = paths.get("noisy_mask")
-    return Sample(
-        id, split, _under(root, paths["image"]), _under(root, paths["mask"]), _under(root, noisy) if noisy else None
-    )
+            return f"{column} {path!r} must be of printable letters"
+    return None
+
+
+def _merged(rows: Sequence[Sample]) -> list[Sample]:
+    """Rows that are alike but for their annotators are one sample; others of one id stay, and are refused later."""
+    by_id: dict[str, list[Sample]] = {}
+    for row in rows:
+        by_id.setdefault(row.id, []).append(row)
+    samples = []
+    for same in by_id.values():
+        annotations = sorted((each for row in same for each in row.annotations), key=lambda each: each.annotator)
+        names = [each.annotator for each in annotations]
+        alike = len({replace(row, annotations=()) for row in same}) == 1 and all(row.annotations for row in same)
+        if alike and "" not in names and len(set(names)) == len(names):
+            samples.append(replace(same[0], annotations=tuple(annotations)))
+        else:
+            samples += same
+    return samples
 
 
 def _under(root: Path, path: str) -> Path:
-    """With backslashes as separators, unless there is a file of that very name."""
-    return root / path if "\\" not in path or (root / path).exists() else root / PureWindowsPath(path).as_posix()
+    """With backslashes as separators, and accents as the file system has them, unless there is a file of that name."""
+    if (path.isascii() and "\\" not in path) or (root / path).exists():
+        return root / path
+    posix = PureWindowsPath(path).as_posix()
+    forms = (unicodedata.normalize(form, posix) for form in ("NFC", "NFD"))
+    return next((root / form for form in forms if (root / form).exists()), root / posix)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from distseg.data.decode import PLAIN, Decoding, read_image, read_mask
 from distseg.data.noise.kind import Image, Mask, NoiseKind
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 
@@ -31,23 +32,24 @@ def write_noisy_masks(
     """Give each sample a noisy mask, as PNG (0/255) in `folder`, and say how wrong they are.
 
     Each file is written aside and renamed, manifest.csv (id, mask, kind, parameters, seed, wrong_pixel_rate) last; a
-    rerun writes the same bytes. With kind `none` nothing is written: samples keep the noisy mask that they bring, or
-    none.
+    rerun writes the same bytes. With kind `none` nothing is written: samples keep the annotations that they bring.
 
     Returns:
-        The samples with `noisy_mask` set, in the order given, and the mean over them of the fraction of wrong pixels;
-        a sample without a noisy mask of its own counts as 0.
+        The samples with the drawn mask in place of any annotation, in the order given, and the mean over them of the
+        fraction of wrong pixels: 0 for a sample without an annotation, NaN where one has no reference.
     """
     if noise.kind == "none":
         return samples, _mean(_own_rate(sample, decoding) for sample in samples)
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(sample: Sample) -> tuple[Sample, float]:
-        true = read_mask(sample.mask, decoding)
+        if sample.reference is None:
+            raise UserError(f"data.noise.kind {noise.kind}: {sample.id} has no reference mask to draw from")
+        true = read_mask(sample.reference, decoding)
         noisy = corrupt(true, noise, sample.id, read_image(sample.image, decoding) if noise.looks_at_image else None)
         path = folder / f"{sample.id}.png"
         write_atomically(path, cv2.imencode(".png", noisy * 255)[1].tobytes(), durable=False)  # can be drawn again
-        return replace(sample, noisy_mask=path), _wrong_pixel_rate(noisy, true)
+        return _with_noisy(sample, path), _wrong_pixel_rate(noisy, true)
 
     with ThreadPoolExecutor() as pool:
         written = list(pool.map(write, samples))
@@ -82,7 +84,11 @@ def read_noisy_masks(
             f"{manifest}: is not what the first rank has written for this run; see that all ranks share its folder and "
             "have the same data"
         )
-    return [replace(sample, noisy_mask=folder / f"{sample.id}.png") for sample in samples], _mean(rates)
+    return [_with_noisy(sample, folder / f"{sample.id}.png") for sample in samples], _mean(rates)
+
+
+def _with_noisy(sample: Sample, path: Path) -> Sample:
+    return replace(sample, annotations=(Annotation("", path),))
 
 
 def _described(sample: Sample, noise: NoiseKind) -> list[str]:
@@ -90,12 +96,18 @@ def _described(sample: Sample, noise: NoiseKind) -> list[str]:
 
 
 def _own_rate(sample: Sample, decoding: Decoding) -> float:
-    if sample.noisy_mask is None:
+    if sample.reference is None:
+        return math.nan
+    if not sample.annotations:
         return 0.0
-    noisy, true = read_mask(sample.noisy_mask, decoding), read_mask(sample.mask, decoding)
-    if noisy.shape != true.shape:
-        raise UserError(f"{sample.noisy_mask}: not of the size of {sample.mask}; resample it, nearest neighbour")
-    return _wrong_pixel_rate(noisy, true)
+    true = read_mask(sample.reference, decoding)
+    rates = []
+    for annotation in sample.annotations:
+        noisy = read_mask(annotation.mask, decoding)
+        if noisy.shape != true.shape:
+            raise UserError(f"{annotation.mask}: not of the size of {sample.reference}; resample it, nearest neighbour")
+        rates.append(_wrong_pixel_rate(noisy, true))
+    return _mean(rates)
 
 
 def _wrong_pixel_rate(noisy: Mask, true: Mask) -> float:

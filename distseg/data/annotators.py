@@ -1,0 +1,76 @@
+"""One mask of several annotators'."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from distseg.data.decode import Decoding, read_mask
+from distseg.data.sample import Annotation, Sample
+from distseg.errors import UserError
+from distseg.files import write_atomically
+
+IGNORE = 255
+Rule = Literal["majority", "staple"]
+
+
+def fuse_annotations(
+    samples: Sequence[Sample], rule: Rule, folder: Path, decoding: Decoding, write: bool
+) -> list[Sample]:
+    """Each sample with one annotation in place of several, as PNG of class ids in `folder`, in the order given.
+
+    Without `write` the files are those that another rank has written. Raises UserError where a library is missing.
+    """
+    several = [sample for sample in samples if len(sample.annotations) > 1]
+    fused = {sample.id: folder / f"{sample.id}.png" for sample in several}
+
+    def fuse_one(sample: Sample) -> None:
+        masks = np.stack([read_mask(each.mask, decoding) for each in sample.annotations])
+        mask = majority(masks) if rule == "majority" else staple(masks)
+        write_atomically(fused[sample.id], cv2.imencode(".png", mask)[1].tobytes(), durable=False)  # can be made again
+
+    missing = [sample for sample in several if write or not fused[sample.id].exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fuse_one, missing))
+    return [
+        replace(sample, annotations=(Annotation(rule, fused[sample.id]),)) if sample.id in fused else sample
+        for sample in samples
+    ]
+
+
+def majority(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(R, H, W) uint8 class ids of R annotators, 255 = ignore, to (H, W): the class that most of them mark.
+
+    A tie goes to the lowest id, background first. A pixel is ignored only where every annotator ignores it.
+    """
+    ids = [id for id in np.unique(masks).tolist() if id != IGNORE]
+    if not ids:
+        return np.full(masks.shape[1:], IGNORE, np.uint8)
+    votes = np.stack([(masks == id).sum(axis=0) for id in ids])
+    winner = np.array(ids, np.uint8)[votes.argmax(axis=0)]
+    return np.where((masks == IGNORE).all(axis=0), np.uint8(IGNORE), winner)
+
+
+def staple(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`majority`'s arguments and result, by STAPLE of several labels (Warfield et al. 2004; Rohlfing et al. 2003).
+
+    Where the estimate leaves a pixel undecided it is the majority's. Raises UserError without SimpleITK.
+    """
+    try:
+        import SimpleITK  # heavy and optional
+    except ImportError as error:
+        raise UserError(
+            f"data.annotators staple: SimpleITK does not import ({error}); pip install SimpleITK, or set "
+            "data.annotators=majority"
+        ) from None
+    undecided = int(masks.max()) + 1 if masks.max() < IGNORE - 1 else IGNORE - 1
+    images = [SimpleITK.GetImageFromArray(mask) for mask in masks]
+    estimate = SimpleITK.GetArrayFromImage(SimpleITK.MultiLabelSTAPLE(images, undecided))
+    return np.where(estimate == undecided, majority(masks), estimate).astype(np.uint8)
