@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distseg.data.decode import Decoding, read_mask
+from distseg.data.geometry import IGNORE
 from distseg.data.sample import Annotation, Sample
 from distseg.errors import UserError
 from distseg.files import write_atomically
 
-IGNORE = 255
 Rule = Literal["majority", "staple"]
 
 
