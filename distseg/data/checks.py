@@ -79,6 +79,11 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
 
 
 def check_splits(samples: list[Sample]) -> None:
+    """Raises UserError for a split without samples."""
+    if samples and not any(sample.reference for sample in samples):
+        names = sorted({each.annotator for sample in samples for each in sample.annotations if each.annotator})
+        mend = f"name the annotator who is the expert, data.expert={for_terminal(names[0])}" if names else "give some"
+        raise UserError(f"data: no image has a reference mask, against which a network could be scored; {mend}")
     for split in SPLITS:
         if not any(sample.split == split for sample in samples):
             key = "rows of that split" if split == "train" else f"rows of that split, or a larger data.{split}_fraction"
