@@ -15,7 +15,7 @@ Labels = Literal["noisy", "true"]
 
 @dataclass(frozen=True)
 class Batch:
-    """What every loader yields. B samples on the training device; H×W is image_size², or in evaluation by tiles a canvas."""
+    """What every loader yields. B samples on the training device; H×W is image_size², or a whole canvas to be tiled."""
 
     images: Tensor
     """(B, 3, H, W) float32, contiguous; RGB, normalised by channel means and deviations."""
