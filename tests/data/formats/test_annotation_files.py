@@ -110,7 +110,7 @@ def test_brush_masks_survive(seed: int) -> None:
 def test_a_brush_mask_of_single_values_is_read() -> None:
     """As Label Studio's own encoder has them, in JavaScript: values in a row are stored as they are."""
     alpha = np.array([[0, 255, 0], [9, 0, 255]], np.uint8)
-    values = np.repeat(alpha.ravel(), 4)
+    values = np.stack([np.full_like(alpha, 7)] * 3 + [alpha], axis=-1).ravel()  # a colour too where alpha is 0
     bits = f"{values.size:032b}{7:05b}{2:04b}{3:04b}{7:04b}{15:04b}" + "0" + "10" + f"{values.size - 1:08b}"
     bits += "".join(f"{value:08b}" for value in values)
     rle = bytes(int(bits[at : at + 8].ljust(8, "0"), 2) for at in range(0, len(bits), 8))
