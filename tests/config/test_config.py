@@ -32,8 +32,13 @@ def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path
 
 
 def test_overrides_apply_in_order_and_take_scientific_notation(minimal: Path) -> None:
-    config = load_config(minimal, ["optim.lr=1e-3", "optim.lr=2e-3", "data.noise.kind=box", "data.augment.flip=true"])
-    assert (config.optim.lr, config.data.noise.kind, config.data.augment.flip) == (2e-3, "box", True)
+    config = load_config(minimal, ["optim.lr=1e-3", "optim.lr=2e-3", "data.clean_count=4", "data.noise.kind=box"])
+    assert (config.optim.lr, config.data.noise.kind, config.data.clean_count) == (2e-3, "box", 4)
+
+
+def test_noise_that_is_drawn_is_a_study(minimal: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.noise\.kind box: draws wrong masks.*set data\.clean_count=K"):
+        load_config(minimal, ["data.noise.kind=box"])
 
 
 def test_a_number_written_as_yaml_string_is_a_number(tmp_path: Path) -> None:
