@@ -43,7 +43,10 @@ class _Import(argparse.Action):
         format, _, path = str(values).partition("=")
         if format not in FORMATS or not path:
             parser.error(f"--import {values}: must be FORMAT=PATH with FORMAT one of {_NAMES}")
-        source = Source(Path(path).expanduser(), None, None, PLAIN)
+        try:
+            source = Source(Path(path).expanduser(), None, None, PLAIN)
+        except RuntimeError:
+            parser.error(f"--import {values}: no such user; write the folder out")
         namespace.imports = [*(namespace.imports or []), (format, source)]
 
 

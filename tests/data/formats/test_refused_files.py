@@ -114,6 +114,10 @@ COCO: dict[str, tuple[Callable[[], str], str]] = {
         lambda: put(sound_coco(), "annotations.1.segmentation", [[0, 0, 1e30, 1, 2, 2]]),
         "far outside",
     ),
+    "outline far to the left": (
+        lambda: put(sound_coco(), "annotations.1.segmentation", [[0, 0, -1e30, 1, 2, 2]]),
+        "far outside",
+    ),
     "outline of words": (lambda: put(sound_coco(), "annotations.1.segmentation", [["a"] * 6]), "annotations.1"),
     "a box only": (lambda: put(sound_coco(), "annotations.1.segmentation", []), "no segmentation"),
 }
