@@ -296,8 +296,25 @@ def test_crowds_are_painted_and_two_names_mean_what_they_say(tmp_path: Path) -> 
     assert masks_of(done)["A", "reference"].tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
     assert done.samples[0].group == ""
     assert (tmp_path / "out/classes.yaml").read_text().splitlines()[1:] == [
-        "data:", "  classes:", '    "background": 0', '    "a": 1',
-    ]  # fmt: skip
+        "data:",
+        '  classes: {"background": 0, "a": 1}',
+    ]
+
+
+def test_names_of_classes_that_a_config_may_not_have_are_made_plain() -> None:
+    names = ("background", "hair & ruler", "a:b", "a/b", "a-b", "$${x}", "Läsion é", "x" * 99)
+    keys = Imported(names, ignored=True).keys
+    assert list(keys["classes"].items()) == [
+        ("background", 0),
+        ("hair - ruler", 1),
+        ("class 2", 2),  # a-b is taken
+        ("class 3", 3),
+        ("a-b", 4),
+        ("x", 5),
+        ("Läsion é", 6),
+        ("x" * 64, 7),
+    ]
+    assert keys["ignore"] == [255]
 
 
 def test_a_link_out_of_an_unpacked_archive_is_refused(tmp_path: Path) -> None:
