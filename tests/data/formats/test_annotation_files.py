@@ -148,6 +148,13 @@ def test_label_studios_outlines_and_boxes(tmp_path: Path) -> None:
     assert item.overlapping == 5 * 4 + 4 * 2
 
 
+def test_objects_of_one_class_may_overlap_untold(tmp_path: Path) -> None:
+    boxes = [region("rectanglelabels", label, x=x, y=0, width=50, height=50) for label, x in (("a", 0), ("a", 25))]
+    [item] = read("label-studio", write_label_studio(tmp_path, *boxes), role=None).items
+    assert item.masks["annotation:1"].sum() == 30 * 10
+    assert item.overlapping == 0
+
+
 def test_label_studios_labels_have_the_order_of_the_project(tmp_path: Path) -> None:
     path = write_label_studio(tmp_path, region("rectanglelabels", "b", x=0, y=0, width=50, height=50))
     labels = '<View><BrushLabels name="x" toName="y"><Label value="z"/><Label value="b"/></BrushLabels></View>'
