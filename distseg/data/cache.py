@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
+from distseg.data.classes import IGNORE, ClassMap
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding, read_resized_image, read_resized_mask
-from distseg.data.geometry import IGNORE, Frame, Shape
+from distseg.data.geometry import Frame, Shape
 from distseg.data.sample import FileKey, Problem, Sample, leaves_root
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
@@ -55,6 +56,8 @@ class Shard(Section):
     image_size: Annotated[int, Field(ge=1, le=8192)]
     shape: Shape
     orientation: Literal["apply", "ignore"]
+    classes: str
+    """ClassMap.key of the masks."""
     sha256: dict[Kind, Digest]
     """Of the arrays."""
     sources: Annotated[list[dict[FileKey, Source]], Field(min_length=1)]
@@ -80,6 +83,7 @@ class Index(Section):
     image_size: Annotated[int, Field(ge=1, le=8192)]
     shape: Shape
     orientation: Literal["apply", "ignore"]
+    classes: str
     left_out: list[tuple[str, str, str]]
     """Id, file and reason of what was bad."""
     shards: list[Shard]
@@ -149,6 +153,7 @@ def write_cache(
         image_size=config.image_size,
         shape=config.shape,
         orientation=config.orientation,
+        classes=config.class_map.key,
         left_out=[(problem.id, problem.file, problem.reason) for problem in left_out],
         shards=shards,
     )
@@ -159,16 +164,16 @@ def write_cache(
 def open_cache(config: DataConfig) -> PixelCache | None:
     """The cache that `config.cache` names, or None where it names none.
 
-    Raises UserError where it is missing, damaged, of another image size, shape or orientation, or made from other files
-    than are under `config.root` now. Checked once per process.
+    Raises UserError where it is missing, damaged, of another image size, shape, orientation or classes, or made from
+    other files than are under `config.root` now. Checked once per process.
     """
     if config.cache is None:
         return None
-    return _open(config.cache, config.root, config.image_size, config.shape, config.orientation)
+    return _open(config.cache, config.root, config.image_size, config.shape, config.orientation, config.class_map)
 
 
 @lru_cache(maxsize=2)
-def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: str) -> PixelCache:
+def _open(folder: Path, root: Path, image_size: int, shape: Shape, orientation: str, classes: ClassMap) -> PixelCache:
     try:
         content = (folder / "index.json").read_bytes()
         if _Version.model_validate_json(content).format != FORMAT:
@@ -182,17 +187,21 @@ def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: st
         raise _refusal(folder, f"was made with data.shape {index.shape}, not {shape}")
     if index.orientation != orientation:
         raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}")
+    if index.classes != classes.key:
+        raise _refusal(folder, "was made with other data.classes, data.ignore or data.threshold")
     rows: dict[Path, NDArray[np.uint8]] = {}
     digests: dict[Path, str] = {}
     for shard in index.shards:
         for kind, digest in shard.sha256.items():
-            rows |= _map_array(folder, root, shard, kind, digest)
+            rows |= _map_array(folder, root, shard, kind, digest, len(classes.names))
         for sources, contents in zip(shard.sources, shard.contents, strict=True):
             digests |= {root / name: contents[kind] for kind, (name, *_) in sources.items()}
     return PixelCache(rows, digests, [Problem(*row) for row in index.left_out])
 
 
-def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) -> dict[Path, NDArray[np.uint8]]:
+def _map_array(
+    folder: Path, root: Path, shard: Shard, kind: Kind, digest: str, class_count: int
+) -> dict[Path, NDArray[np.uint8]]:
     """The rows of one array by the files that they were made from."""
     path = folder / shard.array(kind)
     pixels = None
@@ -204,7 +213,7 @@ def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) 
     sources = shard.rows(kind)
     shape = (len(sources), shard.image_size, shard.image_size, *((3,) if kind == "images" else ()))
     sound = pixels is not None and pixels.dtype == np.uint8 and pixels.shape == shape
-    if pixels is None or not sound or (kind == "masks" and ((pixels > 1) & (pixels != IGNORE)).any()):
+    if pixels is None or not sound or (kind == "masks" and _holds_no_class(pixels, class_count)):
         raise _refusal(folder, f"is damaged: {path.name}")
     pixels = np.asarray(pixels)  # a memmap's rows are slow to take
     rows = {}
@@ -216,6 +225,10 @@ def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) 
             raise _refusal(folder, f"is not of this data: {source} is missing or has changed")
         rows[source] = row
     return rows
+
+
+def _holds_no_class(masks: NDArray[np.uint8], class_count: int) -> bool:
+    return bool(((masks >= class_count) & (masks != IGNORE)).any())
 
 
 def _write_shard(
@@ -240,6 +253,7 @@ def _write_shard(
         image_size=config.image_size,
         shape=config.shape,
         orientation=config.orientation,
+        classes=config.class_map.key,
         sha256=digests,
         sources=sources,
         contents=contents,
@@ -256,8 +270,8 @@ def _whole_shard(folder: Path, name: str, sources: list[dict[FileKey, Source]], 
     """What a record says, where its shard was made from these files with these keys and is undamaged."""
     try:
         shard = Shard.model_validate_json((folder / name).read_bytes())
-        expected = (name, config.image_size, config.shape, config.orientation, sources)
-        made = (shard.name, shard.image_size, shard.shape, shard.orientation, shard.sources) == expected
+        expected = (name, config.image_size, config.shape, config.orientation, config.class_map.key, sources)
+        made = (shard.name, shard.image_size, shard.shape, shard.orientation, shard.classes, shard.sources) == expected
         whole = all(_sha256(folder / shard.array(kind)) == digest for kind, digest in shard.sha256.items())
         return shard if made and whole else None
     except (OSError, ValueError):

@@ -1,10 +1,11 @@
 """The `data` section of a config."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from distseg.data.classes import ClassMap, class_map
 from distseg.data.decode import Decoding
 from distseg.data.geometry import Frame, Shape
 from distseg.data.layouts import LAYOUTS
@@ -29,6 +30,16 @@ def _known_layout(name: str) -> str:
     if name not in ("auto", *LAYOUTS):
         raise ValueError(f"must be {' | '.join(('auto', *LAYOUTS))}")
     return name
+
+
+def _in_a_list(values: Any) -> Any:
+    return [values] if isinstance(values, str | int) else values
+
+
+_Number = Annotated[int, Field(strict=True, ge=0, le=65535)]
+_Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AfterValidator(str.lower)]
+_Values = Annotated[tuple[_Number | _Colour, ...], BeforeValidator(_in_a_list)]
+_ClassName = Annotated[str, Field(pattern=r"^\w([\w. -]{0,62}\w)?$")]
 
 
 class AugmentConfig(Section):
@@ -95,6 +106,13 @@ class DataConfig(Section):
     annotators: Literal["drawn", "majority", "staple"] = "drawn"
     """What is learned from where an image has several annotations: one drawn by seed each time, the class that most of
     them mark, or STAPLE's estimate (Warfield et al. 2004; needs SimpleITK)."""
+    classes: dict[_ClassName, _Values] | None = None
+    """The classes and the values that mean each in a mask's file, background first: numbers as they are stored (greys
+    of 1 to 16 bits, indices of a palette) or colours, "#rrggbb". null: background is 0, lesion 1 or 255."""
+    ignore: _Values = ()
+    """Values of pixels that nobody vouches for: nothing is learned from them, and nothing scored on them."""
+    threshold: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Of grey masks: from this value on a pixel is lesion. For two classes, in place of `classes`."""
     noise: NoiseConfig = NoNoise()
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it imports, the torch loader elsewhere."""
@@ -127,7 +145,30 @@ class DataConfig(Section):
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels)
+        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels, self.class_map)
+
+    @property
+    def class_map(self) -> ClassMap:
+        return class_map(self.classes, self.ignore, self.threshold)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By id, background first."""
+        return self.class_map.names
+
+    @property
+    def class_count(self) -> int:
+        return len(self.class_names)
+
+    @model_validator(mode="after")
+    def _values_are_of_one_class(self) -> Self:
+        _ = self.class_map
+        if self.noise.looks_at_image and self.class_count > 2:
+            raise ValueError(
+                f"noise.kind {self.noise.kind}: finds one region in the image and knows no classes; choose a kind that "
+                "draws from masks, for instance noise.kind=boundary"
+            )
+        return self
 
     @property
     def frame(self) -> Frame:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from distseg.data.geometry import IGNORE, Frame
+from distseg.data.classes import IGNORE, PLAIN_CLASSES, ClassMap, UnnamedValues, grey_step
+from distseg.data.geometry import Frame
 from distseg.data.png import with_pixels_stored
 from distseg.data.resize import resize_mask
 from distseg.errors import BadFileError
@@ -57,6 +58,8 @@ class Decoding:
     """Whether pixels are turned as a file's EXIF orientation says."""
     max_file_bytes: int = 2**29
     max_pixels: int = 2**26
+    classes: ClassMap = PLAIN_CLASSES
+    """What the values of a mask mean."""
 
 
 PLAIN = Decoding()
@@ -71,11 +74,18 @@ def read_image(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
 
 
 def read_mask(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
-    """(H, W) uint8 in {0, 1}: 1 where the grey value is not black. Raises BadFileError as `read_image` does."""
+    """(H, W) uint8 class ids, 255 = ignore. Raises BadFileError as `read_image` does, and for values without a class.
+
+    The plain binary map takes for 1 whatever is not black.
+    """
     # A PNG is inflated by png.py, to the same pixels in two thirds of the time.
     content = with_pixels_stored(content_of(path, decoding), decoding.max_pixels)
     with opened(path, decoding, content) as image:
+        step = grey_step(image)  # first: EXIF of a PNG is read by loading it
         turn = turn_of(image, decoding)
+        if not decoding.classes.is_plain:
+            ids = decoding.classes.ids(image, step)
+            return ids if turn is None else np.asarray(Image.fromarray(ids).transpose(turn))
         grey = _as_mode(image, "L")
         return (np.asarray(grey if turn is None else grey.transpose(turn)) > 0).view(np.uint8)
 
@@ -102,7 +112,7 @@ def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> 
 
 
 def read_resized_mask(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
-    """(H, W) uint8 in {0, 1}, 255 = padding: each pixel has the class of most of its area, in a tie background."""
+    """(H, W) uint8 class ids, padding is 255 too: each pixel has the class of most of its area, in a tie the lowest."""
     mask = read_mask(path, decoding)
     place = frame.place(*mask.shape)
     return place.laid(resize_mask(mask, place.height, place.width), IGNORE)
@@ -160,6 +170,8 @@ def _named(path: Path, decoding: Decoding) -> Iterator[None]:
         raise
     except Image.DecompressionBombError:
         raise BadFileError(f"{path}: {_bomb('more than that', decoding)}") from None
+    except UnnamedValues as error:
+        raise BadFileError(f"{path}: mask {error}") from None
     except FileNotFoundError:
         raise BadFileError(f"{path}: no such file") from None
     except UnidentifiedImageError:  # its text has the address of a buffer, another in every process

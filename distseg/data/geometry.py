@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from distseg.data.classes import IGNORE
+
 Shape = Literal["squash", "letterbox", "crop"]
 
-IGNORE = 255
-"""The class of padding in masks: neither learned from nor scored."""
 PADDING = (180, 151, 139)
 """RGB of padding in images: the channel means (augment.py) to half a grey level; normalised it is within 0.013 of 0."""
 _BLACK = (0, 0, 0)
@@ -71,7 +71,8 @@ class Frame:
 
     @property
     def mask_fill(self) -> int:
-        """The same of masks. Outside of a squashed image is background, as in the paper's released code."""
+        """The same of masks: neither learned from nor scored. Outside of a squashed image is background, as in the
+        paper's released code."""
         return 0 if self.shape == "squash" else IGNORE
 
 

@@ -57,7 +57,7 @@ class PixelReader:
         return self._read("image", path, read_resized_image)
 
     def mask(self, path: Path) -> NDArray[np.uint8]:
-        """(H, W) uint8 in {0, 1}, 255 = padding, not to be written to. Raises BadFileError."""
+        """(H, W) uint8 class ids, 255 = ignore or padding, not to be written to. Raises BadFileError."""
         return self._read("mask", path, read_resized_mask)
 
     def check_unchanged(self, path: Path) -> None:

@@ -304,8 +304,12 @@ class Trainer:
         counts, own = self.score(self.splits.val, own=self.config.data.score_own == "always")
         if self.progress.step == self.steps and self.runtime.is_main and not counts[:, :2].any():
             logger.warning(
-                "%s: the network marks no pixel on any validation image; train longer, or at another optim.lr",
+                "%s: the network marks no pixel on any validation image; train longer, at another optim.lr, or, where "
+                "lesions are small, with %s",
                 self.config.name,
+                "a lesion that counts for more, as in method.loss.class_weights=[1,20]"
+                if self.config.method.loss.kind == "dice_cross_entropy"
+                else "method.loss=dice_cross_entropy",
             )
         scores = summarise(counts, "val") | ({} if own is None else summarise(own, "val/own"))
         recorder.metrics(self.progress.step, scores)
