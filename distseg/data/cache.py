@@ -173,7 +173,7 @@ def open_cache(config: DataConfig) -> PixelCache | None:
 
 
 @lru_cache(maxsize=2)
-def _open(folder: Path, root: Path, image_size: int, shape: Shape, orientation: str, classes: ClassMap) -> PixelCache:
+def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: str, classes: ClassMap) -> PixelCache:
     try:
         content = (folder / "index.json").read_bytes()
         if _Version.model_validate_json(content).format != FORMAT:

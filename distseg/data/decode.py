@@ -112,7 +112,10 @@ def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> 
 
 
 def read_resized_mask(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
-    """(H, W) uint8 class ids, padding is 255 too: each pixel has the class of most of its area, in a tie the lowest."""
+    """(H, W) uint8 class ids, 255 = ignore, padding too: each pixel has the class of most of its area.
+
+    A tie goes to the lowest id.
+    """
     mask = read_mask(path, decoding)
     place = frame.place(*mask.shape)
     return place.laid(resize_mask(mask, place.height, place.width), IGNORE)
