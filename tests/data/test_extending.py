@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 
 
-class FlippedNoise(NoiseKind):
+class FlippedNoise(AnnotatorKind):
     kind: Literal["flipped"] = "flipped"
     rows: Annotated[int, Field(ge=1)] = 2
 
