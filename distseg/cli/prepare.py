@@ -70,7 +70,7 @@ def prepare(config: "Config", arguments: argparse.Namespace) -> int:
         what = f"{len(problems)} problems; mend them, or leave the samples out with data.on_bad=skip"
         raise UserError(f"{config.data.root}: {what}")
     check_splits(good)
-    check_masks(good, inspection.masks)
+    check_masks(good, inspection.masks, config.data.class_names)
     if arguments.cache:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
         size = config.data.image_size
@@ -97,7 +97,7 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
         sheet = contact_sheet(
             [read_image(sample.image, config.data.decoding) for sample in shown],
             [read_mask(sample.truth, config.data.decoding) for sample in shown],
-            {noise.level: [read_mask(sample.annotations[0].mask) for sample in shown]},
+            {noise.level: [read_mask(sample.annotations[0].mask, config.data.decoding) for sample in shown]},
         )
         save_png(sheet, folder / "contact_sheet.png")
     except OSError as error:

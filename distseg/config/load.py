@@ -77,7 +77,14 @@ def flatten_config(config: Config) -> dict[str, Any]:
             flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return flat
 
-    return leaves(config.model_dump(mode="json"), "")
+    return leaves(_with_order_kept(config.model_dump(mode="json")), "")
+
+
+def _with_order_kept(values: dict[str, Any]) -> dict[str, Any]:
+    """With `data.classes` as a list: the place of a class is its id."""
+    classes = values["data"]["classes"]
+    ordered = None if classes is None else [{name: given} for name, given in classes.items()]
+    return values | {"data": values["data"] | {"classes": ordered}}
 
 
 def has_no_effect(key: str) -> bool:
@@ -149,7 +156,7 @@ def _check_new_name(file: Any, over: Any) -> None:
 
 def config_hash(config: Config) -> str:
     """Eight hexadecimal digits of everything that can change a result: all but the name and `tracking`."""
-    values = config.model_dump(mode="json", exclude={"name", "tracking"})
+    values = _with_order_kept(config.model_dump(mode="json", exclude={"name", "tracking"}))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distseg.data.cache import open_cache
+from distseg.data.classes import BINARY_NAMES
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
@@ -74,7 +75,7 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
     if check and inspection is not None and inspection.masks:
-        check_masks(samples, inspection.masks)
+        check_masks(samples, inspection.masks, config.class_names)
     return samples, inspection.digests if inspection else {}
 
 
@@ -90,16 +91,31 @@ def check_splits(samples: list[Sample]) -> None:
             raise UserError(f"data: the {split} split is empty; it needs {key}")
 
 
-def check_masks(samples: Sequence[Sample], masks: dict[str, dict[FileKey, MaskFacts]]) -> None:
-    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped."""
+def check_masks(
+    samples: Sequence[Sample],
+    masks: dict[str, dict[FileKey, MaskFacts]],
+    class_names: Sequence[str] = BINARY_NAMES,
+) -> None:
+    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped.
+
+    Of several classes, refuse a split in which nothing but background is marked, and warn of a class that is in none of
+    its masks.
+    """
+    several = len(class_names) > 2
     for split in SPLITS:
+        shares = [mask.shares for sample in samples if sample.split == split for mask in masks[sample.id].values()]
+        absent = [name for name, each in zip(class_names, zip(*shares, strict=True), strict=False) if not any(each)]
+        if several and absent and len(absent) < len(class_names) - 1:
+            _log.warning("data: no mask of the %s split marks %s", split, ", ".join(absent))
         lit = [mask.lit for sample in samples if sample.split == split for mask in masks[sample.id].values()]
         for share, what in ((0.0, "empty: they mark no lesion"), (1.0, "full: they mark no background")):
-            if lit and all(each == share for each in lit):
+            if lit and all(each == share for each in lit) and not (several and share):
                 raise UserError(
                     f"data: all {len(lit)} masks of the {split} split are {what}; look at the files, a conversion may "
-                    "have gone wrong: background is 0, lesion is 255 or 1"
+                    "have gone wrong: background is 0, lesion is 255 or 1, or as data.classes has it"
                 )
+    if several:
+        return
     borders = [mask.lit_border for sample in samples for mask in masks[sample.id].values()]
     swapped = sum(border > 0.5 for border in borders)
     if 2 * swapped > len(borders):

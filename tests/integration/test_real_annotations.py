@@ -123,6 +123,7 @@ def test_experts_masks_that_the_data_gives_are_the_study_with_as_many_drawn(anno
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["bubil_crowd", "lidc_readers"])
 @pytest.mark.skipif("DISTSEG_DATA" not in os.environ, reason="DISTSEG_DATA does not name the folder of the data sets")
@@ -132,7 +133,7 @@ def test_every_method_on_masks_that_people_made(name: str, tmp_path: Path) -> No
         pytest.skip(f"{study} is not there")
     hide_references(study, tmp_path / "real", 10)
     presets = WITHOUT_A_TRUTH
-    [found] = run_ranks(train_both, 1, str(study), str(tmp_path / "real"), str(tmp_path), presets, 10, 32, timeout=280)
+    [found] = run_ranks(train_both, 1, str(study), str(tmp_path / "real"), str(tmp_path), presets, 10, 32, timeout=850)
     check_equal(found, presets)
 
 
