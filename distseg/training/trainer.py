@@ -302,15 +302,8 @@ class Trainer:
     def _validate(self, recorder: RunRecorder) -> bool:
         """Score the validation split; whether it is the best so far."""
         counts, own = self.score(self.splits.val, own=self.config.data.score_own == "always")
-        if self.progress.step == self.steps and self.runtime.is_main and not counts[:, :2].any():
-            logger.warning(
-                "%s: the network marks no pixel on any validation image; train longer, at another optim.lr, or, where "
-                "lesions are small, with %s",
-                self.config.name,
-                "a lesion that counts for more, as in method.loss.class_weights=[1,20]"
-                if self.config.method.loss.kind == "dice_cross_entropy"
-                else "method.loss=dice_cross_entropy",
-            )
+        if self.progress.step == self.steps and self.runtime.is_main:
+            warn_if_nothing_is_marked(counts, self.config)
         scores = summarise(counts, "val") | ({} if own is None else summarise(own, "val/own"))
         recorder.metrics(self.progress.step, scores)
         best = scores["val/dice"] > self.progress.best_dice
@@ -393,6 +386,21 @@ class Trainer:
         samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
         [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu, windows=True)
         return network.eval(), batch.images.numpy()
+
+
+def warn_if_nothing_is_marked(counts: np.ndarray, config: Config) -> None:
+    """Say so, with what may mend it, where no validation image has a true or a false positive."""
+    if counts[..., :2].any():
+        return
+    mend = "method.loss=dice_cross_entropy"
+    if config.method.loss.kind == "dice_cross_entropy":
+        mend = "a lesion that counts for more, as in method.loss.class_weights=[1,20]"
+    logger.warning(
+        "%s: the network marks no pixel on any validation image; train longer, at another optim.lr, or, where lesions "
+        "are small or masks miss many of them, with %s",
+        config.name,
+        mend,
+    )
 
 
 def has_finished(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> bool:
