@@ -98,6 +98,7 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
             [read_image(sample.image, config.data.decoding) for sample in shown],
             [read_mask(sample.truth, config.data.decoding) for sample in shown],
             {noise.level: [read_mask(sample.annotations[0].mask, config.data.decoding) for sample in shown]},
+            config.data.class_names,
         )
         save_png(sheet, folder / "contact_sheet.png")
     except OSError as error:

@@ -15,7 +15,6 @@ from distseg.section import Section
 from distseg.tracking.config import TrackingConfig
 from distseg.training.config import TrainConfig
 
-CLASSES = 2
 """Background and lesion."""
 
 
@@ -58,9 +57,9 @@ class Config(Section):
     def _every_class_has_its_weight(self) -> Self:
         loss = self.method.loss
         weights = loss.class_weights if isinstance(loss, CrossEntropyConfig | DiceCrossEntropyConfig) else None
-        if weights is not None and len(weights) != CLASSES:
+        if weights is not None and len(weights) != self.data.class_count:
             raise ValueError(
-                f"method.loss.class_weights has {len(weights)} numbers for {CLASSES} classes; "
+                f"method.loss.class_weights has {len(weights)} numbers for {self.data.class_count} classes; "
                 "give one for each, background first"
             )
         return self

@@ -133,11 +133,6 @@ class DataConfig(Section):
     """Draws the splits that the data does not bring: the same for all seeds of a study."""
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """By class id."""
-        return ("background", "lesion")
-
-    @property
     def decoding(self) -> Decoding:
         return Decoding(self.orientation, self.max_file_bytes, self.max_pixels, self.class_map)
 

@@ -23,7 +23,9 @@ def score(
     batch_size: int,
     sharded: bool,
 ) -> np.ndarray:
-    """(n, 4) true and false positives, false and true negatives of each sample, the same on every rank.
+    """True and false positives, false and true negatives of each sample, the same on every rank.
+
+    (n, 4) of two classes, (n, C − 1, 4) of more.
 
     sharded: whether a forward pass gathers parameters. The ranks with fewer batches then take part in the others'.
     """
@@ -41,6 +43,6 @@ def score(
                 model(torch.zeros(1, 3, side, side, device=runtime.device))
         return sum_over_ranks(counts.to(runtime.device))
 
-    counts = evaluate(model, batches, rows, len(samples), total)
+    counts = evaluate(model, batches, rows, len(samples), total, config.class_count)
     model.train()
     return counts

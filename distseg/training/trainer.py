@@ -25,7 +25,7 @@ from distseg.distributed.network_state import refuse_unsaved_state
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
-from distseg.evaluation.metrics import counts_csv, summarise
+from distseg.evaluation.metrics import counts_csv, never_predicted, summarise
 from distseg.files import write_atomically
 from distseg.meta.placement import Whole
 from distseg.methods.context import Context
@@ -120,10 +120,10 @@ class Trainer:
     def __init__(self, config: Config, folder: Path, runtime: Runtime) -> None:
         self.config, self.folder, self.runtime = config, RunFolder(folder), runtime
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model).to(runtime.device)
+        self.model = build_model(config.model, class_count=config.data.class_count).to(runtime.device)
         side = config.data.image_size
         smallest = min(config.train.batch_size, config.train.clean_batch_size) * runtime.shard.world_size
-        check_network(self.model, config.model.name, side, smallest)
+        check_network(self.model, config.model.name, side, smallest, config.data.class_count)
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
         if runtime.shard.world_size > 1:
@@ -228,7 +228,7 @@ class Trainer:
         return "\n".join(lines)
 
     def score(self, samples: Sequence[Sample]) -> np.ndarray:
-        """(n, 4) true and false positives, false and true negatives of each sample, the same on every rank."""
+        """The counts of each sample, the same on every rank: `evaluation.metrics.count_predictions`."""
         batch_size = 2 * self.config.train.batch_size
         return score(self.model, samples, self.config.data, self.runtime, batch_size, self.sharded)
 
@@ -239,9 +239,13 @@ class Trainer:
         self.model.eval()
         logits = self.model(batch.images).float()
         self.model.train()
-        foreground = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
+        names = self.config.data.class_names
+        if len(names) > 2:
+            probabilities = logits.softmax(1)
+        else:
+            probabilities = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
         weights = micro.weights.full(batch.masks)
-        return panel(batch.pictures, batch.masks, batch.true_masks, weights, foreground, caption)
+        return panel(batch.pictures, batch.masks, batch.true_masks, weights, probabilities, caption, names)
 
     def close(self) -> None:
         for stream in self.streams:
@@ -302,16 +306,19 @@ class Trainer:
     def _validate(self, recorder: RunRecorder) -> bool:
         """Score the validation split; whether it is the best so far."""
         counts = self.score(self.splits.val)
-        if self.progress.step == self.steps and self.runtime.is_main and not counts[:, :2].any():
+        names = self.config.data.class_names
+        unmarked = never_predicted(counts, names) if self.progress.step == self.steps and self.runtime.is_main else []
+        if unmarked:
             logger.warning(
-                "%s: the network marks no pixel on any validation image; train longer, at another optim.lr, or, where "
-                "lesions are small, with %s",
+                "%s: the network marks no pixel %son any validation image; train longer, at another optim.lr, or, "
+                "where lesions are small, with %s",
                 self.config.name,
-                "a lesion that counts for more, as in method.loss.class_weights=[1,20]"
+                f"as {' or '.join(unmarked)} " if len(names) > 2 else "",
+                f"a lesion that counts for more, as in method.loss.class_weights=[1{',20' * (len(names) - 1)}]"
                 if self.config.method.loss.kind == "dice_cross_entropy"
                 else "method.loss=dice_cross_entropy",
             )
-        scores = summarise(counts, "val")
+        scores = summarise(counts, "val", class_names=names)
         recorder.metrics(self.progress.step, scores)
         best = scores["val/dice"] > self.progress.best_dice
         if best:
@@ -344,11 +351,12 @@ class Trainer:
         if self.saved_step < self.steps:
             raise NotSaved(f"{self.folder.checkpoints}: cannot be written to; make room, then --resume")
         seconds = self.clock.seconds
-        counts = self.score(self.splits.test)
+        counts, names = self.score(self.splits.test), self.config.data.class_names
         if self.runtime.is_main:
-            write_atomically(self.folder.test_counts, counts_csv([s.id for s in self.splits.test], counts))
-        result = summarise(counts, "test") | {
+            write_atomically(self.folder.test_counts, counts_csv([s.id for s in self.splits.test], counts, names))
+        result = summarise(counts, "test", class_names=names) | {
             "name": self.config.name,
+            "classes": list(names),
             "method": self.config.method.name,
             "steps": self.steps,
             "images_per_second": self.steps * self.images_per_step / seconds,
