@@ -16,7 +16,7 @@ from tqdm import tqdm
 from distseg.cli.process import say
 from distseg.data.decode import PLAIN, read_mask
 from distseg.data.formats import FORMATS
-from distseg.data.formats.contents import IGNORE, Item, Source
+from distseg.data.formats.contents import Item, Source
 from distseg.data.formats.convert import Imported, check_role, export_annotations, import_annotations
 from distseg.data.sample import SPLITS, Sample
 from distseg.errors import UserError
@@ -43,7 +43,10 @@ class _Import(argparse.Action):
         format, _, path = str(values).partition("=")
         if format not in FORMATS or not path:
             parser.error(f"--import {values}: must be FORMAT=PATH with FORMAT one of {_NAMES}")
-        source = Source(Path(path).expanduser(), None, None, PLAIN)
+        try:
+            source = Source(Path(path).expanduser(), None, None, PLAIN)
+        except RuntimeError:
+            parser.error(f"--import {values}: no such user; write the folder out")
         namespace.imports = [*(namespace.imports or []), (format, source)]
 
 
@@ -135,8 +138,8 @@ def _summary(written: Imported, to: Path) -> list[str]:
         lines.append(f"left out: {written.unannotated} images that nobody has annotated")
     if written.overlapping:
         lines.append(f"{written.overlapping:,} pixels are of objects of several classes; the last in the file has them")
-    mapping = json.dumps({name: id for id, name in enumerate(written.classes)}, ensure_ascii=False)
-    keys = [f"data.root={to}", f"data.classes={mapping}", *([f"data.ignore=[{IGNORE}]"] if written.ignored else [])]
+    keys = [f"data.root={to}"]
+    keys += [f"data.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in written.keys.items()]
     return [*lines, f"its keys, which {to / 'classes.yaml'} has too: {shlex.join(keys)}"]
 
 

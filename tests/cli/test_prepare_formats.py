@@ -69,6 +69,38 @@ def test_there_and_back(tool: Path, format: str, capsys: pytest.CaptureFixture[s
     assert len(list((tool / "back/references").iterdir())) == 10
 
 
+def masks_in(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("format", ["label-studio", "cvat", "coco", "nnunet"])
+def test_three_classes_there_and_back_by_the_keys_that_are_printed(
+    tmp_path: Path, tool: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With pixels to be ignored, which the first import cannot have."""
+    files = ("--import", f"coco={FILES / 'coco'}", "--as", "reference")
+    files += ("--import", f"cvat={FILES / 'cvat.zip'}", "--as", "annotation:anna", "--unmarked", "empty")
+    assert prepare(*files, "--to", tmp_path / "joined") == 0
+    for role in ("references", "annotations/anna"):
+        path = tmp_path / "joined" / role / "touching.png"
+        mask = np.array(Image.open(path))
+        mask[:2] = 255
+        Image.fromarray(mask).save(path)
+    keys = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+    assert keys[1:] == ['data.classes={"background": 0, "skin lesion": 1, "hair - ruler": 2}']
+    role = () if format == "label-studio" else ("--as", "annotation:anna")
+    exported = tmp_path / "exported"
+    data = ("--config", tool / "config.yaml", *keys, "data.ignore=[255]")
+    assert prepare(*data, "--export", format, *role, "--to", exported) == 0
+    assert prepare("--import", f"{format}={exported}", *role, "--unmarked", "empty", "--to", tmp_path / "back") == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(printed.partition(": ")[2])[1:] == [keys[1], "data.ignore=[255]"]
+    one, other = masks_in(tmp_path / "joined/annotations/anna"), masks_in(tmp_path / "back/annotations/anna")
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
 def test_options_are_of_the_import_before_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = (f"coco={FILES / 'coco'}", f"cvat={FILES / 'cvat.zip'}")
     roles = ("reference", "annotation:bob")

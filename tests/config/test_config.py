@@ -126,6 +126,21 @@ def test_the_last_spelling_of_a_key_counts(tmp_path: Path) -> None:
     assert method.weighting.estimator == "forward"
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_part_by_a_word_and_its_keys_go_together_in_any_order(minimal: Path, turned: bool) -> None:
+    overrides = ["method.name=finetune", "method.loss=dice_cross_entropy", "method.dice=0.8"]
+    loss = load_config(minimal, overrides[::-1] if turned else overrides).method.loss
+    assert (loss.kind, loss.dice) == ("dice_cross_entropy", 0.8)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy"])
+def test_every_class_has_its_weight(minimal: Path, loss: str) -> None:
+    overrides = ["method.name=finetune", f"method.loss={loss}"]
+    assert load_config(minimal, [*overrides, "method.class_weights=[1,20]"]).method.loss.class_weights == (1.0, 20.0)
+    with pytest.raises(UserError, match=r"method\.loss\.class_weights has 3 numbers for 2 classes"):
+        load_config(minimal, [*overrides, "method.class_weights=[1,2,3]"])
+
+
 def test_another_method_is_not_named_over_the_parts_of_the_file_s(tmp_path: Path) -> None:
     """It would be that method by name only."""
     path = tmp_path / "c.yaml"

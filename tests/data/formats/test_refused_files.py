@@ -114,6 +114,10 @@ COCO: dict[str, tuple[Callable[[], str], str]] = {
         lambda: put(sound_coco(), "annotations.1.segmentation", [[0, 0, 1e30, 1, 2, 2]]),
         "far outside",
     ),
+    "outline far to the left": (
+        lambda: put(sound_coco(), "annotations.1.segmentation", [[0, 0, -1e30, 1, 2, 2]]),
+        "far outside",
+    ),
     "outline of words": (lambda: put(sound_coco(), "annotations.1.segmentation", [["a"] * 6]), "annotations.1"),
     "a box only": (lambda: put(sound_coco(), "annotations.1.segmentation", []), "no segmentation"),
 }
@@ -221,13 +225,14 @@ def test_a_broken_label_studio_file(tmp_path: Path, images: Path, case: str) -> 
 
 def test_labels_that_name_other_files_are_refused(tmp_path: Path, images: Path) -> None:
     (tmp_path / "export.json").write_text(json.dumps(sound_tasks()))
-    for text, encoding in (
-        ('<!DOCTYPE v [<!ENTITY e SYSTEM "file:///etc/passwd">]><View>&e;</View>', "utf-8"),
-        ('<?xml version="1.0" encoding="utf-16"?><!DOCTYPE v [<!ENTITY e "x">]><View>&e;</View>', "utf-16"),
-        ("<View><BrushLabels>", "utf-8"),
+    for text, encoding, reason in (
+        ('<!DOCTYPE v [<!ENTITY e SYSTEM "file:///etc/passwd">]><View>&e;</View>', "utf-8", "declares a document"),
+        ('<!DOCTYPE v [<!ENTITY e "x">]><View>&e;</View>', "utf-8", "declares a document"),
+        ('<?xml version="1.0" encoding="utf-16"?><!DOCTYPE v [<!ENTITY e "x">]><View/>', "utf-16", "cannot be read"),
+        ("<View><BrushLabels>", "utf-8", "cannot be read"),
     ):
         (tmp_path / "label_config.xml").write_text(text, encoding=encoding)
-        with pytest.raises(UserError, match=r"label_config\.xml: (declares|cannot be read)"):
+        with pytest.raises(UserError, match=rf"label_config\.xml: {reason}"):
             source = Source(tmp_path / "export.json", images, None, SMALL)
             import_annotations([("label-studio", source)], tmp_path / "out", None, lambda items, count: items)
 
