@@ -1,9 +1,9 @@
 """Images and masks at network resolution, written once and read in place of large originals.
 
 A cache is a folder of shards of up to 256 samples, each two .npy files: `images` (n, S, S, 3) uint8 RGB and `masks`
-(m, S, S) uint8 class ids, all of the samples' masks in the order of `Sample.files`; and index.json, which says what it
-was made from (of each source file its path under the root, its size, its time of change and its SHA-256) and each .npy
-file's SHA-256.
+(m, S, S) uint8 class ids, 255 = padding, all of the samples' masks in the order of `Sample.files`; and index.json,
+which says what it was made from (of each source file its path under the root, its size, its time of change and its
+SHA-256) and each .npy file's SHA-256.
 
 The pixels are those that the loaders would decode on the CPU, so that training from the cache is bit for bit training
 from the originals. index.json is written last: without it there is no cache, only shards, which a restarted run keeps
@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, model_validator
 from distseg.data.classes import IGNORE, ClassMap
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding, read_resized_image, read_resized_mask
+from distseg.data.geometry import Frame, Shape
 from distseg.data.sample import FileKey, Problem, Sample, leaves_root
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
@@ -33,7 +34,7 @@ from distseg.section import Section
 FORMAT = 5
 SHARD_SIZE = 256
 Kind = Literal["images", "masks"]
-_READERS: dict[Kind, Callable[[Path, int, Decoding], NDArray[np.uint8]]] = {
+_READERS: dict[Kind, Callable[[Path, Frame, Decoding], NDArray[np.uint8]]] = {
     "images": read_resized_image,
     "masks": read_resized_mask,
 }
@@ -53,6 +54,7 @@ class Shard(Section):
 
     name: Annotated[str, Field(pattern=r"^shard_\d{5}\.json$")]
     image_size: Annotated[int, Field(ge=1, le=8192)]
+    shape: Shape
     orientation: Literal["apply", "ignore"]
     classes: str
     """ClassMap.key of the masks."""
@@ -79,6 +81,7 @@ class Shard(Section):
 class Index(Section):
     format: int
     image_size: Annotated[int, Field(ge=1, le=8192)]
+    shape: Shape
     orientation: Literal["apply", "ignore"]
     classes: str
     left_out: list[tuple[str, str, str]]
@@ -121,6 +124,10 @@ def write_cache(
 
     Raises BadFileError for a file that cannot be decoded, and UserError where `folder` holds something else.
     """
+    if config.shape == "crop":
+        raise UserError(
+            "--cache: holds images of one size, which crops are not; leave it out, or set another data.shape"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.json"
     foreign = [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(("index.json", "shard_"))]
@@ -144,6 +151,7 @@ def write_cache(
     content = Index(
         format=FORMAT,
         image_size=config.image_size,
+        shape=config.shape,
         orientation=config.orientation,
         classes=config.class_map.key,
         left_out=[(problem.id, problem.file, problem.reason) for problem in left_out],
@@ -156,16 +164,16 @@ def write_cache(
 def open_cache(config: DataConfig) -> PixelCache | None:
     """The cache that `config.cache` names, or None where it names none.
 
-    Raises UserError where it is missing, damaged, of another image size, orientation or classes, or made from other
-    files than are under `config.root` now. Checked once per process.
+    Raises UserError where it is missing, damaged, of another image size, shape, orientation or classes, or made from
+    other files than are under `config.root` now. Checked once per process.
     """
     if config.cache is None:
         return None
-    return _open(config.cache, config.root, config.image_size, config.orientation, config.class_map)
+    return _open(config.cache, config.root, config.image_size, config.shape, config.orientation, config.class_map)
 
 
 @lru_cache(maxsize=2)
-def _open(folder: Path, root: Path, image_size: int, orientation: str, classes: ClassMap) -> PixelCache:
+def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: str, classes: ClassMap) -> PixelCache:
     try:
         content = (folder / "index.json").read_bytes()
         if _Version.model_validate_json(content).format != FORMAT:
@@ -175,6 +183,8 @@ def _open(folder: Path, root: Path, image_size: int, orientation: str, classes: 
         raise _refusal(folder, "is no finished cache") from None
     if index.image_size != image_size:
         raise _refusal(folder, f"was made at data.image_size {index.image_size}, not {image_size}")
+    if index.shape != shape:
+        raise _refusal(folder, f"was made with data.shape {index.shape}, not {shape}")
     if index.orientation != orientation:
         raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}")
     if index.classes != classes.key:
@@ -229,18 +239,19 @@ def _write_shard(
     config: DataConfig,
     pool: ThreadPoolExecutor,
 ) -> Shard:
-    size, digests = config.image_size, {}
+    frame, digests = config.frame, {}
     for kind, read in _READERS.items():
         paths = [path for sample in samples for key, path in sample.files.items() if _kind_of(key) == kind]
         content = io.BytesIO()
-        pixels = [pool.submit(read, path, size, config.decoding) for path in paths]
+        pixels = [pool.submit(read, path, frame, config.decoding) for path in paths]
         np.save(content, np.stack([row.result() for row in pixels]), allow_pickle=False)
         write_atomically(folder / f"{Path(name).stem}_{kind}.npy", content.getvalue())
         digests[kind] = hashlib.sha256(content.getvalue()).hexdigest()
     contents = [{kind: _sha256(path) for kind, path in sample.files.items()} for sample in samples]
     shard = Shard(
         name=name,
-        image_size=size,
+        image_size=config.image_size,
+        shape=config.shape,
         orientation=config.orientation,
         classes=config.class_map.key,
         sha256=digests,
@@ -259,8 +270,8 @@ def _whole_shard(folder: Path, name: str, sources: list[dict[FileKey, Source]], 
     """What a record says, where its shard was made from these files with these keys and is undamaged."""
     try:
         shard = Shard.model_validate_json((folder / name).read_bytes())
-        expected = (name, config.image_size, config.orientation, config.class_map.key, sources)
-        made = (shard.name, shard.image_size, shard.orientation, shard.classes, shard.sources) == expected
+        expected = (name, config.image_size, config.shape, config.orientation, config.class_map.key, sources)
+        made = (shard.name, shard.image_size, shard.shape, shard.orientation, shard.classes, shard.sources) == expected
         whole = all(_sha256(folder / shard.array(kind)) == digest for kind, digest in shard.sha256.items())
         return shard if made and whole else None
     except (OSError, ValueError):

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from distseg.data.classes import ClassMap, class_map
 from distseg.data.decode import Decoding
+from distseg.data.geometry import Frame, Shape
 from distseg.data.layouts import LAYOUTS
 from distseg.data.noise.config import NoiseConfig
 from distseg.data.noise.none import NoNoise
@@ -87,6 +88,16 @@ class DataConfig(Section):
     """How the files lie in the folder; auto takes the first layout that fits."""
     image_size: Annotated[int, Field(ge=8, le=8192)] = 96
     """Side of the square network input, pixels."""
+    shape: Shape = "squash"
+    """How a file becomes that square. squash: both sides are resampled to it, as in the paper. letterbox: the longer
+    side is, the aspect stays and the rest is padding, which neither trains nor counts. crop: random windows of the file
+    at data.scale; validation and test cover the whole file by tiles."""
+    scale: Annotated[float, Field(gt=0, le=4)] = 1.0
+    """Of shape crop: pixels of the network's input per pixel of a file."""
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25
+    """Of shape crop: the least share of a tile's side that the next one covers too, where their logits are blended."""
+    score_own: Literal["never", "test", "always"] = "test"
+    """When to score at the files' own resolution too, test/own/dice beside test/dice: always is at every validation."""
     clean_count: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """null: the clean stream is what has a reference mask, the noisy stream what has annotations alone. K: a study, in
     which that many references, drawn by the run's seed, are known, and the others' serve diagnostics alone."""
@@ -157,6 +168,20 @@ class DataConfig(Section):
                 f"noise.kind {self.noise.kind}: finds one region in the image and knows no classes; choose a kind that "
                 "draws from masks, for instance noise.kind=boundary"
             )
+        return self
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(self.image_size, self.shape, self.scale)
+
+    @model_validator(mode="after")
+    def _keys_apply_to_the_shape(self) -> Self:
+        fields = type(self).model_fields
+        for key in ("scale", "overlap"):
+            if self.shape != "crop" and getattr(self, key) != fields[key].default:
+                raise ValueError(f"{key} {getattr(self, key)}: applies to shape crop alone, not to {self.shape}")
+        if self.shape == "crop" and self.cache is not None:
+            raise ValueError(f"cache {self.cache}: holds images of one size, which crops are not; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -235,7 +235,7 @@ def test_a_root_of_no_layout_says_what_was_looked_for_and_what_is_there(tmp_path
         ({"image_size": 10**6}, "less than or equal"),
         ({"max_pixels": 2**40}, "less than or equal"),
         ({"max_file_bytes": 0}, "greater than or equal"),
-        ({"layout": "coco"}, r"must be auto \| manifest \| isic \| ph2 \| folders"),
+        ({"layout": "coco"}, r"must be auto \| manifest \| isic \| ph2 \| ham10000 \| folders"),
         ({"orientation": "turn"}, "'apply' or 'ignore'"),
     ],
 )
