@@ -241,7 +241,7 @@ def load_network(run: Path, allow_import: bool = False) -> tuple[Config, nn.Modu
     folder = RunFolder(run)
     config = load_config(folder.config)
     try:
-        network = build_model(config.model, allow_import)
+        network = build_model(config.model, allow_import, config.data.class_count)
     except UserError as error:
         raise UserError(f"{folder.config}: {error}") from None
     checkpoint = find_checkpoint(folder.checkpoints)
