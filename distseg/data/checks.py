@@ -8,6 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from distseg.data.agreement import Agreement, agreement, thinned
 from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
@@ -33,6 +38,8 @@ class Inspection:
     """Of the images that can be decoded, by id; of neither these nor masks where a cache stands for the files."""
     masks: dict[str, dict[FileKey, MaskFacts]]
     """Of the masks that can be decoded, by id."""
+    agreements: dict[str, Agreement]
+    """Of the masks of each image, by id."""
     digests: Digests
 
 
@@ -106,21 +113,26 @@ def check_masks(samples: Sequence[Sample], masks: dict[str, dict[FileKey, MaskFa
         )
 
 
-def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int) -> Inspection:
+def inspect_files(
+    samples: Sequence[Sample], decoding: Decoding, threads: int, progress: bool = False
+) -> Inspection:
     """Every file that is missing, empty, truncated, no image, not of its image's size, not binary or of an odd kind.
 
     Also every image that is in two splits under two names. Each file is decoded once, by `threads` threads, so that no
-    more images than that are in memory.
+    more images than that are in memory. With `progress` a bar on stderr, if that is a terminal.
     """
     ordered = sorted(samples, key=lambda sample: sample.id)
     with ThreadPoolExecutor(threads) as pool:
-        files = list(pool.map(lambda sample: _inspect(sample, decoding), ordered))
+        looked = pool.map(lambda sample: _inspect(sample, decoding), ordered)
+        # disable=None: a bar is for terminals, and a log has no use for it.
+        files = list(tqdm(looked, desc="data", total=len(ordered), unit="image", disable=None if progress else True))
     problems = [problem for each in files for problem in each.problems]
     images = {sample.id: each.image for sample, each in zip(ordered, files, strict=True) if each.image is not None}
     masks = {sample.id: each.masks for sample, each in zip(ordered, files, strict=True)}
     problems += _twins([(sample, images[sample.id]) for sample in ordered if sample.id in images])
     digests = {sample.id: each.digests for sample, each in zip(ordered, files, strict=True)}
-    return Inspection(sorted(problems, key=lambda problem: problem.id), images, masks, digests)
+    agreements = {sample.id: each.agreement for sample, each in zip(ordered, files, strict=True)}
+    return Inspection(sorted(problems, key=lambda problem: problem.id), images, masks, agreements, digests)
 
 
 def problems_table(problems: list[Problem]) -> str:
@@ -144,7 +156,7 @@ def _look_into_files(samples: list[Sample], config: DataConfig) -> Inspection:
         for sample in samples
         if sample.id not in bad
     }
-    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, {}, digests)
+    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, {}, {}, digests)
 
 
 @dataclass
@@ -154,22 +166,26 @@ class _Files:
     problems: list[Problem]
     digests: dict[FileKey, str]
     masks: dict[FileKey, MaskFacts]
+    agreement: Agreement
     image: ImageFacts | None = None
 
 
 def _inspect(sample: Sample, decoding: Decoding) -> _Files:
-    found = _Files([], {}, {})
+    found = _Files([], {}, {}, {})
     sizes: dict[FileKey, tuple[int, int]] = {}
+    drawn: dict[FileKey, NDArray[np.uint8]] = {}
     for kind, path in sample.files.items():
         try:
             if kind == "image":
                 found.image = inspect_image(path, decoding)
                 sizes[kind], found.digests[kind] = found.image.size, found.image.digest
             else:
-                found.masks[kind] = facts = inspect_mask(path, decoding)
+                facts, ids = inspect_mask(path, decoding)
+                found.masks[kind], drawn[kind] = facts, thinned(ids)
                 sizes[kind], found.digests[kind] = facts.size, facts.digest
         except BadFileError as error:
             found.problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))
+    found.agreement = agreement(drawn)
     if found.image is not None:
         for kind, size in sizes.items():
             if size != found.image.size:

@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -19,6 +20,10 @@ _COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _SHOWN_VALUES = 5
 _PADDING = 64
 """Bytes that some cameras leave before the end of a JPEG, when all of it has been decoded."""
+THUMBNAIL = 16
+"""Side of the thumbnails that are kept of every file, pixels: 768 bytes an image, 256 a mask."""
+_LEAST_DRAWN = 4 * THUMBNAIL
+"""Pixels of a side that a JPEG is at least drawn with, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class ImageFacts:
     """The EXIF orientation, 1 to 8."""
     digest: str
     """SHA-256 of the file."""
+    thumbnail: bytes = b""
+    """(16, 16, 3) uint8 RGB, squashed, each pixel the mean of its area."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class MaskFacts:
     """The share of the frame's outermost pixels that are lesion."""
     digest: str
     """SHA-256 of the file."""
+    shares: tuple[float, ...]
+    """The share of each class, background first."""
+    thumbnail: bytes
+    """(16, 16) uint8, squashed: the share of each pixel's area that is lesion, 255 the whole."""
 
 
 def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
@@ -47,11 +58,15 @@ def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
 
     Wrong are also 16 bits a channel, CMYK, transparency and several pages, which decoders treat each in its own way.
     """
-    return _decode_strictly(path, decoding)[1]
+    image, facts = _decode_strictly(path, decoding)
+    return replace(facts, thumbnail=_thumbnail(np.asarray(image.convert("RGB"))))
 
 
-def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
-    """As `inspect_image`, of a mask, which must be binary too: {0, 255} or {0, 1}, grey values or palette indices."""
+def inspect_mask(path: Path, decoding: Decoding) -> tuple[MaskFacts, NDArray[np.uint8]]:
+    """As `inspect_image`, of a mask, which must be binary too: {0, 255} or {0, 1}, grey values or palette indices.
+
+    With the facts (H, W) class ids, as they are trained on; of a JPEG those of a reduced picture.
+    """
     mask, facts = _decode_strictly(path, decoding)
     grey = mask if mask.mode in ("1", "L", "P") else mask.convert("L")
     values = {value for value, count in enumerate(grey.histogram()) if count}
@@ -63,11 +78,14 @@ def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette() or [], value) for value in values):
         raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
     lit = np.asarray(grey) > 0
-    return MaskFacts(facts.size, float(lit.mean()), float(_border(lit).mean()), facts.digest)
+    ids = lit.view(np.uint8)
+    share = float(lit.mean())
+    thumbnail = _thumbnail(255 * ids)
+    return MaskFacts(facts.size, share, float(_border(lit).mean()), facts.digest, (1 - share, share), thumbnail), ids
 
 
 def _decode_strictly(path: Path, decoding: Decoding) -> tuple[Image.Image, ImageFacts]:
-    """The decoded image as it is stored, of a JPEG only a thumbnail, and what is known of the whole."""
+    """The decoded image as it is trained on, of a JPEG a reduced one, and what is known of the whole."""
     content = content_of(path, decoding)
     with opened(path, decoding, content) as image:
         if image.format == "PNG":
@@ -84,26 +102,41 @@ def _decode_strictly(path: Path, decoding: Decoding) -> tuple[Image.Image, Image
             raise BadFileError(f"{path}: has {pages} pages; save the one that is meant as a file of its own")
         orientation, turn, (width, height) = orientation_of(image), turn_of(image, decoding), image.size
         if image.format in of_one_page:
-            _check_jpeg(path, content, image.mode)
-            image.draft(None, (width // 8, height // 8))
-        image.load()
-        _check_palette_and_alpha(path, image)
+            picture = Image.fromarray(_decode_jpeg(path, content, image.mode))
+        else:
+            image.load()
+            _check_palette_and_alpha(path, image)
+            picture = image
         if turn in (Transpose.TRANSPOSE, Transpose.TRANSVERSE, Transpose.ROTATE_90, Transpose.ROTATE_270):
             width, height = height, width
-        return image.copy(), ImageFacts((width, height), orientation, hashlib.sha256(content).hexdigest())
+        facts = ImageFacts((width, height), orientation, hashlib.sha256(content).hexdigest())
+        return picture.copy() if turn is None else picture.transpose(turn), facts
 
 
-def _check_jpeg(path: Path, content: bytes, mode: str) -> None:
-    """PIL's decoder fills in grey where scan data are damaged; libjpeg-turbo's warnings say where that was."""
+def _decode_jpeg(path: Path, content: bytes, mode: str) -> NDArray[np.uint8]:
+    """The picture at 1/8, or larger where that is tiny: every coefficient is read and few pixels are drawn.
+
+    PIL's decoder fills in grey where scan data are damaged; libjpeg-turbo's warnings say where that was.
+    """
     height, width, *_ = simplejpeg.decode_jpeg_header(content)
+
+    def decoded(strict: bool) -> NDArray[np.uint8]:
+        pixels = simplejpeg.decode_jpeg(
+            content,
+            "GRAY" if mode == "L" else "RGB",
+            min_height=min(height, max(height // 8, _LEAST_DRAWN)),
+            min_width=min(width, max(width // 8, _LEAST_DRAWN)),
+            strict=strict,
+        )
+        return pixels.reshape(pixels.shape[:2]) if mode == "L" else pixels
+
     try:
-        simplejpeg.decode_jpeg(
-            content, "GRAY" if mode == "L" else "RGB", min_height=max(height // 8, 1), min_width=max(width // 8, 1)
-        )  # reads every coefficient, draws few pixels
+        return decoded(strict=True)
     except ValueError as error:
         padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
         if padding is None or int(padding[1]) > _PADDING:
             raise BadFileError(f"{path}: cannot be decoded: damaged or truncated: {error}; fetch it again") from None
+        return decoded(strict=False)
 
 
 def _check_palette_and_alpha(path: Path, image: Image.Image) -> None:
@@ -148,6 +181,10 @@ def _values(mask: Image.Image, greys: set[int]) -> str:
 def _few(values: list[str]) -> str:
     shown = ", ".join(values[:_SHOWN_VALUES])
     return f"{shown}, …" if len(values) > _SHOWN_VALUES else shown
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    return cv2.resize(pixels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).tobytes()
 
 
 def _border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
