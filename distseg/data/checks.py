@@ -16,6 +16,7 @@ from distseg.data.agreement import Agreement, agreement, thinned
 from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
+from distseg.data.findings import DataFacts, Finding, find
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
 from distseg.data.roster import Digests
 from distseg.data.sample import SPLITS, FileKey, Problem, Sample, first_of
@@ -56,8 +57,8 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
     With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
     or left out and written to the run's `folder`, where the ranks that do not check find it.
 
-    Raises UserError, one line, for the first bad file, for a split without samples, for masks that show nothing and for
-    a cache that does not fit the data.
+    Raises UserError, one line, for the first bad file, for a split without samples, for data that is dangerous to train
+    on (findings.py) and for a cache that does not fit the data.
     """
     samples, problems = survey(config)
     run, inspection = RunFolder(folder), None
@@ -81,7 +82,7 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
     if check and inspection is not None and inspection.masks:
-        check_masks(samples, inspection.masks)
+        check_findings(find(facts_of(samples, inspection), config.allow))
     return samples, inspection.digests if inspection else {}
 
 
@@ -92,30 +93,25 @@ def check_splits(samples: list[Sample]) -> None:
             raise UserError(f"data: the {split} split is empty; it needs {key}")
 
 
-def check_masks(samples: Sequence[Sample], masks: dict[str, dict[FileKey, MaskFacts]]) -> None:
-    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped."""
-    for split in SPLITS:
-        lit = [mask.lit for sample in samples if sample.split == split for mask in masks[sample.id].values()]
-        for share, what in ((0.0, "empty: they mark no lesion"), (1.0, "full: they mark no background")):
-            if lit and all(each == share for each in lit):
-                raise UserError(
-                    f"data: all {len(lit)} masks of the {split} split are {what}; look at the files, a conversion may "
-                    "have gone wrong: background is 0, lesion is 255 or 1"
-                )
-    borders = [mask.lit_border for sample in samples for mask in masks[sample.id].values()]
-    swapped = sum(border > 0.5 for border in borders)
-    if 2 * swapped > len(borders):
-        _log.warning(
-            "data: in %d of %d masks lesion covers most of the frame's border; if background and lesion are swapped, "
-            "invert the masks",
-            swapped,
-            len(borders),
-        )
+def check_findings(findings: Sequence[Finding]) -> None:
+    """Refuse what is dangerous and warn of the rest, but for what `data.allow` names."""
+    open_ones = [finding for finding in findings if not finding.allowed]
+    refused = [finding for finding in open_ones if finding.severity == "refuse"]
+    if refused:
+        names = ",".join(dict.fromkeys(finding.name for finding in refused))
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise UserError(f"data: {for_terminal(refused[0].text)}{more}; data.allow=[{names}] trains on it as it is")
+    for finding in open_ones:
+        if finding.severity == "warn":
+            _log.warning("data: %s", for_terminal(finding.text))
 
 
-def inspect_files(
-    samples: Sequence[Sample], decoding: Decoding, threads: int, progress: bool = False
-) -> Inspection:
+def facts_of(samples: Sequence[Sample], inspection: Inspection) -> DataFacts:
+    """What `inspection` has found of `samples`, which it has no problem with."""
+    return DataFacts(samples, inspection.images, inspection.masks, inspection.agreements)
+
+
+def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int, progress: bool = False) -> Inspection:
     """Every file that is missing, empty, truncated, no image, not of its image's size, not binary or of an odd kind.
 
     Also every image that is in two splits under two names. Each file is decoded once, by `threads` threads, so that no
@@ -181,7 +177,9 @@ def _inspect(sample: Sample, decoding: Decoding) -> _Files:
                 sizes[kind], found.digests[kind] = found.image.size, found.image.digest
             else:
                 facts, ids = inspect_mask(path, decoding)
-                found.masks[kind], drawn[kind] = facts, thinned(ids)
+                found.masks[kind] = facts
+                if len(sample.files) > 2:
+                    drawn[kind] = thinned(ids)
                 sizes[kind], found.digests[kind] = facts.size, facts.digest
         except BadFileError as error:
             found.problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))

@@ -22,6 +22,8 @@ _PADDING = 64
 """Bytes that some cameras leave before the end of a JPEG, when all of it has been decoded."""
 THUMBNAIL = 16
 """Side of the thumbnails that are kept of every file, pixels: 768 bytes an image, 256 a mask."""
+TILE = 48
+"""Side of the tiles that the report shows, pixels."""
 _LEAST_DRAWN = 4 * THUMBNAIL
 """Pixels of a side that a JPEG is at least drawn with, where it has them."""
 
@@ -36,6 +38,8 @@ class ImageFacts:
     """SHA-256 of the file."""
     thumbnail: bytes = b""
     """(16, 16, 3) uint8 RGB, squashed, each pixel the mean of its area."""
+    tile: bytes = b""
+    """A JPEG of 48×48 pixels, squashed, to be looked at: about a kilobyte."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
     Wrong are also 16 bits a channel, CMYK, transparency and several pages, which decoders treat each in its own way.
     """
     image, facts = _decode_strictly(path, decoding)
-    return replace(facts, thumbnail=_thumbnail(np.asarray(image.convert("RGB"))))
+    pixels = np.asarray(image.convert("RGB"))
+    tile = cv2.resize(pixels, (TILE, TILE), interpolation=cv2.INTER_AREA)
+    return replace(facts, thumbnail=_thumbnail(pixels), tile=cv2.imencode(".jpg", tile[..., ::-1])[1].tobytes())
 
 
 def inspect_mask(path: Path, decoding: Decoding) -> tuple[MaskFacts, NDArray[np.uint8]]:
