@@ -328,7 +328,7 @@ def _twins(facts: DataFacts) -> list[Finding]:
         many = any(count >= max(_FEW, _MANY_TWINS * whole) for count, whole in counts.values() if whole)
         told = " and ".join(f"{count} of {whole} {split} images" for split, (count, whole) in counts.items() if count)
         text = f"{told} show what an image of another split shows"
-        text += "; keep them in one split, by a column `group`, or take one of each pair out"
+        text += "; keep them in one split, by a column group, or take one of each pair out"
         findings.append(_pairs_found("near_twins", "refuse" if many else "warn", text, samples, across))
     if within:
         text = f"{len(within)} pairs of images in one split show the same"

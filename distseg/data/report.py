@@ -45,6 +45,8 @@ _MOST_LISTED = 1000
 _CARD = 300
 """Longer side of a card's picture, pixels."""
 _WALL_COLUMNS = 26
+_LEAST_CONTRAST = 0.1
+"""Of Dice, between the lightest and the darkest cell of the table."""
 _BADGES = {"refuse": "refused", "warn": "warning", "note": "note"}
 
 
@@ -177,7 +179,8 @@ def _line(finding: Finding) -> FoundLine:
     look = "note" if finding.allowed else finding.severity
     badge = "allowed" if finding.allowed else _BADGES[finding.severity]
     key = f"data.allow=[{finding.name}]" if finding.severity != "note" and not finding.allowed else ""
-    return FoundLine(look, badge, f"{finding.text[:1].upper()}{finding.text[1:]}.", key)
+    end = "" if finding.text.endswith("?") else "."
+    return FoundLine(look, badge, f"{finding.text[:1].upper()}{finding.text[1:]}{end}", key)
 
 
 def _of_many(shown: int, count: int, what: str) -> str:
@@ -205,6 +208,7 @@ def _agreement_table(facts: DataFacts) -> ShadedTable | None:
     means = {pair: statistics.fmean(values) for pair, values in pairwise(facts).items()}
     if not means:
         return None
+    low = min(min(means.values()), max(means.values()) - _LEAST_CONTRAST)
     keys = [key for key in ("reference", *list(known)[:_MOST_ANNOTATORS]) if any(key in pair for pair in means)]
     rows = []
     for key in keys:
@@ -212,9 +216,15 @@ def _agreement_table(facts: DataFacts) -> ShadedTable | None:
         cells.append(Shaded(f"{known[key].empty:,}" if key in known else ""))
         for other in keys:
             value = means.get((key, other), means.get((other, key)))
-            cells.append(Shaded("", None) if value is None else Shaded(f"{value:.2f}", round(value**3, 3)))
+            cells.append(
+                Shaded("") if value is None else Shaded(f"{value:.2f}", _shade(value, low, max(means.values())))
+            )
         rows.append(cells)
     return ShadedTable(["", "masks", "empty", *(name_of(key) for key in keys)], rows)
+
+
+def _shade(value: float, low: float, high: float) -> float:
+    return round(0.1 + 0.8 * (value - low) / (high - low), 3)
 
 
 def _charts(facts: DataFacts) -> list[Picture]:

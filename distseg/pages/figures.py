@@ -298,10 +298,14 @@ def share_histogram(shares: Mapping[str, Sequence[float]], label: str) -> np.nda
 
 @_text_as_it_is
 def heat_maps(maps: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Square maps (S, S) in [0, 1] side by side under their names, dark 0 to bright 1. Returns (h, w, 3) uint8."""
+    """Square maps (S, S) ≥ 0 side by side under their names, dark 0 to the brightest of all.
+
+    Returns (h, w, 3) uint8.
+    """
     figure, [tiles] = _sheet(1, tuple(maps))
+    top = max(float(values.max()) for values in maps.values()) or 1.0
     for axes, values in zip(tiles, maps.values(), strict=True):
-        axes.imshow(values, cmap="magma", vmin=0, vmax=1, interpolation="bicubic")
+        axes.imshow(values, cmap="magma", vmin=0, vmax=top, interpolation="bicubic")
         _note(axes, f"at most {values.max():.0%}")
     return _pixels(figure)
 

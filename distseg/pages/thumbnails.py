@@ -10,6 +10,10 @@ WALL_TILE = 48
 """Side of a wall's tiles, pixels."""
 OUTLINES = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#B3A2F2", "#FFFFFF", "#66C2A5")
 """Okabe and Ito's colours and three more: the reference has the first, annotators have the others in turn."""
+_RIM = (30, 30, 30)
+"""Keeps an outline visible on bright and on dark ground."""
+_FEW_MASKS = 3
+"""Of an image; more have finer outlines."""
 _QUALITY = 85
 
 
@@ -39,12 +43,13 @@ def outlined(image: NDArray[np.uint8], masks: Sequence[tuple[str, NDArray[np.uin
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     drawn = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    width = 2 if len(masks) <= _FEW_MASKS else 1
     for colour, mask in masks:
         ids = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
         lit = ((ids > 0) & (ids != 255)).astype(np.uint8)
         contours, _ = cv2.findContours(lit, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(drawn, contours, -1, (20, 20, 20), 3, cv2.LINE_AA)
-        cv2.drawContours(drawn, contours, -1, _rgb(colour), 1, cv2.LINE_AA)
+        cv2.drawContours(drawn, contours, -1, _RIM, width + 2, cv2.LINE_AA)
+        cv2.drawContours(drawn, contours, -1, _rgb(colour), width, cv2.LINE_AA)
     return drawn
 
 
