@@ -131,7 +131,7 @@ def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int, p
     return Inspection(sorted(problems, key=lambda problem: problem.id), images, masks, agreements, digests)
 
 
-def problems_table(problems: list[Problem]) -> str:
+def problems_table(problems: Sequence[Problem]) -> str:
     """CSV with the columns id, file, reason."""
     table = io.StringIO(newline="")
     rows = csv.writer(table, lineterminator="\n")

@@ -374,7 +374,7 @@ def _images(facts: DataFacts) -> list[Finding]:
     return findings
 
 
-def _robust(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _robust(values: NDArray[np.float32]) -> NDArray[np.floating]:
     """Distances to the median in robust deviations, column by column; the least deviation is a grey level."""
     away = values - np.median(values, axis=0)
     return away / np.maximum(1.4826 * np.median(np.abs(away), axis=0), 1.0)

@@ -42,6 +42,8 @@ def find_twins(thumbnails: NDArray[np.uint8]) -> list[Pair]:
     """
     greys = thumbnails.astype(np.float32).mean(axis=3)
     shown = np.flatnonzero(greys.std(axis=(1, 2)) >= _LEAST_DEVIATION)
+    if len(shown) < 2:
+        return []
     greys = greys[shown]
     grey, detail, coarse = _normalised(greys), _normalised(_detail(greys)), _normalised(_halved(greys))
     pairs: dict[tuple[int, int], float] = {}
@@ -66,7 +68,7 @@ def find_twins(thumbnails: NDArray[np.uint8]) -> list[Pair]:
 
 
 def _detail(greys: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.stack([grey - cv2.GaussianBlur(grey, (0, 0), _SMOOTH) for grey in greys]) if len(greys) else greys
+    return np.stack([grey - cv2.GaussianBlur(grey, (0, 0), _SMOOTH) for grey in greys])
 
 
 def _halved(greys: NDArray[np.float32]) -> NDArray[np.float32]:

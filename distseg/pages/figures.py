@@ -279,7 +279,7 @@ def share_histogram(shares: Mapping[str, Sequence[float]], label: str) -> np.nda
     """
     figure = _figure(4.6, 2.9)
     axes = _axes(figure, 0.6, _MARGIN, 3.85, 2.25)
-    edges = np.geomspace(_LEAST_SHARE, 1, 25)
+    edges = np.geomspace(_LEAST_SHARE, 1, 25).tolist()
     for (name, values), colour in zip(shares.items(), _SPLITS, strict=False):
         if values:
             clipped, weights = np.clip(values, _LEAST_SHARE, 1), np.full(len(values), 1 / len(values))

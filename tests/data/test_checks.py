@@ -130,8 +130,8 @@ def write_masks(root: Path, change: Callable[[np.ndarray, str], np.ndarray], cou
         split = ("train", "train", "val", "test")[number % 4]
         row, column = np.mgrid[:32, :32]
         mask = ((row - 15) ** 2 + (column - 10 - number) ** 2 < 40).astype(np.uint8)
-        image = np.repeat(200 - 100 * mask[..., None], 3, axis=2)
-        Image.fromarray(image).save(root / f"images/s{number}.png")
+        ground = np.random.default_rng(number).integers(120, 255, (8, 8, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+        Image.fromarray(ground - 100 * mask[..., None]).save(root / f"images/s{number}.png")
         Image.fromarray(change(mask * 255, split)).save(root / f"masks/s{number}.png")
         rows.append(f"s{number},{split},images/s{number}.png,masks/s{number}.png")
     (root / "manifest.csv").write_text("\n".join(rows))
