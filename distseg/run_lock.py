@@ -39,10 +39,13 @@ def run_lock(folder: Path) -> Iterator[None]:
         raise StorageError.of(path, error) from error
     descriptor = _open_and_take(folder)
     try:
-        remove_parts(folder)
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        try:
+            remove_parts(folder)
+            holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        except OSError as error:
+            raise StorageError.of(path, error) from error
         yield
     finally:
         if folder in made and folder.is_dir() and [*folder.iterdir()] == [path]:

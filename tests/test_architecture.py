@@ -21,6 +21,8 @@ ONE_IMPORTER = {
     "nvidia": "distseg/data/dali.py",
     "apex": "distseg/optim/optimizers.py",
     "mlflow": "distseg/tracking/mlflow.py",
+    "nibabel": "distseg/data/formats/nifti.py",
+    "pycocotools": "distseg/data/formats/shapes.py",
     "matplotlib": "distseg/pages/figures.py",
     "jinja2": "distseg/pages/html.py",
 }

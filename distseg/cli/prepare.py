@@ -7,6 +7,11 @@
                              parameters, seed, wrong-pixel rate) and contact_sheet.png
         [--cache FOLDER]     the images and masks at data.image_size, for data.cache=FOLDER; a stopped run is taken up
         [--threads N]        all cores by default
+        [--export FORMAT --to PATH [--as ROLE]]    the data as an annotation tool reads it
+    python launch/prepare.py --import FORMAT=PATH [--as ROLE] [--images FOLDER] [--import …] --to FOLDER
+                             annotation tools' files as a data set with manifest.csv; --unmarked empty|skip
+
+FORMAT is label-studio, cvat, coco or nnunet; ROLE, whose masks they are, reference, annotation or annotation:NAME.
 
 Exit codes: 0 the data can be trained on; 2 bad config, bad files and not data.on_bad=skip, or a dangerous finding that
 data.allow does not name; 1 anything else.
@@ -19,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distseg.cli.convert import add_arguments, check_arguments, export_samples, import_files
 from distseg.cli.process import say
 from distseg.data.cache import write_cache
 from distseg.data.checks import check_findings, check_splits, facts_of, inspect_files
@@ -40,6 +46,8 @@ SHOWN_MASKS = 6
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
+    if arguments.imports:
+        return import_files(arguments)
     # Late: help must not wait for what a config needs.
     from distseg.config.load import load_config
 
@@ -58,7 +66,7 @@ def prepare(config: "Config", arguments: argparse.Namespace) -> int:
     say("\n".join(lines[: SHOWN + 3]))
     if len(lines) > SHOWN + 3:
         say(f"… and {len(lines) - SHOWN - 3} more" + ("" if arguments.report else "; --report FOLDER lists them"))
-    facts = facts_of(good, inspection)
+    facts = facts_of(good, inspection, config.data.class_names)
     findings = find(facts, config.data.allow)
     if arguments.report:
         report(config, arguments.report, lines, facts, findings, problems)
@@ -71,6 +79,8 @@ def prepare(config: "Config", arguments: argparse.Namespace) -> int:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
         size = config.data.image_size
         say(f"{arguments.cache}: {len(good)} samples at {size}², {written} shards written, {kept} kept")
+    if arguments.export:
+        export_samples(config, good, arguments)
     if arguments.noisy_masks:
         draw_noisy_masks(config, good, arguments.noisy_masks)
     return 0
@@ -91,7 +101,7 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
         sheet = contact_sheet(
             [read_image(sample.image, config.data.decoding) for sample in shown],
             [read_mask(sample.truth, config.data.decoding) for sample in shown],
-            {noise.level: [read_mask(sample.annotations[0].mask) for sample in shown]},
+            {noise.level: [read_mask(sample.annotations[0].mask, config.data.decoding) for sample in shown]},
         )
         save_png(sheet, folder / "contact_sheet.png")
     except OSError as error:
@@ -130,13 +140,15 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="a YAML file of configs/")
+    parser.add_argument("--config", type=Path, help="a YAML file of configs/; needed but for --import")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="where to write the report")
     parser.add_argument("--noisy-masks", type=Path, metavar="FOLDER", help="where to write them, with a contact sheet")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where to write the decoded images and masks")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding at once")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
+    check_arguments(parser, arguments)
     if arguments.threads < 1:
         parser.error("--threads must be at least 1")
     return arguments

@@ -38,6 +38,8 @@ CHANGEABLE = (*WITHOUT_EFFECT, "data.root", "train.accumulation", "train.batch_s
 """Keys that a run may be resumed with other values of. The last four may change the result of another run, but not of
 one that is resumed: it knows its samples by content, and its steps have to see as many images as before."""
 
+PART_KEYS = tuple(f"method.{part}" for part in PARTS)
+
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read `path`, apply `section.key=value` overrides in order, and check the whole.
@@ -78,7 +80,14 @@ def flatten_config(config: Config) -> dict[str, Any]:
             flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return flat
 
-    return leaves(config.model_dump(mode="json"), "")
+    return leaves(_with_order_kept(config.model_dump(mode="json")), "")
+
+
+def _with_order_kept(values: dict[str, Any]) -> dict[str, Any]:
+    """With `data.classes` as a list: the place of a class is its id."""
+    classes = values["data"]["classes"]
+    ordered = None if classes is None else [{name: given} for name, given in classes.items()]
+    return values | {"data": values["data"] | {"classes": ordered}}
 
 
 def has_no_effect(key: str) -> bool:
@@ -116,12 +125,15 @@ def _spelled_out(written: DictConfig, overrides: list[str]) -> tuple[Any, Any]:
             raise UserError(f"method: {error}") from None
         others = {key: value for key, value in written.items_ex(resolve=False) if key != "method"}
         written = OmegaConf.create({**others, "method": spelled})
-    items = []
+    items, keys = [], [canonical_key(item.partition("=")[0]) for item in overrides]
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key or key.startswith("-"):
             raise UserError(f"override {item!r}: write section.key=value, for instance data.clean_count=50")
-        items.append(f"{canonical_key(key)}={value}")
+        key = canonical_key(key)
+        if key in PART_KEYS and value.isidentifier() and any(other.startswith(f"{key}.") for other in keys):
+            key += ".kind"  # a word in the place of the whole part would undo the part's keys, or they it
+        items.append(f"{key}={value}")
     over = OmegaConf.from_dotlist(items)
     _check_new_name(written.get("method"), over.get("method"))
     return written, over
@@ -143,7 +155,7 @@ def _check_new_name(file: Any, over: Any) -> None:
 
 def config_hash(config: Config) -> str:
     """Eight hexadecimal digits of everything that can change a result: all but the name and `tracking`."""
-    values = config.model_dump(mode="json", exclude={"name", "tracking"})
+    values = _with_order_kept(config.model_dump(mode="json", exclude={"name", "tracking"}))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

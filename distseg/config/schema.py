@@ -7,11 +7,16 @@ from pydantic import Field, model_validator
 from distseg.data.config import DataConfig
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.methods.config import MethodConfig
+from distseg.methods.losses.cross_entropy import CrossEntropyConfig
+from distseg.methods.losses.dice_cross_entropy import DiceCrossEntropyConfig
 from distseg.models.config import ModelConfig, UNetConfig
 from distseg.optim.config import OptimConfig
 from distseg.section import Section
 from distseg.tracking.config import TrackingConfig
 from distseg.training.config import TrainConfig
+
+CLASSES = 2
+"""Background and lesion."""
 
 
 class Config(Section):
@@ -47,4 +52,15 @@ class Config(Section):
             raise ValueError("deepspeed.zero_stage 3: learned weights need whole parameters; set it to 2 or less")
         if self.method.phases.kind == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
+        return self
+
+    @model_validator(mode="after")
+    def _every_class_has_its_weight(self) -> Self:
+        loss = self.method.loss
+        weights = loss.class_weights if isinstance(loss, CrossEntropyConfig | DiceCrossEntropyConfig) else None
+        if weights is not None and len(weights) != CLASSES:
+            raise ValueError(
+                f"method.loss.class_weights has {len(weights)} numbers for {CLASSES} classes; "
+                "give one for each, background first"
+            )
         return self

@@ -6,11 +6,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from distseg.data.classes import IGNORE
 from distseg.data.sample import FileKey
 
 Agreement = dict[tuple[FileKey, FileKey], float]
 """Dice of every two masks of an image, by their keys in the order of `Sample.files`."""
-IGNORE = 255
 _MOST_PIXELS = 2**20
 """Of larger masks every k-th row and column is compared, so that ten annotators of 24 megapixels need no 240 MB."""
 

@@ -82,11 +82,16 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
     if check and inspection is not None and inspection.masks:
-        check_findings(find(facts_of(samples, inspection), config.allow))
+        check_findings(find(facts_of(samples, inspection, config.class_names), config.allow))
     return samples, inspection.digests if inspection else {}
 
 
 def check_splits(samples: list[Sample]) -> None:
+    """Raises UserError for a split without samples."""
+    if samples and not any(sample.reference for sample in samples):
+        names = sorted({each.annotator for sample in samples for each in sample.annotations if each.annotator})
+        mend = f"name the annotator who is the expert, data.expert={for_terminal(names[0])}" if names else "give some"
+        raise UserError(f"data: no image has a reference mask, against which a network could be scored; {mend}")
     for split in SPLITS:
         if not any(sample.split == split for sample in samples):
             key = "rows of that split" if split == "train" else f"rows of that split, or a larger data.{split}_fraction"
@@ -106,9 +111,9 @@ def check_findings(findings: Sequence[Finding]) -> None:
             _log.warning("data: %s", for_terminal(finding.text))
 
 
-def facts_of(samples: Sequence[Sample], inspection: Inspection) -> DataFacts:
+def facts_of(samples: Sequence[Sample], inspection: Inspection, class_names: tuple[str, ...]) -> DataFacts:
     """What `inspection` has found of `samples`, which it has no problem with."""
-    return DataFacts(samples, inspection.images, inspection.masks, inspection.agreements)
+    return DataFacts(samples, inspection.images, inspection.masks, inspection.agreements, class_names)
 
 
 def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int, progress: bool = False) -> Inspection:

@@ -29,6 +29,7 @@ FindingName = Literal[
     "copied_annotations",
     "lone_annotators",
     "far_annotations",
+    "absent_classes",
     "small_objects",
     "unlike_splits",
     "blank_images",
@@ -85,7 +86,8 @@ class DataFacts:
     images: Mapping[str, ImageFacts]
     masks: Mapping[str, Mapping[FileKey, MaskFacts]]
     agreements: Mapping[str, Agreement]
-    class_names: tuple[str, ...] = ("background", "lesion")
+    class_names: tuple[str, ...]
+    """By id, background first."""
 
     def of_split(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]
@@ -98,7 +100,7 @@ class DataFacts:
 
 def find(facts: DataFacts, allow: Iterable[str] = ()) -> list[Finding]:
     """All findings, the dangerous ones first."""
-    rules = (_showing_nothing, _shared, _twins, _inverted, _copied, _annotators, _small, _unlike, _images)
+    rules = (_showing_nothing, _shared, _twins, _inverted, _absent, _copied, _annotators, _small, _unlike, _images)
     found = [finding for rule in rules for finding in rule(facts)]
     order = get_args(Severity)
     allowed = set(allow)
@@ -131,12 +133,13 @@ def _showing_nothing(facts: DataFacts) -> list[Finding]:
             masks = [(s, key, mask) for s in facts.of_split(split) for key, mask in facts.masks[s.id].items()]
             empty = [(sample, key) for sample, key, mask in masks if mask.lit == share]
             concerned |= {sample.id: f"{key} {word}" for sample, key in empty}
-            if masks and len(empty) == len(masks):
+            # Of several classes, background may be marked nowhere.
+            if masks and len(empty) == len(masks) and not (share and len(facts.class_names) > 2):
                 whole.append((split, len(masks)))
         for split, count in whole:
             text = (
                 f"all {count} masks of the {split} split are {what}; look at the files, a conversion may have gone "
-                "wrong: background is 0, lesion is 255 or 1"
+                "wrong: background is 0, lesion is 255 or 1, or as data.classes has it"
             )
             findings.append(Finding(name, "refuse", text, concerned))
         if concerned and not whole:
@@ -162,6 +165,8 @@ def _shared(facts: DataFacts) -> list[Finding]:
 
 
 def _inverted(facts: DataFacts) -> list[Finding]:
+    if len(facts.class_names) > 2:
+        return []
     masks = [(s.id, key, mask) for s in facts.samples for key, mask in facts.masks[s.id].items() if mask.lit < 1]
     swapped = {id: (key, mask.lit_border) for id, key, mask in masks if mask.lit_border > _SWAPPED_BORDER}
     count = sum(mask.lit_border > _SWAPPED_BORDER for *_, mask in masks)
@@ -176,13 +181,27 @@ def _inverted(facts: DataFacts) -> list[Finding]:
     return [Finding("inverted_masks", "note", text, concerned)]
 
 
+def _absent(facts: DataFacts) -> list[Finding]:
+    """Splits that have some of several classes and not all."""
+    findings = []
+    for split in SPLITS:
+        shares = [mask.shares for s in facts.of_split(split) for mask in facts.masks[s.id].values()]
+        absent = [
+            name for name, each in zip(facts.class_names, zip(*shares, strict=True), strict=False) if not any(each)
+        ]
+        if len(facts.class_names) > 2 and 0 < len(absent) < len(facts.class_names) - 1:
+            text = f"no mask of the {split} split marks {', '.join(absent)}"
+            findings.append(Finding("absent_classes", "warn", text))
+    return findings
+
+
 def _small(facts: DataFacts) -> list[Finding]:
     lit = [mask.lit for sample in facts.samples for mask in facts.masks[sample.id].values() if mask.lit > 0]
     if not lit or statistics.median(lit) >= _SMALL:
         return []
     text = (
         f"half of the masks mark less than {statistics.median(lit):.1%} of their frame: a network may learn to mark "
-        "nothing; look at validation, not at the loss, and consider a larger data.image_size"
+        "nothing; watch validation, and consider method.loss=dice_cross_entropy or a larger data.image_size"
     )
     return [Finding("small_objects", "warn", text)]
 

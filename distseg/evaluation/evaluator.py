@@ -25,12 +25,14 @@ def evaluate(
     an int64 tensor on the device of the batches (on the CPU on a rank that has none) and returns the sum over ranks;
     counts are integers and each row is filled by one rank, so N ranks give what one rank gives, exactly.
 
-    Raises, on every rank: FloatingPointError if any logit is not finite; ValueError if the rows do not cover
-    range(count) exactly once.
+    Raises ValueError for a batch without true masks. Raises, on every rank: FloatingPointError if any logit is not
+    finite; ValueError if the rows do not cover range(count) exactly once.
     """
     filled = []
     # Batches are fetched outside inference mode: what a loader caches on the way must stay usable in training.
     for batch, positions in zip(batches, rows, strict=True):
+        if batch.true_masks is None:
+            raise ValueError("a batch without true masks cannot be scored")
         if len(batch.images) != len(positions):
             raise ValueError(f"a batch of {len(batch.images)} images was announced as rows {positions}")
         with torch.inference_mode():
@@ -38,7 +40,7 @@ def evaluate(
             foreground = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(dim=1) > 0
             broken = ~torch.isfinite(logits).flatten(1).all(dim=1)
             state = torch.stack([broken, torch.ones_like(broken)], dim=1)
-            filled.append((positions, torch.cat([confusion(foreground, batch.masks), state], dim=1)))
+            filled.append((positions, torch.cat([confusion(foreground, batch.true_masks), state], dim=1)))
 
     # What went wrong travels with the counts: an error raised here by one rank would leave the others in the sum.
     table = torch.zeros(count, 6, dtype=torch.int64, device=filled[0][1].device if filled else "cpu")

@@ -1,10 +1,12 @@
 """Small pictures for pages that show hundreds: walls of thumbnails, and images with the outlines of their masks."""
 
 from collections.abc import Sequence
+from io import BytesIO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 WALL_TILE = 48
 """Side of a wall's tiles, pixels."""
@@ -28,8 +30,7 @@ def wall(tiles: Sequence[bytes], columns: int) -> bytes:
     pixels = np.full((rows * WALL_TILE, columns * WALL_TILE, 3), 255, np.uint8)
     for place, tile in enumerate(tiles):
         top, left = WALL_TILE * (place // columns), WALL_TILE * (place % columns)
-        decoded = cv2.imdecode(np.frombuffer(tile, np.uint8), cv2.IMREAD_COLOR)
-        pixels[top : top + WALL_TILE, left : left + WALL_TILE] = decoded[..., ::-1]
+        pixels[top : top + WALL_TILE, left : left + WALL_TILE] = np.asarray(Image.open(BytesIO(tile)))
     return jpeg(pixels)
 
 
@@ -42,7 +43,9 @@ def outlined(image: NDArray[np.uint8], masks: Sequence[tuple[str, NDArray[np.uin
     height, width = image.shape[:2]
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    drawn = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    drawn = np.asarray(
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), np.uint8
+    )
     width = 2 if len(masks) <= _FEW_MASKS else 1
     for colour, mask in masks:
         ids = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)

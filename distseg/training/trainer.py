@@ -41,7 +41,7 @@ from distseg.training.cadence import Cadence
 from distseg.training.checkpoint import load_checkpoint, load_network, save_checkpoint
 from distseg.training.guard import Guard
 from distseg.training.recorder import RunRecorder
-from distseg.training.scoring import score
+from distseg.training.scoring import Counts, score
 from distseg.training.splits import Splits, prepare_splits
 from distseg.training.train_step import Outcome, train_step
 
@@ -211,13 +211,13 @@ class Trainer:
         loss = sum_over_ranks(outcome.loss).item()
         self.close()
         config, splits, shard = self.config, self.splits, self.runtime.shard
-        parts = config.method
+        parts, side = config.method, config.data.image_size
         wrong = "not known" if math.isnan(splits.noise_rate) else f"{splits.noise_rate:.1%}"
         ranks = f"{shard.world_size} ranks ({self.runtime.device.type})"
         counts = f"{len(splits.noisy)} noisy, {len(splits.clean)} clean, {len(splits.val)} val, {len(splits.test)} test"
         lines = [
             f"data       {counts}; wrong pixels in the noisy masks: {wrong}",
-            f"network    {config.model.name}, {self.parameter_count:,} parameters, input {config.data.image_size}²",
+            f"network    {config.model.name}, {self.parameter_count:,} parameters, input {side}², {config.data.shape}",
             f"method     {parts.name}: phases {parts.phases.kind}, weights {parts.weighting.kind}, loss "
             f"{parts.loss.kind}, labels {parts.labels.kind}",
             f"optimiser  {config.optim.name} ({self.optimizer_kind}), ZeRO stage {config.deepspeed.zero_stage}",
@@ -227,10 +227,10 @@ class Trainer:
         ]
         return "\n".join(lines)
 
-    def score(self, samples: Sequence[Sample]) -> np.ndarray:
-        """(n, 4) true and false positives, false and true negatives of each sample, the same on every rank."""
+    def score(self, samples: Sequence[Sample], own: bool) -> Counts:
+        """The counts of each sample, at the files' own resolution too where `own` says so. Every rank calls it."""
         batch_size = 2 * self.config.train.batch_size
-        return score(self.model, samples, self.config.data, self.runtime, batch_size, self.sharded)
+        return score(self.model, samples, self.config.data, self.runtime, batch_size, self.sharded, own)
 
     @torch.no_grad()
     def draw(self, micro: MicroBatch, caption: str) -> np.ndarray:
@@ -301,13 +301,17 @@ class Trainer:
 
     def _validate(self, recorder: RunRecorder) -> bool:
         """Score the validation split; whether it is the best so far."""
-        counts = self.score(self.splits.val)
+        counts, own = self.score(self.splits.val, own=self.config.data.score_own == "always")
         if self.progress.step == self.steps and self.runtime.is_main and not counts[:, :2].any():
             logger.warning(
-                "%s: the network marks no pixel on any validation image; train longer, or at another optim.lr",
+                "%s: the network marks no pixel on any validation image; train longer, at another optim.lr, or, where "
+                "lesions are small, with %s",
                 self.config.name,
+                "a lesion that counts for more, as in method.loss.class_weights=[1,20]"
+                if self.config.method.loss.kind == "dice_cross_entropy"
+                else "method.loss=dice_cross_entropy",
             )
-        scores = summarise(counts, "val")
+        scores = summarise(counts, "val") | ({} if own is None else summarise(own, "val/own"))
         recorder.metrics(self.progress.step, scores)
         best = scores["val/dice"] > self.progress.best_dice
         if best:
@@ -340,20 +344,28 @@ class Trainer:
         if self.saved_step < self.steps:
             raise NotSaved(f"{self.folder.checkpoints}: cannot be written to; make room, then --resume")
         seconds = self.clock.seconds
-        counts = self.score(self.splits.test)
+        counts, own = self.score(self.splits.test, own=self.config.data.score_own != "never")
+        ids = [sample.id for sample in self.splits.test]
         if self.runtime.is_main:
-            write_atomically(self.folder.test_counts, counts_csv([s.id for s in self.splits.test], counts))
-        result = summarise(counts, "test") | {
-            "name": self.config.name,
-            "method": self.config.method.name,
-            "steps": self.steps,
-            "images_per_second": self.steps * self.images_per_step / seconds,
-            "seconds": seconds,
-            **self.splits.figures,
-            "best_val_dice": self.progress.best_dice,
-            "best_step": self.progress.best_step,
-            "world_size": self.runtime.shard.world_size,
-        }
+            write_atomically(self.folder.test_counts, counts_csv(ids, counts))
+            if own is not None:
+                write_atomically(self.folder.test_counts_own, counts_csv(ids, own))
+        own_scores = {} if own is None else summarise(own, "test/own")
+        result = (
+            summarise(counts, "test")
+            | own_scores
+            | {
+                "name": self.config.name,
+                "method": self.config.method.name,
+                "steps": self.steps,
+                "images_per_second": self.steps * self.images_per_step / seconds,
+                "seconds": seconds,
+                **self.splits.figures,
+                "best_val_dice": self.progress.best_dice,
+                "best_step": self.progress.best_step,
+                "world_size": self.runtime.shard.world_size,
+            }
+        )
         recorder.result(result, self.steps)
         if self.config.tracking.log_model:
             recorder.model(self._portable_network)
@@ -379,7 +391,7 @@ class Trainer:
         """A copy of the network without the engine's hooks, and two validation images (2, 3, H, W) as its input."""
         _, network = load_network(self.folder.path, allow_import=True)
         samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
-        [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu)
+        [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu, windows=True)
         return network.eval(), batch.images.numpy()
 
 

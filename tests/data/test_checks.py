@@ -17,6 +17,7 @@ from distseg.data.cache import _open, write_cache
 from distseg.data.checks import inspect_files, usable_samples
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
+from distseg.data.geometry import Frame
 from distseg.data.reader import PixelReader
 from distseg.data.sample import Sample
 from distseg.data.survey import read_samples
@@ -83,8 +84,9 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, caplog):
     assert [sample.id for sample in samples] == [f"good{number}" for number in range(9)]
     with (run / "left_out.csv").open(newline="") as file:
         assert {row["id"] for row in csv.DictReader(file)} == set(map(for_csv, expected))
-    [said] = caplog.messages
+    said, shared = caplog.messages
     assert said.startswith(f"left out {len(expected)} samples") and "left_out.csv" in said
+    assert shared.startswith("data: 9 images share their mask with another image")
 
     # A rank that does not check takes the main rank's word: it must not look into the files again.
     for path in (root / "images").glob("good*"):
@@ -204,7 +206,7 @@ def test_a_file_that_is_replaced_in_mid_run_is_named(tmp_path, kind):
     config = write_masks(tmp_path / "data", lambda mask, split: mask)
     sample = usable_samples(config, tmp_path / "run", check=True)[0]
     path, other = sample.files[kind], sample.files[kind].with_name("s4.png")
-    reader = PixelReader(16)
+    reader = PixelReader(Frame(16))
     read = {"image": reader.image, "reference": reader.mask}[kind]
     before = read(path)
     np.testing.assert_array_equal(read(path), before)

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from distseg.cli.prepare import main
 from distseg.data.agreement import agreement, dice, thinned
 from distseg.data.checks import check_findings, facts_of, inspect_files, usable_samples
+from distseg.data.classes import BINARY_NAMES
 from distseg.data.config import DataConfig
 from distseg.data.decode import PLAIN
 from distseg.data.findings import FINDING_NAMES, DataFacts, Finding, annotators, find, suspects
@@ -68,7 +69,7 @@ def write_samples(root: Path, count: int = 12, annotators: Sequence[str] = ()) -
 def look(samples: Sequence[Sample]) -> DataFacts:
     inspection = inspect_files(samples, PLAIN, 2)
     assert inspection.problems == []
-    return facts_of(samples, inspection)
+    return facts_of(samples, inspection, BINARY_NAMES)
 
 
 def found(samples: Sequence[Sample]) -> dict[str, Finding]:

@@ -13,6 +13,7 @@ from distseg.data.augment import Transform, draw_transform, identity_transform
 from distseg.data.batch import Batch, Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages
+from distseg.data.geometry import Frame
 from distseg.data.reader import PixelReader
 from distseg.data.sample import Annotation, Sample
 from distseg.data.streams import Stream
@@ -38,7 +39,7 @@ def load(
     requests: list[list[Request]], size: int, device: torch.device, on_device: DeviceImages | None = None
 ) -> Iterator[Batch]:
     dali = pytest.importorskip("distseg.data.dali")
-    reader = PixelReader(size, on_device=on_device)
+    reader = PixelReader(Frame(size), on_device=on_device)
     return dali.load_batches(iter(requests), reader, max(map(len, requests)), device, 2)
 
 
@@ -125,7 +126,7 @@ def test_images_kept_on_the_gpu_give_what_the_cpu_gives(pictures: list[Sample], 
         [Request.of(pictures[n % 8], "noisy", draw_transform(config, 64, 0, "s", n)) for n in range(first, first + 16)]
         for first in range(0, 64, 16)
     ]
-    images = DeviceImages(PixelReader(64).image, GPU)
+    images = DeviceImages(PixelReader(Frame(64)).image, GPU)
     for actual, expected in zip(load(requests, 64, GPU, images), load(requests, 64, CPU), strict=True):
         assert actual.ids == expected.ids
         assert actual.images.device.type == actual.masks.device.type == "cuda"
@@ -137,7 +138,7 @@ def test_images_kept_on_the_gpu_give_what_the_cpu_gives(pictures: list[Sample], 
     for sample in pictures:
         kept = images.image(sample.image)
         assert kept.device.type == "cuda"
-        assert np.array_equal(kept.cpu().numpy(), PixelReader(64).image(sample.image))
+        assert np.array_equal(kept.cpu().numpy(), PixelReader(Frame(64)).image(sample.image))
 
 
 @pytest.mark.parametrize("device_memory", [1.0, 0.0], ids=["all fit", "none fits"])

@@ -12,6 +12,7 @@ backslashes in their paths.
 import csv
 import os
 import stat
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
@@ -91,10 +92,9 @@ def _text(manifest: Path) -> str:
             )
         if status.st_size > _MOST_BYTES:
             raise UserError(f"{manifest}: has {status.st_size:,} bytes, above {_MOST_BYTES:,}; is it a table?")
-        content = manifest.read_bytes()
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return _decoded(manifest.read_bytes())
     except UnicodeDecodeError as error:
-        raise UserError(f"{manifest}: cannot be read as UTF-8: {error}; save it as CSV UTF-8") from None
+        raise UserError(f"{manifest}: cannot be read as text: {error}; save it as CSV UTF-8") from None
     except FileNotFoundError:
         raise UserError(f"{manifest}: a link to a file that does not exist; mend the link or remove it") from None
     except (OSError, RuntimeError) as error:
@@ -102,8 +102,23 @@ def _text(manifest: Path) -> str:
         raise UserError(f"{manifest}: cannot be read: {reason}") from None
 
 
+def _decoded(content: bytes) -> str:
+    """Unicode, or else the code page that Windows gives to tables of Western languages. UnicodeDecodeError for others.
+
+    A table of yet another code page names files that are not there, which is told when they are looked for.
+    """
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if b"\0" in content:
+            raise
+        return content.decode("cp1252")
+
+
 def _parse_row(root: Path, values: dict[str, str], where: str) -> Sample | Problem:
-    id, split = values["id"], values.get("split") or "train"
+    id, split = unicodedata.normalize("NFC", values["id"]), values.get("split") or "train"
     paths = {column: path for column, path in values.items() if path and _is_file(column)}
     fault = _fault(id, split, paths, values)
     if fault is not None:
@@ -162,5 +177,9 @@ def _merged(rows: Sequence[Sample]) -> list[Sample]:
 
 
 def _under(root: Path, path: str) -> Path:
-    """With backslashes as separators, unless there is a file of that very name."""
-    return root / path if "\\" not in path or (root / path).exists() else root / PureWindowsPath(path).as_posix()
+    """With backslashes as separators, and accents as the file system has them, unless there is a file of that name."""
+    if (path.isascii() and "\\" not in path) or (root / path).exists():
+        return root / path
+    posix = PureWindowsPath(path).as_posix()
+    forms = (unicodedata.normalize(form, posix) for form in ("NFC", "NFD"))
+    return next((root / form for form in forms if (root / form).exists()), root / posix)

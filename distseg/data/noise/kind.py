@@ -10,7 +10,7 @@ from distseg.data.seeding import generator
 from distseg.section import Section
 
 Mask = NDArray[np.uint8]
-"""(H, W) uint8 in {0, 1}."""
+"""(H, W) uint8 in {0, 1}: where one class is."""
 Image = NDArray[np.uint8]
 """(H, W, 3) uint8 RGB."""
 
@@ -29,9 +29,10 @@ class NoiseKind(Section):
         """A wrong mask for `mask`, which is not written to; `image` is given where the kind looks at it."""
         raise NotImplementedError
 
-    def draw_for(self, sample_id: str, mask: Mask, image: Image | None) -> Mask:
-        """`draw` with the random numbers of one sample."""
-        return self.draw(mask, image, generator(self.seed, "noise", sample_id))
+    def draw_for(self, sample_id: str, mask: Mask, image: Image | None, label: int = 1) -> Mask:
+        """`draw` with the random numbers of one sample, of one class id of it."""
+        place = (sample_id,) if label == 1 else (sample_id, label)
+        return self.draw(mask, image, generator(self.seed, "noise", *place))
 
     def with_seed(self, seed: int) -> Self:
         return self.model_copy(update={"seed": seed})

@@ -1,0 +1,160 @@
+"""prepare --import and --export as a user types them."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distseg.cli.prepare import main
+from distseg.cli.process import run_command
+
+ROOT = Path(__file__).parents[2]
+FILES = ROOT / "tests/data/formats/files"
+
+
+def prepare(*arguments: str | Path) -> int:
+    return run_command(lambda: main([str(argument) for argument in arguments]))
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> Path:
+    """tasks.json of Label Studio: 20 images, all with a box by anna, every second with an expert's."""
+    (tmp_path / "media").mkdir()
+    tasks = []
+    for number in range(20):
+        pixels = np.full((16, 24, 3), 200, np.uint8)
+        pixels[4:12, 6:18] = 10 * number  # so that no two images are the same
+        Image.fromarray(pixels).save(tmp_path / f"media/{number:02d}.png")
+        box = {"x": 25, "y": 25, "width": 50, "height": 50, "rectanglelabels": ["lesion"]}
+        result = [{"type": "rectanglelabels", "original_width": 24, "original_height": 16, "value": box}]
+        annotations = [{"completed_by": {"email": "anna"}, "result": result}]
+        if number % 2:
+            annotations.append({"completed_by": {"email": "eva"}, "ground_truth": True, "result": result})
+        tasks.append({"data": {"image": f"{number:02d}.png"}, "annotations": annotations})
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    (tmp_path / "config.yaml").write_text(
+        f"{{name: own, data: {{root: {tmp_path}/out}}, train: {{steps: 1, batch_size: 2}}}}"
+    )
+    return tmp_path
+
+
+def test_an_import_tells_what_there_is_and_is_good_data(tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("--import", f"label-studio={tool}/tasks.json", "--images", tool / "media", "--to", tool / "out") == 0
+    first, classes, keys = capsys.readouterr().out.splitlines()
+    assert first.endswith("out: 20 images (20 whose split is to be drawn), 10 references, 20 annotations")
+    assert classes == "classes: background, lesion"
+    root, mapping = shlex.split(keys.partition(": ")[2])
+    assert mapping == 'data.classes={"background": 0, "lesion": 1}'
+    assert prepare("--config", tool / "config.yaml", root) == 0
+    assert "no problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["label-studio", "cvat", "coco", "nnunet"])
+def test_there_and_back(tool: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("--import", f"label-studio={tool}/tasks.json", "--to", tool / "out") == 0
+    data = ("--config", tool / "config.yaml")
+    role = () if format == "label-studio" else ("--as", "reference")
+    assert prepare(*data, "--export", format, *role, "--to", tool / "exported") == 0
+    exported = capsys.readouterr().out.splitlines()[-1]
+    assert exported.endswith("20 images" if format == "label-studio" else "10 images; 10 without such a mask")
+    assert prepare("--import", f"{format}={tool}/exported", *role, "--to", tool / "back") == 0
+    for path in (tool / "back/references").iterdir():
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(path)), np.asarray(Image.open(tool / "out/references" / path.name))
+        )
+    assert len(list((tool / "back/references").iterdir())) == 10
+
+
+def test_options_are_of_the_import_before_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = (f"coco={FILES / 'coco'}", f"cvat={FILES / 'cvat.zip'}")
+    roles = ("reference", "annotation:bob")
+    said = [word for file, role in zip(files, roles, strict=True) for word in ("--import", file, "--as", role)]
+    assert prepare(*said, "--unmarked", "skip", "--to", tmp_path / "out") == 0
+    assert "4 references, 4 annotations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--import", "coko=x", "--to", "out"], "FORMAT one of label-studio | cvat | coco | nnunet"),
+        (["--import", "coco", "--to", "out"], "FORMAT=PATH"),
+        (["--import", "coco=x"], "need --to PATH"),
+        (["--to", "out"], "--config"),
+        (["--config", "x", "--to", "out"], "is of --import or --export"),
+        (["--config", "x", "--export", "coco", "--images", "x", "--to", "out"], "write it after the --import"),
+        (["--as", "reference", "--import", "coco=x", "--to", "out"], "write it after the --import"),
+        (["--import", "coco=x", "--as", "a", "--as", "b", "--to", "out"], "is said twice"),
+        (["--import", "coco=x", "--export", "coco", "--to", "out"], "two commands"),
+        (["--import", "coco=x", "--to", "out", "data.max_pixels=1"], "need --config"),
+        (["--config", "x", "--unmarked", "skip"], "is of --import"),
+    ],
+)
+def test_options_that_make_no_sense(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--import", f"coco={FILES / 'coco'}", "--to", "out"], "does not say whose masks"),
+        (["--import", f"coco={FILES / 'coco'}", "--as", "expert", "--to", "out"], "--as expert: must be"),
+        (["--import", f"coco={FILES / 'coco'}", "--as", "annotation:a/b", "--to", "out"], "must not hold any of"),
+        (["--import", f"coco={FILES / 'coco'}", "--as", "annotation:", "--to", "out"], "--as annotation:: must be"),
+        (["--import", f"coco={FILES / 'coco'}", "--as", "reference", "--to", "out"], "--unmarked empty"),
+        (["--import", f"coco={FILES / 'coco'}", "--as", "reference", "--to", "no/out"], "does not exist"),
+        (["--import", f"coco={FILES}", "--as", "reference", "--to", "out"], "name the file"),
+    ],
+)
+def test_an_import_that_is_refused_ends_with_two_and_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prepare(*arguments) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert reason in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["xml", "COCO"])
+def test_an_unknown_export_is_refused(tool: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("--import", f"label-studio={tool}/tasks.json", "--to", tool / "out") == 0
+    data = ("--config", tool / "config.yaml")
+    assert prepare(*data, "--export", format, "--to", tool / "exported") == 2
+    assert "must be label-studio | cvat | coco | nnunet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["pycocotools", "nibabel"])
+def test_a_package_that_is_missing_is_named_with_its_mend(
+    tool: Path, monkeypatch: pytest.MonkeyPatch, package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    if package == "pycocotools":
+        source = f"label-studio={tool}/tasks.json"
+    else:
+        for name in ("imagesTr/A_0000.nii", "labelsTr/A.nii"):
+            (tool / "Dataset001_x" / name).parent.mkdir(parents=True)
+            (tool / "Dataset001_x" / name).write_bytes(b"x")
+        description = {"labels": {"background": 0}, "channel_names": {"0": "CT"}, "file_ending": ".nii"}
+        (tool / "Dataset001_x/dataset.json").write_text(json.dumps(description))
+        source = f"nnunet={tool}/Dataset001_x"
+    role = () if package == "pycocotools" else ("--as", "reference")
+    assert prepare("--import", source, *role, "--to", tool / "out") == 2
+    assert f"pip install {package}" in capsys.readouterr().err
+    assert not (tool / "out").exists()
+
+
+def test_bounds_are_those_of_a_config(tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ("--import", f"label-studio={tool}/tasks.json", "--to", tool / "out")
+    assert prepare(*source, "--config", tool / "config.yaml", "data.max_pixels=100") == 2
+    assert "data.max_pixels (100)" in capsys.readouterr().err
