@@ -152,6 +152,12 @@ def read_size(path: Path, decoding: Decoding = PLAIN) -> tuple[int, int]:
         return _turned_size(image, turn)
 
 
+def stored_pixels(path: Path, decoding: Decoding = PLAIN) -> int:
+    """How many a file has, by its header alone. Raises BadFileError."""
+    with opened(path, decoding) as image:
+        return image.width * image.height
+
+
 def _turned_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
     """(height, width) once it is turned."""
     width, height = image.size

@@ -12,7 +12,6 @@ from distseg.data.reader import read_ahead
 from distseg.data.sample import Sample
 from distseg.evaluation.metrics import confusion
 
-
 _STRIP = 2**22
 """Numbers in what `own_strips` gives at once, about."""
 
