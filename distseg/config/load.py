@@ -21,6 +21,7 @@ from distseg.section import kinds_of
 from distseg.text import for_terminal
 
 WITHOUT_EFFECT = (
+    "data.allow",
     "data.device_memory",
     "data.memory",
     "data.threads",

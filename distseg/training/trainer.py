@@ -306,9 +306,9 @@ class Trainer:
     def _validate(self, recorder: RunRecorder) -> bool:
         """Score the validation split; whether it is the best so far."""
         counts, own = self.score(self.splits.val, own=self.config.data.score_own == "always")
+        names = self.config.data.class_names
         if self.progress.step == self.steps and self.runtime.is_main:
             warn_if_nothing_is_marked(counts, self.config)
-        names = self.config.data.class_names
         own_scores = {} if own is None else summarise(own, "val/own", class_names=names)
         scores = summarise(counts, "val", class_names=names) | own_scores
         recorder.metrics(self.progress.step, scores)
@@ -397,14 +397,14 @@ class Trainer:
 
 
 def warn_if_nothing_is_marked(counts: np.ndarray, config: Config) -> None:
-    """Say so, with what may mend it, where no pixel of any validation image is predicted to be of some class."""
+    """Say so, with what may mend it, where no validation image has a true or a false positive of a class."""
     names = config.data.class_names
     unmarked = never_predicted(counts, names)
     if not unmarked:
         return
     mend = "method.loss=dice_cross_entropy"
     if config.method.loss.kind == "dice_cross_entropy":
-        mend = f"classes that count for more, as in method.loss.class_weights=[1{',20' * (len(names) - 1)}]"
+        mend = f"a lesion that counts for more, as in method.loss.class_weights=[1{',20' * (len(names) - 1)}]"
     logger.warning(
         "%s: the network marks no pixel %son any validation image; train longer, at another optim.lr, or, where "
         "lesions are small or masks miss many of them, with %s",
