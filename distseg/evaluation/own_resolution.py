@@ -1,6 +1,6 @@
 """Counts at the files' own resolution, beside those at the network's (evaluator.py)."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +12,55 @@ from distseg.data.reader import read_ahead
 from distseg.data.sample import Sample
 from distseg.evaluation.metrics import count_predictions
 
+_STRIP = 2**22
+"""Numbers in what `own_strips` gives at once, about."""
+
 
 def at_own_resolution(logits: Tensor, place: Placement, height: int, width: int) -> Tensor:
     """(C, rows, columns) of a canvas to (C, height, width) of the file, bilinearly about the same centre."""
+    return torch.cat([*own_strips(iter([logits]), place, height, width)], dim=1)
+
+
+def own_strips(bands: Iterator[Tensor], place: Placement, height: int, width: int) -> Iterator[Tensor]:
+    """`at_own_resolution` in strips (C, rows, width) from top to bottom, of a canvas that comes in such `bands`.
+
+    Memory is taken for a band and a strip.
+    """
     rows, columns = place.picture
-    picture = logits[None, :, rows, columns]
-    if picture.shape[2:] == (height, width):
-        return picture[0]
-    return interpolate(picture.float(), (height, width), mode="bilinear", align_corners=False)[0]
+    before, after, share = _taps(place.height, height)
+    kept: Tensor | None = None  # rows of the picture from `first` on
+    first = reached = done = canvas_row = 0
+    for band in bands:
+        part = band[:, max(rows.start - canvas_row, 0) : max(rows.stop - canvas_row, 0), columns]
+        canvas_row += band.shape[1]
+        kept = part if kept is None else torch.cat([kept, part], dim=1)
+        reached += part.shape[1]
+        ready = int(torch.searchsorted(after, reached))
+        at_once = max(1, _STRIP // (len(band) * width))
+        for start in range(done, ready, at_once):
+            stop = min(start + at_once, ready)
+            low, high = int(before[start]), int(after[stop - 1]) + 1
+            slab = kept[:, low - first : high - first]
+            if (place.height, place.width) == (height, width):
+                yield slab
+                continue
+            if place.width != width:
+                slab = interpolate(slab[None].float(), (high - low, width), mode="bilinear", align_corners=False)[0]
+            above, below = (slab[:, (taps[start:stop] - low).to(slab.device)] for taps in (before, after))
+            yield torch.lerp(above.float(), below.float(), share[start:stop, None].to(slab.device))
+        done = ready
+        needed = int(before[done]) if done < height else reached
+        kept, first = kept[:, needed - first :], needed
+
+
+def _taps(source: int, output: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `output` pixels along a side the two of `source` between which it lies, and the share of the second.
+
+    Pixels are about the same centre, and those beyond the ends are as the ends, as torch's interpolate has it.
+    """
+    position = ((torch.arange(output, dtype=torch.float64) + 0.5) * (source / output) - 0.5).clamp(min=0)
+    before = position.floor().long().clamp(max=source - 1)
+    return before, (before + 1).clamp(max=source - 1) if source != output else before, (position - before).float()
 
 
 class OwnResolution:

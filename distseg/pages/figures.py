@@ -29,6 +29,9 @@ _TRUE, _NOISY, _IGNORED = "#56B4E9", "#F0E442", "#808080"
 # Of several classes by id, after background; the next one again where there are more.
 _CLASSES = ("#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#0072B2", "#6A51A3")
 _RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#6A51A3", "#7F7F7F", "#8C510A", "#66C2A5", "#000000")
+_SPLITS = ("#0072B2", "#E69F00", "#009E73")
+"""Train, val and test."""
+_LEAST_SHARE = 1e-3
 _MARKERS = ("o", "s", "^", "v")
 """The next one where names outnumber colours."""
 _MOST_ROWS = 6
@@ -296,6 +299,68 @@ def bar_chart(values: Mapping[str, float], label: str) -> np.ndarray:
     axes.bar_label(bars, fmt="%.3g", padding=3, **_TEXT)
     axes.invert_yaxis()
     axes.set_xlabel(label, **_TEXT)
+    _style(axes)
+    return _pixels(figure)
+
+
+@_text_as_it_is
+def share_histogram(shares: Mapping[str, Sequence[float]], label: str) -> np.ndarray:
+    """How many masks of each name mark which share of their frame, on a logarithmic axis, empty ones at its left end.
+
+    A name's bars sum to 1, so that small splits can be set beside large ones. Returns (h, w, 3) uint8.
+    """
+    figure = _figure(4.6, 2.9)
+    axes = _axes(figure, 0.6, _MARGIN, 3.85, 2.25)
+    edges = np.geomspace(_LEAST_SHARE, 1, 25).tolist()
+    for (name, values), colour in zip(shares.items(), _SPLITS, strict=False):
+        if values:
+            clipped, weights = np.clip(values, _LEAST_SHARE, 1), np.full(len(values), 1 / len(values))
+            axes.hist(clipped, edges, weights=weights, histtype="stepfilled", color=f"{colour}30")
+            axes.hist(clipped, edges, weights=weights, histtype="step", color=colour, linewidth=1.5, label=name)
+    axes.set_xscale("log")
+    ticks = [share for share in (0.001, 0.01, 0.1, 1) if share >= _LEAST_SHARE]
+    axes.set_xticks(ticks, [f"{share:.3g}".rstrip("0") if share < 1 else "1" for share in ticks])
+    axes.set_xlabel(label, **_TEXT)
+    axes.set_ylabel("share of the masks", **_TEXT)
+    _style(axes)
+    if any(shares.values()):
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+    return _pixels(figure)
+
+
+@_text_as_it_is
+def heat_maps(maps: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Square maps (S, S) ≥ 0 side by side under their names, dark 0 to the brightest of all.
+
+    Returns (h, w, 3) uint8.
+    """
+    figure, [tiles] = _sheet(1, tuple(maps))
+    top = max(float(values.max()) for values in maps.values()) or 1.0
+    for axes, values in zip(tiles, maps.values(), strict=True):
+        axes.imshow(values, cmap="magma", vmin=0, vmax=top, interpolation="bicubic")
+        _note(axes, f"at most {values.max():.0%}")
+    return _pixels(figure)
+
+
+@_text_as_it_is
+def size_chart(sizes: Mapping[str, Sequence[tuple[int, int]]]) -> np.ndarray:
+    """Width against height of images, a dot for each size whose area grows with their number, by name.
+
+    Returns (h, w, 3) uint8.
+    """
+    figure = _figure(3.7, 2.9)
+    axes = _axes(figure, 0.65, _MARGIN, 2.9, 2.25)
+    highest = 1
+    for (name, values), colour in zip(sizes.items(), _SPLITS, strict=False):
+        if values:
+            distinct, counts = np.unique(np.array(values), axis=0, return_counts=True)
+            areas = 14 + 180 * counts / counts.sum()
+            axes.scatter(distinct[:, 0], distinct[:, 1], areas, color=colour, alpha=0.5, linewidths=0, label=name)
+            highest = max(highest, int(distinct.max()))
+    axes.axline((0, 0), slope=1, color="#BBBBBB", linewidth=0.8, linestyle=":")
+    axes.set(xlim=(0, 1.1 * highest), ylim=(0, 1.1 * highest))
+    axes.set_xlabel("width, pixels", **_TEXT)
+    axes.set_ylabel("height, pixels", **_TEXT)
     _style(axes)
     return _pixels(figure)
 

@@ -307,17 +307,8 @@ class Trainer:
         """Score the validation split; whether it is the best so far."""
         counts, own = self.score(self.splits.val, own=self.config.data.score_own == "always")
         names = self.config.data.class_names
-        unmarked = never_predicted(counts, names) if self.progress.step == self.steps and self.runtime.is_main else []
-        if unmarked:
-            logger.warning(
-                "%s: the network marks no pixel %son any validation image; train longer, at another optim.lr, or, "
-                "where lesions are small, with %s",
-                self.config.name,
-                f"as {' or '.join(unmarked)} " if len(names) > 2 else "",
-                f"a lesion that counts for more, as in method.loss.class_weights=[1{',20' * (len(names) - 1)}]"
-                if self.config.method.loss.kind == "dice_cross_entropy"
-                else "method.loss=dice_cross_entropy",
-            )
+        if self.progress.step == self.steps and self.runtime.is_main:
+            warn_if_nothing_is_marked(counts, self.config)
         own_scores = {} if own is None else summarise(own, "val/own", class_names=names)
         scores = summarise(counts, "val", class_names=names) | own_scores
         recorder.metrics(self.progress.step, scores)
@@ -403,6 +394,24 @@ class Trainer:
         samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
         [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu, windows=True)
         return network.eval(), batch.images.numpy()
+
+
+def warn_if_nothing_is_marked(counts: np.ndarray, config: Config) -> None:
+    """Say so, with what may mend it, where no validation image has a true or a false positive of a class."""
+    names = config.data.class_names
+    unmarked = never_predicted(counts, names)
+    if not unmarked:
+        return
+    mend = "method.loss=dice_cross_entropy"
+    if config.method.loss.kind == "dice_cross_entropy":
+        mend = f"a lesion that counts for more, as in method.loss.class_weights=[1{',20' * (len(names) - 1)}]"
+    logger.warning(
+        "%s: the network marks no pixel %son any validation image; train longer, at another optim.lr, or, where "
+        "lesions are small or masks miss many of them, with %s",
+        config.name,
+        f"as {' or '.join(unmarked)} " if len(names) > 2 else "",
+        mend,
+    )
 
 
 def has_finished(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> bool:

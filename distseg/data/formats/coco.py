@@ -166,7 +166,7 @@ def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None
         file["images"].append({"id": image_id, "file_name": name, "width": width, "height": height, **group})
         [mask] = item.masks.values()
         for category_id, value in enumerate(values.values(), start=1):
-            for part in _parts(mask == value):
+            for part in parts(mask == value):
                 file["annotations"].append(
                     {"id": next(annotation_ids), "image_id": image_id, "category_id": category_id, "iscrowd": 0, **part}
                 )
@@ -207,7 +207,7 @@ def _shape(annotation: _Annotation, size: tuple[int, int], where: str) -> NDArra
     return runs_to_mask(segmentation.counts, size, where)
 
 
-def _parts(mask: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
+def parts(mask: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
     """Segmentation, area and box of each 8-connected part of (H, W)."""
     number, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     for runs, (left, top, width, height, area) in zip(
