@@ -55,9 +55,10 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     If the block raises, nothing is left. Raises UserError where `path` is anything but an empty folder or nothing, and
     StorageError in place of an OSError.
     """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - of `.`, whose name is empty; links stay
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: is there already; choose a new folder, or move it away")
-    if not path.absolute().parent.is_dir():
+    if not path.parent.is_dir():
         raise UserError(f"{path}: the folder that it should be in does not exist; make that first")
     outer = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     aside = outer / path.name

@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     with (folder / "manifest.csv").open("w", newline="") as file:
         manifest = csv.writer(file)
-        manifest.writerow(("id", "split", "image", "mask", "noisy_mask"))
+        manifest.writerow(("id", "split", "image", "reference", "annotation"))
         for index, split in enumerate(split for split, count in SPLITS.items() for _ in range(count)):
             image, mask = draw_small(rng)
             row = [f"images/{index:03d}.png", f"masks/{index:03d}.png", ""]

@@ -168,15 +168,18 @@ def test_a_folder_whose_writer_fails_is_not_there(tmp_path: Path, error: type[Ba
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_replaces_nothing(tmp_path: Path) -> None:
+def test_a_folder_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     with folder_written_atomically(tmp_path / "empty") as folder:
         (folder / "file").write_text("x")
     assert (tmp_path / "empty/file").exists()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
     for taken in ("empty", "empty/file", "link"):
         with pytest.raises(UserError, match="is there already"), folder_written_atomically(tmp_path / taken):
             raise AssertionError("it began")
+    with pytest.raises(UserError, match="is there already"), folder_written_atomically(Path()):
+        raise AssertionError("it began")
     with pytest.raises(UserError, match="does not exist"), folder_written_atomically(tmp_path / "no/new"):
         raise AssertionError("it began")
 

@@ -73,14 +73,15 @@ def prepare(config: "Config", arguments: argparse.Namespace) -> int:
     if problems and config.data.on_bad == "refuse":
         what = f"{len(problems)} problems; mend them, or leave the samples out with data.on_bad=skip"
         raise UserError(f"{config.data.root}: {what}")
+    if arguments.export:  # data that cannot be trained on yet may still need a tool
+        export_samples(config, good, arguments)
+        return 0
     check_splits(good)
     check_findings(findings)
     if arguments.cache:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
         size = config.data.image_size
         say(f"{arguments.cache}: {len(good)} samples at {size}², {written} shards written, {kept} kept")
-    if arguments.export:
-        export_samples(config, good, arguments)
     if arguments.noisy_masks:
         draw_noisy_masks(config, good, arguments.noisy_masks)
     return 0
@@ -102,6 +103,7 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
             [read_image(sample.image, config.data.decoding) for sample in shown],
             [read_mask(sample.truth, config.data.decoding) for sample in shown],
             {noise.level: [read_mask(sample.annotations[0].mask, config.data.decoding) for sample in shown]},
+            config.data.class_names,
         )
         save_png(sheet, folder / "contact_sheet.png")
     except OSError as error:

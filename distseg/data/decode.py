@@ -96,11 +96,17 @@ def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> 
     A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least twice the size that is needed: the inverse DCT
     averages as a box filter would, for a third of the time.
     """
+    return read_canvas(path, frame, decoding)[0]
+
+
+def read_canvas(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """`read_resized_image`, and the (height, width) that the whole picture has."""
     with opened(path, decoding) as image:
         turn = turn_of(image, decoding)
         if image.format == "TIFF":
             image.load()  # which turns it
-        place = frame.place(*image.size[:: 1 if turn in _SIDEWAYS else -1])
+        own = _turned_size(image, turn)
+        place = frame.place(*own)
         size = (place.height, place.width) if turn in _SIDEWAYS else (place.width, place.height)
         drafted = image.draft(None, (2 * size[0], 2 * size[1]))  # does nothing to other formats
         # Where a side is no multiple of the reduction, the last reduced pixel lies partly outside the picture.
@@ -108,7 +114,23 @@ def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> 
         # A triangle filter widened to the scale, which is DALI's too; cv2 has no antialiased linear filter.
         reduced = _as_mode(image, "RGB").resize(size, Image.Resampling.BILINEAR, box=extent)
         picture = np.array(reduced if turn is None else reduced.transpose(turn))
-    return place.laid(picture, frame.image_fill)
+    return place.laid(picture, frame.image_fill), own
+
+
+def read_picture(path: Path, decoding: Decoding = PLAIN) -> Image.Image:
+    """The whole picture, turned as it is to be, in PIL's memory and the file's own mode. Raises BadFileError.
+
+    For a picture of which parts are wanted and whose copies would be large: `rgb_window`.
+    """
+    with opened(path, decoding) as image:
+        turn = turn_of(image, decoding)
+        image.load()
+        return image if turn is None else image.transpose(turn)
+
+
+def rgb_window(picture: Image.Image, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8 RGB, which must lie within `picture`."""
+    return np.array(_as_mode(picture.crop((left, top, left + width, top + height)), "RGB"))
 
 
 def read_resized_mask(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
@@ -127,7 +149,18 @@ def read_size(path: Path, decoding: Decoding = PLAIN) -> tuple[int, int]:
         turn = turn_of(image, decoding)
         if image.format == "TIFF":
             image.load()
-        width, height = image.size
+        return _turned_size(image, turn)
+
+
+def stored_pixels(path: Path, decoding: Decoding = PLAIN) -> int:
+    """How many a file has, by its header alone. Raises BadFileError."""
+    with opened(path, decoding) as image:
+        return image.width * image.height
+
+
+def _turned_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
+    """(height, width) once it is turned."""
+    width, height = image.size
     return (width, height) if turn in _SIDEWAYS else (height, width)
 
 

@@ -71,7 +71,8 @@ class Frame:
 
     @property
     def mask_fill(self) -> int:
-        """The same of masks. Outside of a squashed image is background, as in the paper's released code."""
+        """The same of masks: neither learned from nor scored. Outside of a squashed image is background, as in the
+        paper's released code."""
         return 0 if self.shape == "squash" else IGNORE
 
 

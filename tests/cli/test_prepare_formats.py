@@ -69,6 +69,50 @@ def test_there_and_back(tool: Path, format: str, capsys: pytest.CaptureFixture[s
     assert len(list((tool / "back/references").iterdir())) == 10
 
 
+def masks_in(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("format", ["label-studio", "cvat", "coco", "nnunet"])
+def test_three_classes_there_and_back_by_the_keys_that_are_printed(
+    tmp_path: Path, tool: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With pixels to be ignored, which the first import cannot have."""
+    files = ("--import", f"coco={FILES / 'coco'}", "--as", "reference")
+    files += ("--import", f"cvat={FILES / 'cvat.zip'}", "--as", "annotation:anna", "--unmarked", "empty")
+    assert prepare(*files, "--to", tmp_path / "joined") == 0
+    for role in ("references", "annotations/anna"):
+        path = tmp_path / "joined" / role / "touching.png"
+        mask = np.array(Image.open(path))
+        mask[:2] = 255
+        Image.fromarray(mask).save(path)
+    keys = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+    assert keys[1:] == ['data.classes={"background": 0, "skin lesion": 1, "hair - ruler": 2}']
+    role = () if format == "label-studio" else ("--as", "annotation:anna")
+    exported = tmp_path / "exported"
+    data = ("--config", tool / "config.yaml", *keys, "data.ignore=[255]")
+    assert prepare(*data, "--export", format, *role, "--to", exported) == 0
+    assert prepare("--import", f"{format}={exported}", *role, "--unmarked", "empty", "--to", tmp_path / "back") == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(printed.partition(": ")[2])[1:] == [keys[1], "data.ignore=[255]"]
+    one, other = masks_in(tmp_path / "joined/annotations/anna"), masks_in(tmp_path / "back/annotations/anna")
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_data_that_cannot_be_trained_on_yet_can_be_exported(tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody has marked anything in it: that is what the tool is for."""
+    (tool / "out/images").mkdir(parents=True)
+    (tool / "out/annotations").mkdir()
+    for number in range(3):
+        (tool / f"out/images/{number}.png").write_bytes((tool / f"media/{number:02d}.png").read_bytes())
+        Image.new("L", (24, 16)).save(tool / f"out/annotations/{number}.png")
+    assert prepare("--config", tool / "config.yaml") == 2
+    assert prepare("--config", tool / "config.yaml", "--export", "cvat", "--to", tool / "exported.zip") == 0
+    assert (tool / "exported.zip").exists()
+
+
 def test_options_are_of_the_import_before_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = (f"coco={FILES / 'coco'}", f"cvat={FILES / 'cvat.zip'}")
     roles = ("reference", "annotation:bob")
@@ -82,15 +126,19 @@ def test_options_are_of_the_import_before_them(tmp_path: Path, capsys: pytest.Ca
     [
         (["--import", "coko=x", "--to", "out"], "FORMAT one of label-studio | cvat | coco | nnunet"),
         (["--import", "coco", "--to", "out"], "FORMAT=PATH"),
-        (["--import", "coco=x"], "need --to PATH"),
-        (["--to", "out"], "--config"),
-        (["--config", "x", "--to", "out"], "is of --import or --export"),
-        (["--config", "x", "--export", "coco", "--images", "x", "--to", "out"], "write it after the --import"),
+        (["--import", "coco=x"], "--import needs --to PATH"),
+        (["--config", "x", "--export", "coco"], "--export needs --to PATH"),
+        (["--to", "out"], "is for --import and --export"),
+        (["--report", "out"], "--config"),
+        (["--config", "x", "--unmarked", "skip"], "is for --import"),
+        (["--config", "x", "--export", "coco", "--images", "x", "--to", "out"], "is for --import"),
+        (["--config", "x", "--export", "coco", "--cache", "x", "--to", "out"], "--export does nothing else"),
         (["--as", "reference", "--import", "coco=x", "--to", "out"], "write it after the --import"),
         (["--import", "coco=x", "--as", "a", "--as", "b", "--to", "out"], "is said twice"),
-        (["--import", "coco=x", "--export", "coco", "--to", "out"], "two commands"),
+        (["--import", "coco=x", "--export", "coco", "--to", "out"], "is another command"),
+        (["--import", "coco=x", "--noisy-masks", "x", "--to", "out"], "--noisy-masks x: is another command"),
         (["--import", "coco=x", "--to", "out", "data.max_pixels=1"], "need --config"),
-        (["--config", "x", "--unmarked", "skip"], "is of --import"),
+        (["--import", "coco=~nobody-of-this-name/x", "--to", "out"], "no such user"),
     ],
 )
 def test_options_that_make_no_sense(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -285,7 +285,7 @@ def test_a_cache_holds_class_ids_and_is_of_these_classes_only(root, tmp_path):
     assert cache is not None
     for sample in samples:
         cached = cache.find(sample.truth)
-        np.testing.assert_array_equal(cached, read_resized_mask(sample.truth, 16, config.decoding))
+        np.testing.assert_array_equal(cached, read_resized_mask(sample.truth, config.frame, config.decoding))
         assert set(np.unique(cached)) == {0, 1, 2, 255}
     lower = {name: (value.lower(),) for name, value in COLOURS.items()}
     changed = config.model_copy(update={"cache": tmp_path / "cache", "classes": lower | {"ruler": ("#0000ff",)}})
@@ -302,13 +302,13 @@ def test_loaders_hand_class_ids_through(pipeline, root):
     samples = read_samples(config)[:4]
     assert all(sample.annotations for sample in samples)
     requests = [Request.of(sample, "noisy", identity_transform(16)) for sample in samples]
-    reader = PixelReader(16, decoding=config.decoding)
+    reader = PixelReader(config.frame, decoding=config.decoding)
     [batch] = _find_loader(pipeline)(iter([requests]), reader, 4, torch.device("cpu"), 1)
-    expected = [read_resized_mask(sample.annotations[0].mask, 16, config.decoding) for sample in samples]
+    expected = [read_resized_mask(sample.annotations[0].mask, config.frame, config.decoding) for sample in samples]
     np.testing.assert_array_equal(batch.masks.numpy(), expected)
     assert batch.true_masks is not None
     np.testing.assert_array_equal(
-        batch.true_masks.numpy(), [read_resized_mask(sample.truth, 16, config.decoding) for sample in samples]
+        batch.true_masks.numpy(), [read_resized_mask(sample.truth, config.frame, config.decoding) for sample in samples]
     )
 
 

@@ -20,7 +20,7 @@ class Archive:
         self._path = path
         self._limit = limit
         if path.is_dir():
-            self.names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+            self.names = {self._inside(file) for file in path.rglob("*") if file.is_file()}
             self._read: Callable[[str], bytes] = lambda name: read_regular(path / name, limit)
             return
         if not path.is_file():
@@ -55,6 +55,12 @@ class Archive:
     def place(self, name: str) -> str:
         """Where a file is, for errors."""
         return for_terminal(f"{self._path}: {name}")
+
+    def _inside(self, file: Path) -> str:
+        name = file.relative_to(self._path).as_posix()
+        if not file.resolve().is_relative_to(self._path.resolve()):
+            raise BadFileError(f"{self.place(name)}: a link that leads out of the folder; put the file itself there")
+        return name
 
     def _inflated(self, name: str) -> bytes:
         with self._zip.open(self._members[name]) as file:

@@ -35,6 +35,7 @@ from distseg.data.formats.json_file import Part, read_json
 from distseg.data.formats.shapes import labels_to_runs, polygons_to_mask, runs_to_mask
 from distseg.errors import BadFileError
 
+ROBOFLOW = "_annotations.coco.json"
 Id = Annotated[int, Field(ge=-(2**63), lt=2**63)] | str
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
@@ -44,7 +45,8 @@ class _Image(Part):
     file_name: Annotated[str, Field(min_length=1)]
     width: _Side
     height: _Side
-    group: str = ""
+    group: Any = None
+    """Ours: a text; other tools may have other things under this name."""
 
 
 class _Category(Part):
@@ -107,7 +109,9 @@ class _File:
     @property
     def split(self) -> str:
         """From instances_val2017.json, or from the folder of valid/_annotations.coco.json."""
-        words = [*re.split(r"[^a-z0-9]+", self.path.stem.casefold()), self.path.parent.name]
+        words = re.split(r"[^a-z0-9]+", self.path.stem.casefold())
+        if self.path.name == ROBOFLOW:
+            words.append(self.path.parent.name)
         return next((split for word in words if (split := split_named(word))), "")
 
 
@@ -136,7 +140,7 @@ def read(source: Source) -> Contents:
                 file.split,
                 shown,
                 {role: canvas.mask},
-                image.group,
+                image.group if isinstance(image.group, str) else "",
                 canvas.overlapping,
                 unmarked=not file.annotations_of(image),
             )
@@ -162,7 +166,7 @@ def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None
         file["images"].append({"id": image_id, "file_name": name, "width": width, "height": height, **group})
         [mask] = item.masks.values()
         for category_id, value in enumerate(values.values(), start=1):
-            for part in _parts(mask == value):
+            for part in parts(mask == value):
                 file["annotations"].append(
                     {"id": next(annotation_ids), "image_id": image_id, "category_id": category_id, "iscrowd": 0, **part}
                 )
@@ -178,10 +182,10 @@ def _json_files(path: Path) -> list[Path]:
     """The file itself; of a folder those that COCO's and Roboflow's layouts have."""
     if not path.is_dir():
         return [path]
-    for pattern in ("annotations/*.json", "*.json", "*/_annotations.coco.json"):
+    for pattern in ("annotations/*.json", "*.json", f"*/{ROBOFLOW}"):
         if found := sorted(path.glob(pattern)):
             return found
-    raise BadFileError(f"{path}: holds no annotations/*.json, *.json or */_annotations.coco.json; name the file")
+    raise BadFileError(f"{path}: holds no annotations/*.json, *.json or */{ROBOFLOW}; name the file")
 
 
 def _by_number(category: tuple[Id, str]) -> tuple[bool, Id]:
@@ -203,7 +207,7 @@ def _shape(annotation: _Annotation, size: tuple[int, int], where: str) -> NDArra
     return runs_to_mask(segmentation.counts, size, where)
 
 
-def _parts(mask: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
+def parts(mask: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
     """Segmentation, area and box of each 8-connected part of (H, W)."""
     number, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     for runs, (left, top, width, height, area) in zip(

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,12 +40,19 @@ class Imported:
     """What was written, for the user to look at."""
 
     classes: tuple[str, ...]
+    """As the files name them."""
     samples: list[Sample] = field(default_factory=list)
     """In the order of the files, under the new folder."""
     overlapping: int = 0
     unannotated: int = 0
     ignored: bool = False
     """Whether masks have pixels to be ignored."""
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of `data` that read the masks."""
+        names = {name: id for id, name in enumerate(_plain(self.classes))}
+        return {"classes": names} | ({"ignore": [IGNORE]} if self.ignored else {})
 
 
 def check_role(role: str) -> None:
@@ -190,11 +199,19 @@ def _check_unmarked(source: Source, contents: Contents, unmarked: str | None) ->
         )
 
 
+def _plain(classes: tuple[str, ...]) -> list[str]:
+    """Names that a config may have: of letters, digits, blanks, `.`, `_` and `-`, at most 64, and each once."""
+    names: list[str] = []
+    for id, name in enumerate(classes):
+        plain = re.sub(r"[^\w. -]", "-", name)[:64].strip(". -") or f"class {id}"
+        names.append(plain if plain not in (*names, *classes[:id], *classes[id + 1 :]) else f"class {id}")
+    return names
+
+
 def _classes_yaml(result: Imported) -> str:
-    """The keys of a config that read the masks; JSON is YAML."""
-    lines = ["# For the config that trains on this folder.", "data:", "  classes:"]
-    lines += [f"    {json.dumps(name, ensure_ascii=False)}: {id}" for id, name in enumerate(result.classes)]
-    return "\n".join([*lines, *([f"  ignore: [{IGNORE}]"] if result.ignored else []), ""])
+    """A part of a config; JSON is YAML."""
+    lines = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in result.keys.items()]
+    return "\n".join(["# For the config that trains on this folder.", "data:", *lines, ""])
 
 
 def _moved(sample: Sample, before: Path, after: Path) -> Sample:

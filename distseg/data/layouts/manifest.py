@@ -47,6 +47,23 @@ def read(root: Path) -> Listing | None:
     )
 
 
+def read_images(table: Path) -> Listing:
+    """The images of a table with the columns id and image, which need no masks; paths are relative to its folder."""
+    columns, rows = _table(table)
+    if missing := [column for column in ("id", "image") if column not in columns]:
+        raise UserError(f"{table}: lacks the column {missing[0]}; the header is id,image")
+    samples, problems = [], []
+    for number, row in enumerate(rows, start=1):
+        id, paths = unicodedata.normalize("NFC", row["id"]), {"image": row.get("image", "")}
+        fault = f"{'image' if id else 'id'} is empty" if not id or not paths["image"] else None
+        fault = fault or fault_of_id(id) or _fault_of_paths(paths)
+        if fault is None:
+            samples.append(Sample(id, row.get("split", ""), _under(table.parent, paths["image"])))
+        else:
+            problems.append(Problem(id, f"{table}, row {number}", fault))
+    return Listing(samples, problems, frozenset())
+
+
 def _table(manifest: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The header's columns, and each row's cells by column."""
     text = _text(manifest)
@@ -151,6 +168,10 @@ def _fault(id: str, split: str, paths: dict[str, str], values: dict[str, str]) -
             return fault.replace("id", "annotator", 1)
         if names.count(name) > 1:
             return f"annotator {name} is there twice; keep one"
+    return _fault_of_paths(paths)
+
+
+def _fault_of_paths(paths: dict[str, str]) -> str | None:
     for column, path in paths.items():
         if leaves_root(path):
             return f"{column} {path!r} leaves the folder; paths are relative to it, without '..'"

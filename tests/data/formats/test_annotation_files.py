@@ -110,7 +110,7 @@ def test_brush_masks_survive(seed: int) -> None:
 def test_a_brush_mask_of_single_values_is_read() -> None:
     """As Label Studio's own encoder has them, in JavaScript: values in a row are stored as they are."""
     alpha = np.array([[0, 255, 0], [9, 0, 255]], np.uint8)
-    values = np.repeat(alpha.ravel(), 4)
+    values = np.stack([np.full_like(alpha, 7)] * 3 + [alpha], axis=-1).ravel()  # a colour too where alpha is 0
     bits = f"{values.size:032b}{7:05b}{2:04b}{3:04b}{7:04b}{15:04b}" + "0" + "10" + f"{values.size - 1:08b}"
     bits += "".join(f"{value:08b}" for value in values)
     rle = bytes(int(bits[at : at + 8].ljust(8, "0"), 2) for at in range(0, len(bits), 8))
@@ -146,6 +146,13 @@ def test_label_studios_outlines_and_boxes(tmp_path: Path) -> None:
     expected[4:8, 8:10] = "c"  # turned clockwise about its upper left corner, (10, 4): 4 long downwards, 2 to the left
     np.testing.assert_array_equal(named(contents, item, "annotation:1"), expected)
     assert item.overlapping == 5 * 4 + 4 * 2
+
+
+def test_objects_of_one_class_may_overlap_untold(tmp_path: Path) -> None:
+    boxes = [region("rectanglelabels", label, x=x, y=0, width=50, height=50) for label, x in (("a", 0), ("a", 25))]
+    [item] = read("label-studio", write_label_studio(tmp_path, *boxes), role=None).items
+    assert item.masks["annotation:1"].sum() == 30 * 10
+    assert item.overlapping == 0
 
 
 def test_label_studios_labels_have_the_order_of_the_project(tmp_path: Path) -> None:

@@ -193,6 +193,15 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, format: str) -> Non
         export_annotations(samples, first.classes, format, "reference", tmp_path / "out", PLAIN, values, silent)
 
 
+def test_a_mask_of_another_size_is_not_exported(tmp_path: Path) -> None:
+    first = imported(tmp_path / "first", ("coco", FILES / "coco", "reference"))
+    samples = surveyed(tmp_path / "first")
+    assert samples[0].reference is not None
+    Image.new("L", (5, 7)).save(samples[0].reference)
+    with pytest.raises(UserError, match=r"references/.*is for an image of 5×7"):
+        export_annotations(samples, first.classes, "cvat", None, tmp_path / "out", PLAIN, read_mask, silent)
+
+
 def test_which_masks_to_export_must_be_said(tmp_path: Path) -> None:
     first = imported(tmp_path / "first", ("label-studio", *WRITTEN["label-studio"]))
     samples = surveyed(tmp_path / "first")
@@ -234,6 +243,97 @@ def test_a_photo_that_is_turned_has_its_masks_as_displayed(tmp_path: Path) -> No
     source = Source(tmp_path / "x.json", tmp_path / "images", "reference", ignoring)
     with pytest.raises(UserError, match=r"has 20×10; .*data\.orientation"):
         import_annotations([("coco", source)], tmp_path / "other", None, silent)
+    stored = replace(done.samples[0], split="train", reference=tmp_path / "stored.png")
+    Image.new("L", (20, 10), 255).save(tmp_path / "stored.png")
+    for format in ONE_MASK:
+        place = tmp_path / format
+        export_annotations([stored], ("background", "a"), format, None, place, ignoring, read_mask, silent)
+        again = imported(tmp_path / f"{format}_again", (format, place, "reference"))
+        assert Image.open(again.samples[0].image).size == (20, 10)
+        assert not Image.open(again.samples[0].image).getexif().get(0x0112)
+
+
+def write_coco(path: Path, **image: object) -> Path:
+    """One image A.png of 4×3 pixels, beside the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3)).save(path.parent / "A.png")
+    runs = {"size": [3, 4], "counts": [3, 4, 5]}
+    content = {
+        "images": [{"id": 1, "file_name": "A.png", "width": 4, "height": 3, **image}],
+        "categories": [{"id": 0, "name": "Background"}, {"id": 7, "name": "a"}, {"id": 3, "name": "IGNORE"}],
+        "annotations": [{"image_id": 1, "category_id": 7, "segmentation": runs, "iscrowd": 1}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test/instances.json", ""),  # a folder's name says nothing
+        ("instances_val2017.json", "val"),
+        ("Validation.json", "val"),
+        ("valid/_annotations.coco.json", "val"),
+        ("latest.json", ""),
+    ],
+)
+def test_the_split_is_what_the_file_is_called(tmp_path: Path, name: str, split: str) -> None:
+    path = write_coco(tmp_path / name)
+    [sample] = imported(tmp_path / "out", ("coco", path, "reference")).samples
+    assert sample.split == split
+
+
+def test_a_folder_of_a_file_a_split_is_read_whole(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_coco(tmp_path / f"in/{split}/_annotations.coco.json", file_name=f"{split}.png")
+        (tmp_path / f"in/{split}/A.png").rename(tmp_path / f"in/{split}/{split}.png")
+    done = imported(tmp_path / "out", ("coco", tmp_path / "in", "reference"))
+    assert {sample.id: sample.split for sample in done.samples} == {"train": "train", "valid": "val"}
+
+
+def test_images_of_one_name_in_two_folders_have_ids_of_their_whole_paths(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_coco(tmp_path / f"in/{split}/_annotations.coco.json", file_name=f"{split}/A.png")
+    done = imported(tmp_path / "out", ("coco", tmp_path / "in", "reference"))
+    assert {sample.id: sample.split for sample in done.samples} == {"train__A": "train", "valid__A": "val"}
+
+
+def test_crowds_are_painted_and_two_names_mean_what_they_say(tmp_path: Path) -> None:
+    """Background is 0 and ignore no class, wherever they are among the categories; group may be another tool's."""
+    done = imported(tmp_path / "out", ("coco", write_coco(tmp_path / "x.json", group=17), "reference"))
+    assert done.classes == ("background", "a")
+    assert masks_of(done)["A", "reference"].tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
+    assert done.samples[0].group == ""
+    assert (tmp_path / "out/classes.yaml").read_text().splitlines()[1:] == [
+        "data:",
+        '  classes: {"background": 0, "a": 1}',
+    ]
+
+
+def test_names_of_classes_that_a_config_may_not_have_are_made_plain() -> None:
+    names = ("background", "hair & ruler", "a:b", "a/b", "a-b", "$${x}", "Läsion é", "x" * 99)
+    keys = Imported(names, ignored=True).keys
+    assert list(keys["classes"].items()) == [
+        ("background", 0),
+        ("hair - ruler", 1),
+        ("class 2", 2),  # a-b is taken
+        ("class 3", 3),
+        ("a-b", 4),
+        ("x", 5),
+        ("Läsion é", 6),
+        ("x" * 64, 7),
+    ]
+    assert keys["ignore"] == [255]
+
+
+def test_a_link_out_of_an_unpacked_archive_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(FILES / "cvat.zip") as archive:
+        archive.extractall(tmp_path / "cvat")
+    (tmp_path / "secret.png").write_bytes((tmp_path / "cvat/JPEGImages/holes.png").read_bytes())
+    (tmp_path / "cvat/JPEGImages/holes.png").unlink()
+    (tmp_path / "cvat/JPEGImages/holes.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match=r"holes\.png: a link that leads out"):
+        imported(tmp_path / "out", ("cvat", tmp_path / "cvat", "reference"))
 
 
 @pytest.mark.data
