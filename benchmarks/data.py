@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.decode import read_image, read_mask, read_resized_image, read_resized_mask
+from distseg.data.geometry import Frame
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
 from distseg.data.survey import read_samples
@@ -201,17 +202,17 @@ def measure_decoding(root: Path, arguments: argparse.Namespace) -> dict[str, dic
             return fn.decoders.image(files, output_type=types.RGB)
         return fn.decoders.image_slice(files, [(1 - side) / 2] * 2, [side] * 2, output_type=types.RGB)
 
-    def each(decode: Callable[..., object], kind: str, *size: int) -> Callable[[], object]:
-        return lambda: [decode(sample.files[kind], *size) for sample in samples]
+    def each(decode: Callable[..., object], kind: str, *frame: Frame) -> Callable[[], object]:
+        return lambda: [decode(sample.files[kind], *frame) for sample in samples]
 
     seconds = take_turns(
         {
             "JPEG, whole, PIL": each(read_image, "image"),
             "JPEG, whole, DALI": decoded(1).run,
             "JPEG, middle half of its area, DALI": decoded(0.5**0.5).run,
-            "JPEG, reduced, distseg": each(read_resized_image, "image", arguments.size),
+            "JPEG, reduced, distseg": each(read_resized_image, "image", Frame(arguments.size)),
             "mask, whole, PIL": each(read_mask, "mask"),
-            "mask, reduced, distseg": each(read_resized_mask, "mask", arguments.size),
+            "mask, reduced, distseg": each(read_resized_mask, "mask", Frame(arguments.size)),
         },
         arguments.rounds,
         device="cpu",

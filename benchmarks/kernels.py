@@ -5,6 +5,7 @@
     weights          logits, tangents, masks → W⁺ and its sums                  8C + 5 bytes per pixel
     loss             logits, masks, W⁺ → Σ W·ℓ                                  4C + 5
     loss+gradient    the same and its gradient in the logits                    8C + 5
+    dice loss+grad.  Dice plus cross-entropy and its gradient, a pass each     12C + 10
     double backward  the gradient, and of it the cotangent of W, as `reverse`  16C + 14
     patch(8)         alignment map, masks → shares of 8×8 patches, spread       9
     normalise        W⁺, masks → W                                              9
@@ -31,7 +32,7 @@ from torch import Tensor
 from distseg import ops
 from distseg.ops import reference
 
-CASES = ("weights", "loss", "loss+gradient", "double backward", "patch(8)", "normalise", "step")
+CASES = ("weights", "loss", "loss+gradient", "dice loss+grad.", "double backward", "patch(8)", "normalise", "step")
 CONTENDERS = ("ours", "eager", "compiled")
 
 
@@ -40,6 +41,7 @@ def bytes_per_pixel(case: str, channels: int) -> int:
         "weights": (8, 5),
         "loss": (4, 5),
         "loss+gradient": (8, 5),
+        "dice loss+grad.": (12, 10),
         "double backward": (16, 14),
         "patch(8)": (0, 9),
         "normalise": (0, 9),
@@ -54,18 +56,25 @@ def operators(contender: str) -> SimpleNamespace:
         return SimpleNamespace(
             weights=ops.positive_alignment,
             loss=ops.weighted_loss,
+            dice=ops.dice_cross_entropy,
             patch=lambda u, y: ops.positive_part(u, y, 8),
             normalise=ops.normalise,
         )
     eager = {
         "weights": reference.positive_alignment,
         "loss": lambda z, y, w, scale, level: reference.weighted_loss(z, y, w, scale, level).sum(),
+        "dice": eager_dice,
         "patch": lambda u, y: reference.positive_part(u, y, 8),
         "normalise": reference.normalise,
     }
     if contender == "eager":
         return SimpleNamespace(**eager)
     return SimpleNamespace(**{name: torch.compile(function, dynamic=False) for name, function in eager.items()})
+
+
+def eager_dice(z: Tensor, y: Tensor, w: Tensor, scale: Tensor, level: Tensor) -> Tensor:
+    classes = torch.ones(len(z), max(2, z.shape[1]), device=z.device)
+    return reference.dice_cross_entropy(z, y, w, scale, level, classes, 0.5, 1e-5).sum()
 
 
 def calls(contender: str, shape: tuple[int, ...], device: str) -> dict[str, Callable[[], object]]:
@@ -87,6 +96,9 @@ def calls(contender: str, shape: tuple[int, ...], device: str) -> dict[str, Call
     def gradient(w: Tensor, scale: Tensor) -> Tensor:
         return torch.autograd.grad(own.loss(z_leaf, y, w, scale, zero), z_leaf)[0]
 
+    def dice_gradient() -> Tensor:
+        return torch.autograd.grad(own.dice(z_leaf, y, w, one, zero), z_leaf)[0]
+
     def double_backward() -> Tensor:
         loss = own.loss(z_leaf, y, w_leaf, one, zero)
         [first] = torch.autograd.grad(loss, z_leaf, create_graph=True)
@@ -100,6 +112,7 @@ def calls(contender: str, shape: tuple[int, ...], device: str) -> dict[str, Call
         "weights": lambda: own.weights(z, t, y),
         "loss": lambda: own.loss(z, y, w, one, zero),
         "loss+gradient": lambda: gradient(w, one),
+        "dice loss+grad.": dice_gradient,
         "patch(8)": lambda: own.patch(u, y),
         "normalise": lambda: own.normalise(w, y, one, zero),
         "step": step,
@@ -173,10 +186,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     machine, sizes = result["machine"], result["setting"]["sizes"]
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 8), layout="constrained")
     title = f"{machine['device']}, {machine['backend']}, torch {machine['torch']}, {machine['date']}"
     figure.suptitle(title, fontsize=9)
-    panels = figure.subplots(2, 4)
+    panels = figure.subplots(3, 3)
     colours = {"ours": "#D55E00", "eager": "#0072B2", "compiled": "#009E73", "copy": "#7F7F7F"}
     for axes, case in zip(panels.flat, CASES, strict=False):
         for nth, channels in enumerate(result["setting"]["channels"]):

@@ -257,6 +257,19 @@ struct Point {
     return softmax(c) - (Vec(1) & is_label(c));
   }
 
+  // Of class c, or of class 1 where there is one channel; finite, and of no use, at an ignored pixel.
+  Vec class_probability(int64_t c) const {
+    if constexpr (binary) return slope + (Vec(1) & is_label(1));
+    return softmax(c);
+  }
+
+  // The element of `factors`, one a class, that belongs to the label; 0 at an ignored pixel.
+  Vec class_weight(const acc_t* factors, int64_t channels) const {
+    Vec factor(0);
+    for (int64_t c = 0; c < std::max<int64_t>(2, channels); ++c) factor = factor + (Vec(factors[c]) & is_label(c));
+    return factor;
+  }
+
   Vec aligned(const Rows<const acc_t>& t, int64_t channels, int64_t i, int64_t count) const {
     Vec sum(0);
     for (int64_t c = 0; c < channels; ++c) sum = at::vec::fmadd(residual(c), load(t[c] + i, count), sum);
@@ -454,6 +467,94 @@ bool weighted_loss_double_backward(
   });
 }
 
+// The C accumulators of a tile, one vector of pixels each.
+template <typename acc_t>
+struct ChannelSums {
+  using Vec = Vectorized<acc_t>;
+  std::vector<acc_t> lanes;
+
+  explicit ChannelSums(int64_t channels) : lanes(channels * Vec::size()) {}
+  void clear() { std::fill(lanes.begin(), lanes.end(), acc_t(0)); }
+  void add(int64_t c, Vec value) { (Vec::loadu(at(c)) + value).store(at(c)); }
+  double sum(int64_t c) { return total(Vec::loadu(at(c))); }
+  acc_t* at(int64_t c) { return lanes.data() + c * Vec::size(); }
+};
+
+bool dice_cross_entropy_sums(const Logits& in, const Weights& weights, const void* class_weights, double* sums) {
+  return dispatch(in, [&](auto scalar, auto binary) {
+    using scalar_t = decltype(scalar);
+    using acc_t = acc_of<scalar_t>;
+    using Vec = Vectorized<acc_t>;
+    const int64_t channels = in.channels;
+    return over_tiles<scalar_t, binary.value>(in, 2 + 3 * channels, sums, [&](const Layout<scalar_t>&) {
+      return [&, both = ChannelSums<acc_t>(channels), predicted = ChannelSums<acc_t>(channels),
+              labelled = ChannelSums<acc_t>(channels)](
+                 auto& point, const auto& z, const acc_t* labels, int64_t image, int64_t first, int64_t n, double* partial) mutable {
+        const ImageWeights<acc_t> weight(weights, image, in.pixels);
+        const acc_t* factors = static_cast<const acc_t*>(class_weights) + image * std::max<int64_t>(2, channels);
+        for (auto* each : {&both, &predicted, &labelled}) each->clear();
+        Vec loss(0), mass(0);
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
+          point.template evaluate<true>(z, channels, i, lanes, labels);
+          const Vec w = weight.at(first + i, lanes, point.valid);
+          mass = mass + w;
+          loss = at::vec::fmadd(w * point.class_weight(factors, channels), point.loss, loss);
+          for (int64_t c = 0; c < channels; ++c) {
+            const Vec is_class = point.is_label(binary.value ? 1 : c), wp = w * point.class_probability(c);
+            both.add(c, wp & is_class);
+            predicted.add(c, wp);
+            labelled.add(c, w & is_class);
+          }
+        });
+        partial[0] = total(loss), partial[1] = total(mass);
+        for (int64_t c = 0; c < channels; ++c) {
+          partial[2 + c] = both.sum(c);
+          partial[2 + channels + c] = predicted.sum(c);
+          partial[2 + 2 * channels + c] = labelled.sum(c);
+        }
+      };
+    });
+  });
+}
+
+bool dice_cross_entropy_gradient(
+    const Logits& in, const Weights& weights, const void* class_weights, const void* inside, const void* outside,
+    void* gradient) {
+  return dispatch(in, [&](auto scalar, auto binary) {
+    using scalar_t = decltype(scalar);
+    using acc_t = acc_of<scalar_t>;
+    using Vec = Vectorized<acc_t>;
+    const int64_t channels = in.channels;
+    return over_tiles<scalar_t, binary.value>(in, 0, nullptr, [&](const Layout<scalar_t>& layout) {
+      return [&, gradients = std::vector<acc_t>(layout.buffer_size())](
+                 auto& point, const auto& z, const acc_t* labels, int64_t image, int64_t first, int64_t n, double*) mutable {
+        const ImageWeights<acc_t> weight(weights, image, in.pixels);
+        const acc_t* factors = static_cast<const acc_t*>(class_weights) + image * std::max<int64_t>(2, channels);
+        const acc_t* in_class = static_cast<const acc_t*>(inside) + image * channels;
+        const acc_t* anywhere = static_cast<const acc_t*>(outside) + image * channels;
+        const auto out = layout.target(gradient, image, first, gradients.data());
+        for_each_vector<Vec>(n, [&](int64_t i, auto lanes) {
+          point.template evaluate<false>(z, channels, i, lanes, labels);
+          const Vec w = weight.at(first + i, lanes, point.valid);
+          const Vec v = point.class_weight(factors, channels);
+          const auto slope = [&](int64_t c) {  // of the Dice term by the probability of class c
+            return (Vec(in_class[c]) & point.is_label(binary.value ? 1 : c)) + Vec(anywhere[c]);
+          };
+          if constexpr (binary.value) {
+            (w * at::vec::fmadd(v, point.slope, slope(0) * point.curvature)).store(out[0] + i, lanes);
+          } else {
+            Vec mean(0);
+            for (int64_t c = 0; c < channels; ++c) mean = at::vec::fmadd(point.softmax(c), slope(c), mean);
+            for (int64_t c = 0; c < channels; ++c)
+              (w * at::vec::fmadd(v, point.residual(c), point.softmax(c) * (slope(c) - mean))).store(out[c] + i, lanes);
+          }
+        });
+        layout.write(gradient, image, first, n, gradients.data());
+      };
+    });
+  });
+}
+
 // No class is looked at, so any label that is not 255 is a valid pixel.
 constexpr int64_t kAnyClass = INT32_MAX;
 
@@ -569,8 +670,8 @@ void normalise(const Weights& weights, bool is_double, const void* y, bool byte_
 #define DISTSEG_TEXT(word) DISTSEG_TEXT_(word)
 
 const Kernels DISTSEG_JOIN(kernels_, CPU_CAPABILITY) = {
-    DISTSEG_TEXT(CPU_CAPABILITY), alignment,     pixel_loss, weighted_loss,
-    weighted_loss_double_backward, positive_part, normalise,
+    DISTSEG_TEXT(CPU_CAPABILITY), alignment, pixel_loss, weighted_loss, weighted_loss_double_backward,
+    dice_cross_entropy_sums, dice_cross_entropy_gradient, positive_part, normalise,
 };
 
 }  // namespace distseg

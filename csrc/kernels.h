@@ -38,6 +38,12 @@ struct Kernels {
   bool (*weighted_loss_double_backward)(
       const Logits&, const Weights&, const void* upstream, const void* cotangent,
       void* cot_z, void* cot_w, void* cot_upstream);  // cot_z may be null
+  // class_weights (B, max(2, C)); sums (B, 2 + 3C): Σ w̃·v·ℓ, Σ w̃, and by channel Σ w̃·p where it is the label, Σ w̃·p,
+  // Σ w̃ where it is the label. inside, outside (B, C): the slope in p is outside, and inside more where it is the label.
+  bool (*dice_cross_entropy_sums)(const Logits&, const Weights&, const void* class_weights, double* sums);
+  bool (*dice_cross_entropy_gradient)(
+      const Logits&, const Weights&, const void* class_weights, const void* inside, const void* outside,
+      void* gradient);
   void (*positive_part)(
       const void* u, bool is_double, const void* y, bool byte_labels, int64_t batch, int64_t height, int64_t width,
       int64_t cell, void* map, double* sums);

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 #include <torch/python.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -150,6 +151,39 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_double_backward(
   return {cot_z, cot_w, cot_upstream};
 }
 
+Tensor dice_cross_entropy_sums(
+    const Tensor& logits, const Tensor& masks, const std::optional<Tensor>& w, const Tensor& scale, const Tensor& level,
+    const Tensor& class_weights) {
+  const Batch batch(logits, masks);
+  const WeightTensors weights(w, scale, level, batch.y, acc_type(logits));
+  const int64_t images = logits.size(0), channels = logits.size(1);
+  const Tensor v = checked(class_weights, {images, std::max<int64_t>(2, channels)}, acc_type(logits), "class_weights");
+  Tensor sums = at::empty({images, 2 + 3 * channels}, logits.options().dtype(at::kDouble));
+  check_classes(
+      kernels().dice_cross_entropy_sums(
+          batch.view, weights.view, v.const_data_ptr(), sums.mutable_data_ptr<double>()),
+      batch);
+  return sums;
+}
+
+Tensor dice_cross_entropy_gradient(
+    const Tensor& logits, const Tensor& masks, const std::optional<Tensor>& w, const Tensor& scale, const Tensor& level,
+    const Tensor& class_weights, const Tensor& inside, const Tensor& outside) {
+  const Batch batch(logits, masks);
+  const WeightTensors weights(w, scale, level, batch.y, acc_type(logits));
+  const int64_t images = logits.size(0), channels = logits.size(1);
+  const Tensor v = checked(class_weights, {images, std::max<int64_t>(2, channels)}, acc_type(logits), "class_weights");
+  const Tensor in = checked(inside, {images, channels}, acc_type(logits), "inside");
+  const Tensor out = checked(outside, {images, channels}, acc_type(logits), "outside");
+  Tensor gradient = batch.empty_logits();
+  check_classes(
+      kernels().dice_cross_entropy_gradient(
+          batch.view, weights.view, v.const_data_ptr(), in.const_data_ptr(), out.const_data_ptr(),
+          gradient.mutable_data_ptr()),
+      batch);
+  return gradient;
+}
+
 std::tuple<Tensor, Tensor> positive_part(const Tensor& u, const Tensor& masks, int64_t cell) {
   TORCH_CHECK(u.scalar_type() == at::kFloat || u.scalar_type() == at::kDouble, "the map is ", u.scalar_type(), ": need float32 or float64");
   TORCH_CHECK(u.dim() == 3 && masks.sizes() == u.sizes(), "map ", u.sizes(), " and masks ", masks.sizes(), ": need (B, H, W)");
@@ -188,6 +222,12 @@ TORCH_LIBRARY(distseg, m) {
   m.def(
       "weighted_loss_double_backward(Tensor logits, Tensor masks, Tensor? weights, Tensor scale, Tensor level,"
       " Tensor upstream, Tensor cotangent, bool for_logits) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dice_cross_entropy_sums(Tensor logits, Tensor masks, Tensor? weights, Tensor scale, Tensor level,"
+      " Tensor class_weights) -> Tensor");
+  m.def(
+      "dice_cross_entropy_gradient(Tensor logits, Tensor masks, Tensor? weights, Tensor scale, Tensor level,"
+      " Tensor class_weights, Tensor inside, Tensor outside) -> Tensor");
   m.def("positive_part(Tensor alignment, Tensor masks, int cell) -> (Tensor, Tensor)");
   m.def("normalise(Tensor? positive, Tensor masks, Tensor scale, Tensor level) -> Tensor");
 }
@@ -197,6 +237,8 @@ TORCH_LIBRARY_IMPL(distseg, CPU, m) {
   m.impl("pixel_loss", pixel_loss);
   m.impl("weighted_loss", weighted_loss);
   m.impl("weighted_loss_double_backward", weighted_loss_double_backward);
+  m.impl("dice_cross_entropy_sums", dice_cross_entropy_sums);
+  m.impl("dice_cross_entropy_gradient", dice_cross_entropy_gradient);
   m.impl("positive_part", positive_part);
   m.impl("normalise", normalise);
 }

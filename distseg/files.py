@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from distseg.errors import StorageError
+from distseg.errors import StorageError, UserError
 
 
 def write_atomically(path: Path, content: bytes | str, durable: bool = True) -> None:
@@ -44,6 +44,32 @@ def written_atomically(path: Path, durable: bool = True) -> Iterator[Path]:
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+    except OSError as error:
+        raise StorageError.of(path, error) from error
+
+
+@contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """For writers of many files: an empty folder of the same name, aside, which becomes `path` at the end of the block.
+
+    If the block raises, nothing is left. Raises UserError where `path` is anything but an empty folder or nothing, and
+    StorageError in place of an OSError.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - of `.`, whose name is empty; links stay
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: is there already; choose a new folder, or move it away")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder that it should be in does not exist; make that first")
+    outer = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    aside = outer / path.name
+    try:
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            os.sync()  # all of its files at once: one by one takes as long as the writing
+            aside.replace(path)
+        finally:
+            shutil.rmtree(outer, ignore_errors=True)
     except OSError as error:
         raise StorageError.of(path, error) from error
 

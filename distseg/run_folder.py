@@ -4,6 +4,7 @@ runs/NAME/config.yaml          the resolved config
           metrics.jsonl        one line a logged step
           result.json          final figures, once the run is done
           test_counts.csv      true and false positives and negatives of each test image
+          test_counts_own.csv  the same at the files' own resolution, unless data.score_own is never
           mlflow_run_id        the id of its MLflow run
           run.lock             held by the process that trains it (distseg/run_lock.py)
           checkpoints/         distseg/training/checkpoint.py
@@ -36,6 +37,10 @@ class RunFolder:
     @property
     def test_counts(self) -> Path:
         return self.path / "test_counts.csv"
+
+    @property
+    def test_counts_own(self) -> Path:
+        return self.path / "test_counts_own.csv"
 
     @property
     def mlflow_run_id(self) -> Path:

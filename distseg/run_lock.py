@@ -17,16 +17,18 @@ from distseg.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+TRAINS = "trains this run now; wait for its end, stop it with SIGTERM, or choose another name="
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, doing: str = TRAINS) -> Iterator[None]:
     """Hold the run in `folder`, which is made if it is missing, and remove what killed starts left half-written.
 
-    Call it on rank 0, before anything is written; if nothing is, the folder goes again. Raises UserError, with host and
-    process, where another process holds the run; StorageError where the folder cannot be written.
+    Call it on rank 0, before anything is written; if nothing is, the folder goes again. `doing` is what another process
+    that holds it does, with the mend. Raises UserError, with that, host and process, where there is one; StorageError
+    where the folder cannot be written.
 
     The kernel drops the lock when the process ends, however it ends. Between hosts it holds on file systems that have
     locks: NFS 4 and Lustre mounted with `flock` do. On one that has none a warning says so and the run goes on; two
@@ -37,12 +39,15 @@ def run_lock(folder: Path) -> Iterator[None]:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     except OSError as error:
         raise StorageError.of(path, error) from error
-    descriptor = _open_and_take(folder)
+    descriptor = _open_and_take(folder, doing)
     try:
-        remove_parts(folder)
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        try:
+            remove_parts(folder)
+            holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        except OSError as error:
+            raise StorageError.of(path, error) from error
         yield
     finally:
         if folder in made and folder.is_dir() and [*folder.iterdir()] == [path]:
@@ -50,7 +55,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_and_take(folder: Path) -> int:
+def _open_and_take(folder: Path, doing: str) -> int:
     """The open file that holds the lock."""
     path = RunFolder(folder).lock
     while True:
@@ -60,7 +65,7 @@ def _open_and_take(folder: Path) -> int:
         except OSError as error:
             raise StorageError.of(path, error) from error
         try:
-            _take(descriptor, folder)
+            _take(descriptor, folder, doing)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BaseException:
@@ -77,18 +82,17 @@ def _remove(path: Path, made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _take(descriptor: int, folder: Path) -> None:
+def _take(descriptor: int, folder: Path, doing: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         holder = _holder(folder)
         if error.errno in _HELD:
-            mend = "wait for its end, stop it with SIGTERM, or choose another name="
-            raise UserError(f"{folder}: {holder} trains this run now; {mend}") from None
+            raise UserError(f"{folder}: {holder} {doing}") from None
         if error.errno not in _NO_LOCKS:
             raise StorageError.of(RunFolder(folder).lock, error) from error
         logger.warning(
-            "%s: this file system has no locks (%s); make sure that %s does not train this run any more",
+            "%s: this file system has no locks (%s); make sure that %s is not at it any more",
             folder,
             error.strerror,
             holder,

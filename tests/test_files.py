@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from distseg.errors import StorageError
-from distseg.files import open_regular, read_regular, remove_parts, write_atomically, written_atomically
+from distseg.errors import StorageError, UserError
+from distseg.files import (
+    folder_written_atomically,
+    open_regular,
+    read_regular,
+    remove_parts,
+    write_atomically,
+    written_atomically,
+)
 from distseg.pages.figures import save_png
 from distseg.tracking.jsonl import JsonlLog, read
 
@@ -141,3 +148,44 @@ def test_a_log_on_a_full_disk_keeps_whole_lines_and_writes_the_others_later(smal
     log.log_metrics({"a": 1}, 3)
     log.close()
     assert [record["step"] for record in read(path)] == [0, 1, 2, 3]
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with folder_written_atomically(tmp_path / "new") as folder:
+        assert folder.name == "new"
+        (folder / "in").mkdir()
+        (folder / "in/file").write_text("x")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new/in/file").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_folder_whose_writer_fails_is_not_there(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), folder_written_atomically(tmp_path / "new") as folder:
+        (folder / "file").write_text("x")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with folder_written_atomically(tmp_path / "empty") as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "empty/file").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for taken in ("empty", "empty/file", "link"):
+        with pytest.raises(UserError, match="is there already"), folder_written_atomically(tmp_path / taken):
+            raise AssertionError("it began")
+    with pytest.raises(UserError, match="is there already"), folder_written_atomically(Path()):
+        raise AssertionError("it began")
+    with pytest.raises(UserError, match="does not exist"), folder_written_atomically(tmp_path / "no/new"):
+        raise AssertionError("it began")
+
+
+def test_a_folder_on_a_full_disk_is_told_in_one_line(small_disk: Path) -> None:
+    with pytest.raises(StorageError, match=r"new: cannot be written \(No space.*make room there"):  # noqa: SIM117
+        with folder_written_atomically(small_disk / "new") as folder:
+            (folder / "file").write_bytes(bytes(2**16))
+    assert not list(small_disk.iterdir())

@@ -91,3 +91,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         pass
     with pytest.raises(StorageError, match="choose a shorter name"), run_lock(tmp_path / ("n" * 300)):
         pass
+
+
+def test_a_full_disk_is_a_failure_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match=r"run\.lock.*No space left on device"), run_lock(tmp_path / "run"):
+        pass

@@ -18,13 +18,14 @@ COMMANDS = {
     "sweep": "run a study: many runs from one file, and their report",
     "report": "make the report of a study again",
     "finished": "say whether a run is done",
+    "predict": "masks of images, by a trained run",
     "compare": "set finished runs side by side",
     "demo": "see the method work in five minutes",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script `distseg`; returns its exit code, and ends the process itself after a training."""
+    """The console script `distseg`; returns its exit code, and ends the process itself after one with ranks."""
     words = sys.argv[1:] if argv is None else list(argv)
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"    {name:{width}}  {what}" for name, what in COMMANDS.items())
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
     command = parser.parse_args(words[:1] or ["--help"]).command
     code = run_command(lambda: _run(command, words[1:]))
-    if command == "train":
+    if command in ("train", "predict"):
         leave(code)
     return code
 

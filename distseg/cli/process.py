@@ -83,7 +83,7 @@ class _Terminal(logging.Handler):
         if record.levelno < logging.WARNING:
             say_in_passing(text)
         else:
-            tell(f"{record.levelname.lower()}: {text}")
+            tell(f"{record.levelname.lower()}: {for_terminal(text)}")
 
 
 def _drop_stdout() -> None:

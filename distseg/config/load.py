@@ -21,6 +21,7 @@ from distseg.section import kinds_of
 from distseg.text import for_terminal
 
 WITHOUT_EFFECT = (
+    "data.allow",
     "data.device_memory",
     "data.memory",
     "data.threads",
@@ -77,7 +78,14 @@ def flatten_config(config: Config) -> dict[str, Any]:
             flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return flat
 
-    return leaves(config.model_dump(mode="json"), "")
+    return leaves(_with_order_kept(config.model_dump(mode="json")), "")
+
+
+def _with_order_kept(values: dict[str, Any]) -> dict[str, Any]:
+    """With `data.classes` as a list: the place of a class is its id."""
+    classes = values["data"]["classes"]
+    ordered = None if classes is None else [{name: given} for name, given in classes.items()]
+    return values | {"data": values["data"] | {"classes": ordered}}
 
 
 def has_no_effect(key: str) -> bool:
@@ -107,12 +115,16 @@ def _spelled_out(written: DictConfig, overrides: list[str]) -> tuple[Any, Any]:
 
     Raises UserError for what is no override, and where a method is named over the parts of another one.
     """
+    keys = [canonical_key(item.partition("=")[0]) for item in overrides]
+    # A word in the place of a part would undo the keys that are set over it, or they it.
+    opened = {part for part in PARTS if any(key.startswith(f"method.{part}.") for key in keys)}
     method = written.get("method")
     if isinstance(method, DictConfig):
         try:
             spelled = with_parts({str(key): value for key, value in method.items_ex(resolve=False)})
         except ValueError as error:
             raise UserError(f"method: {error}") from None
+        spelled |= {part: {"kind": spelled[part]} for part in opened if isinstance(spelled.get(part), str)}
         others = {key: value for key, value in written.items_ex(resolve=False) if key != "method"}
         written = OmegaConf.create({**others, "method": spelled})
     items = []
@@ -120,7 +132,10 @@ def _spelled_out(written: DictConfig, overrides: list[str]) -> tuple[Any, Any]:
         key, separator, value = item.partition("=")
         if not separator or not key or key.startswith("-"):
             raise UserError(f"override {item!r}: write section.key=value, for instance data.clean_count=50")
-        items.append(f"{canonical_key(key)}={value}")
+        key = canonical_key(key)
+        if value.isidentifier() and key in {f"method.{part}" for part in opened}:
+            key += ".kind"
+        items.append(f"{key}={value}")
     over = OmegaConf.from_dotlist(items)
     _check_new_name(written.get("method"), over.get("method"))
     return written, over
@@ -142,7 +157,7 @@ def _check_new_name(file: Any, over: Any) -> None:
 
 def config_hash(config: Config) -> str:
     """Eight hexadecimal digits of everything that can change a result: all but the name and `tracking`."""
-    values = config.model_dump(mode="json", exclude={"name", "tracking"})
+    values = _with_order_kept(config.model_dump(mode="json", exclude={"name", "tracking"}))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

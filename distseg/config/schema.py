@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from distseg.data.config import DataConfig
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.methods.config import MethodConfig
+from distseg.methods.losses.cross_entropy import CrossEntropyConfig
+from distseg.methods.losses.dice_cross_entropy import DiceCrossEntropyConfig
 from distseg.models.config import ModelConfig, UNetConfig
 from distseg.optim.config import OptimConfig
 from distseg.section import Section
@@ -47,4 +49,16 @@ class Config(Section):
             raise ValueError("deepspeed.zero_stage 3: learned weights need whole parameters; set it to 2 or less")
         if self.method.phases.kind == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
+        return self
+
+    @model_validator(mode="after")
+    def _every_class_has_its_weight(self) -> Self:
+        loss = self.method.loss
+        weights = loss.class_weights if isinstance(loss, CrossEntropyConfig | DiceCrossEntropyConfig) else None
+        names = self.data.class_names
+        if weights is not None and len(weights) != len(names):
+            raise ValueError(
+                f"method.loss.class_weights has {len(weights)} numbers for {len(names)} classes; give one for each of "
+                + ", ".join(names)
+            )
         return self

@@ -6,23 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from distseg.data.classes import IGNORE
 from distseg.data.decode import Decoding, read_mask
 from distseg.data.sample import Annotation, Sample
 from distseg.errors import UserError
 from distseg.files import write_atomically
 
-IGNORE = 255
 Rule = Literal["majority", "staple"]
 
 
 def fuse_annotations(
     samples: Sequence[Sample], rule: Rule, folder: Path, decoding: Decoding, write: bool
 ) -> list[Sample]:
-    """Each sample with one annotation in place of several, as PNG of class ids in `folder`, in the order given.
+    """Each sample with one annotation in place of several, as PNG in `folder` with the values that the data's own
+    masks have, in the order given.
 
     Without `write` the files are those that another rank has written. Raises UserError where a library is missing.
     """
@@ -32,7 +32,7 @@ def fuse_annotations(
     def fuse_one(sample: Sample) -> None:
         masks = np.stack([read_mask(each.mask, decoding) for each in sample.annotations])
         mask = majority(masks) if rule == "majority" else staple(masks)
-        write_atomically(fused[sample.id], cv2.imencode(".png", mask)[1].tobytes(), durable=False)  # can be made again
+        write_atomically(fused[sample.id], decoding.classes.encode(mask), durable=False)  # can be made again
 
     missing = [sample for sample in several if write or not fused[sample.id].exists()]
     if missing:

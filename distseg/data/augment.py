@@ -87,10 +87,12 @@ def draw_transform(config: AugmentConfig, image_size: int, seed: int, stream: st
     )
 
 
-def warp_elastically(pixels: NDArray[np.uint8], field: NDArray[np.float32], interpolation: int) -> NDArray[np.uint8]:
-    """(H, W) or (H, W, C) uint8 under `Transform.elastic`, black where the source is outside."""
+def warp_elastically(
+    pixels: NDArray[np.uint8], field: NDArray[np.float32], interpolation: int, fill: tuple[int, ...]
+) -> NDArray[np.uint8]:
+    """(H, W) or (H, W, C) uint8 under `Transform.elastic`, `fill` (of each channel) where the source is outside."""
     row, column = np.mgrid[: pixels.shape[0], : pixels.shape[1]].astype(np.float32)
-    warped = cv2.remap(pixels, column + field[..., 0], row + field[..., 1], interpolation, borderValue=0)
+    warped = cv2.remap(pixels, column + field[..., 0], row + field[..., 1], interpolation, borderValue=fill)
     return np.asarray(warped, np.uint8)
 
 

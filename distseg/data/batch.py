@@ -15,7 +15,7 @@ Labels = Literal["noisy", "true"]
 
 @dataclass(frozen=True)
 class Batch:
-    """What every loader yields. B samples at network resolution H×W, on the training device."""
+    """What every loader yields. B samples on the training device; H×W is image_size², or a whole canvas to be tiled."""
 
     images: Tensor
     """(B, 3, H, W) float32, contiguous; RGB, normalised by channel means and deviations."""
@@ -47,12 +47,20 @@ class Request:
     truth: Path | None
     """The reference, which may be the same file; of all requests of a loader or of none."""
     transform: Transform
+    window: tuple[float, float] | None = None
+    """The part of a larger canvas that is wanted, as `geometry.cut` takes it; None: all of it."""
 
     @classmethod
     def of(
-        cls, sample: Sample, labels: Labels, transform: Transform, annotation: int = 0, truth_known: bool = True
+        cls,
+        sample: Sample,
+        labels: Labels,
+        transform: Transform,
+        annotation: int = 0,
+        truth_known: bool = True,
+        window: tuple[float, float] | None = None,
     ) -> Self:
         """Of the reference (`true`), or of one of the annotations (`noisy`), where a study has made the sample some."""
         noisy = labels == "noisy" and sample.annotations
         label = sample.annotations[annotation].mask if noisy else sample.truth
-        return cls(sample.id, sample.image, label, sample.reference if truth_known else None, transform)
+        return cls(sample.id, sample.image, label, sample.reference if truth_known else None, transform, window)

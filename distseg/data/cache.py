@@ -1,9 +1,9 @@
 """Images and masks at network resolution, written once and read in place of large originals.
 
 A cache is a folder of shards of up to 256 samples, each two .npy files: `images` (n, S, S, 3) uint8 RGB and `masks`
-(m, S, S) uint8 class ids, all of the samples' masks in the order of `Sample.files`; and index.json, which says what it
-was made from (of each source file its path under the root, its size, its time of change and its SHA-256) and each .npy
-file's SHA-256.
+(m, S, S) uint8 class ids, 255 = padding, all of the samples' masks in the order of `Sample.files`; and index.json,
+which says what it was made from (of each source file its path under the root, its size, its time of change and its
+SHA-256) and each .npy file's SHA-256.
 
 The pixels are those that the loaders would decode on the CPU, so that training from the cache is bit for bit training
 from the originals. index.json is written last: without it there is no cache, only shards, which a restarted run keeps
@@ -22,17 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
+from distseg.data.classes import IGNORE, ClassMap
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding, read_resized_image, read_resized_mask
+from distseg.data.geometry import Frame, Shape
 from distseg.data.sample import FileKey, Problem, Sample, leaves_root
 from distseg.errors import BadFileError, UserError
 from distseg.files import write_atomically
 from distseg.section import Section
 
-FORMAT = 4
+FORMAT = 5
 SHARD_SIZE = 256
 Kind = Literal["images", "masks"]
-_READERS: dict[Kind, Callable[[Path, int, Decoding], NDArray[np.uint8]]] = {
+_READERS: dict[Kind, Callable[[Path, Frame, Decoding], NDArray[np.uint8]]] = {
     "images": read_resized_image,
     "masks": read_resized_mask,
 }
@@ -52,7 +54,10 @@ class Shard(Section):
 
     name: Annotated[str, Field(pattern=r"^shard_\d{5}\.json$")]
     image_size: Annotated[int, Field(ge=1, le=8192)]
+    shape: Shape
     orientation: Literal["apply", "ignore"]
+    classes: str
+    """ClassMap.key of the masks."""
     sha256: dict[Kind, Digest]
     """Of the arrays."""
     sources: Annotated[list[dict[FileKey, Source]], Field(min_length=1)]
@@ -76,7 +81,9 @@ class Shard(Section):
 class Index(Section):
     format: int
     image_size: Annotated[int, Field(ge=1, le=8192)]
+    shape: Shape
     orientation: Literal["apply", "ignore"]
+    classes: str
     left_out: list[tuple[str, str, str]]
     """Id, file and reason of what was bad."""
     shards: list[Shard]
@@ -117,6 +124,10 @@ def write_cache(
 
     Raises BadFileError for a file that cannot be decoded, and UserError where `folder` holds something else.
     """
+    if config.shape == "crop":
+        raise UserError(
+            "--cache: holds images of one size, which crops are not; leave it out, or set another data.shape"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.json"
     foreign = [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(("index.json", "shard_"))]
@@ -140,7 +151,9 @@ def write_cache(
     content = Index(
         format=FORMAT,
         image_size=config.image_size,
+        shape=config.shape,
         orientation=config.orientation,
+        classes=config.class_map.key,
         left_out=[(problem.id, problem.file, problem.reason) for problem in left_out],
         shards=shards,
     )
@@ -151,16 +164,16 @@ def write_cache(
 def open_cache(config: DataConfig) -> PixelCache | None:
     """The cache that `config.cache` names, or None where it names none.
 
-    Raises UserError where it is missing, damaged, of another image size or orientation, or made from other files than
-    are under `config.root` now. Checked once per process.
+    Raises UserError where it is missing, damaged, of another image size, shape, orientation or classes, or made from
+    other files than are under `config.root` now. Checked once per process.
     """
     if config.cache is None:
         return None
-    return _open(config.cache, config.root, config.image_size, config.orientation)
+    return _open(config.cache, config.root, config.image_size, config.shape, config.orientation, config.class_map)
 
 
 @lru_cache(maxsize=2)
-def _open(folder: Path, root: Path, image_size: int, orientation: str) -> PixelCache:
+def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: str, classes: ClassMap) -> PixelCache:
     try:
         content = (folder / "index.json").read_bytes()
         if _Version.model_validate_json(content).format != FORMAT:
@@ -170,19 +183,25 @@ def _open(folder: Path, root: Path, image_size: int, orientation: str) -> PixelC
         raise _refusal(folder, "is no finished cache") from None
     if index.image_size != image_size:
         raise _refusal(folder, f"was made at data.image_size {index.image_size}, not {image_size}")
+    if index.shape != shape:
+        raise _refusal(folder, f"was made with data.shape {index.shape}, not {shape}")
     if index.orientation != orientation:
         raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}")
+    if index.classes != classes.key:
+        raise _refusal(folder, "was made with other data.classes, data.ignore or data.threshold")
     rows: dict[Path, NDArray[np.uint8]] = {}
     digests: dict[Path, str] = {}
     for shard in index.shards:
         for kind, digest in shard.sha256.items():
-            rows |= _map_array(folder, root, shard, kind, digest)
+            rows |= _map_array(folder, root, shard, kind, digest, len(classes.names))
         for sources, contents in zip(shard.sources, shard.contents, strict=True):
             digests |= {root / name: contents[kind] for kind, (name, *_) in sources.items()}
     return PixelCache(rows, digests, [Problem(*row) for row in index.left_out])
 
 
-def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) -> dict[Path, NDArray[np.uint8]]:
+def _map_array(
+    folder: Path, root: Path, shard: Shard, kind: Kind, digest: str, class_count: int
+) -> dict[Path, NDArray[np.uint8]]:
     """The rows of one array by the files that they were made from."""
     path = folder / shard.array(kind)
     pixels = None
@@ -194,7 +213,7 @@ def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) 
     sources = shard.rows(kind)
     shape = (len(sources), shard.image_size, shard.image_size, *((3,) if kind == "images" else ()))
     sound = pixels is not None and pixels.dtype == np.uint8 and pixels.shape == shape
-    if pixels is None or not sound or (kind == "masks" and pixels.max() > 1):
+    if pixels is None or not sound or (kind == "masks" and _holds_no_class(pixels, class_count)):
         raise _refusal(folder, f"is damaged: {path.name}")
     pixels = np.asarray(pixels)  # a memmap's rows are slow to take
     rows = {}
@@ -208,6 +227,10 @@ def _map_array(folder: Path, root: Path, shard: Shard, kind: Kind, digest: str) 
     return rows
 
 
+def _holds_no_class(masks: NDArray[np.uint8], class_count: int) -> bool:
+    return bool(((masks >= class_count) & (masks != IGNORE)).any())
+
+
 def _write_shard(
     folder: Path,
     name: str,
@@ -216,17 +239,24 @@ def _write_shard(
     config: DataConfig,
     pool: ThreadPoolExecutor,
 ) -> Shard:
-    size, digests = config.image_size, {}
+    frame, digests = config.frame, {}
     for kind, read in _READERS.items():
         paths = [path for sample in samples for key, path in sample.files.items() if _kind_of(key) == kind]
         content = io.BytesIO()
-        pixels = [pool.submit(read, path, size, config.decoding) for path in paths]
+        pixels = [pool.submit(read, path, frame, config.decoding) for path in paths]
         np.save(content, np.stack([row.result() for row in pixels]), allow_pickle=False)
         write_atomically(folder / f"{Path(name).stem}_{kind}.npy", content.getvalue())
         digests[kind] = hashlib.sha256(content.getvalue()).hexdigest()
     contents = [{kind: _sha256(path) for kind, path in sample.files.items()} for sample in samples]
     shard = Shard(
-        name=name, image_size=size, orientation=config.orientation, sha256=digests, sources=sources, contents=contents
+        name=name,
+        image_size=config.image_size,
+        shape=config.shape,
+        orientation=config.orientation,
+        classes=config.class_map.key,
+        sha256=digests,
+        sources=sources,
+        contents=contents,
     )
     write_atomically(folder / name, shard.model_dump_json())
     return shard
@@ -240,8 +270,8 @@ def _whole_shard(folder: Path, name: str, sources: list[dict[FileKey, Source]], 
     """What a record says, where its shard was made from these files with these keys and is undamaged."""
     try:
         shard = Shard.model_validate_json((folder / name).read_bytes())
-        expected = (name, config.image_size, config.orientation, sources)
-        made = (shard.name, shard.image_size, shard.orientation, shard.sources) == expected
+        expected = (name, config.image_size, config.shape, config.orientation, config.class_map.key, sources)
+        made = (shard.name, shard.image_size, shard.shape, shard.orientation, shard.classes, shard.sources) == expected
         whole = all(_sha256(folder / shard.array(kind)) == digest for kind, digest in shard.sha256.items())
         return shard if made and whole else None
     except (OSError, ValueError):

@@ -1,11 +1,14 @@
 """The `data` section of a config."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from distseg.data.classes import ClassMap, class_map
 from distseg.data.decode import Decoding
+from distseg.data.findings import FindingName
+from distseg.data.geometry import Frame, Shape
 from distseg.data.layouts import LAYOUTS
 from distseg.data.noise.config import NoiseConfig
 from distseg.data.noise.none import NoNoise
@@ -28,6 +31,16 @@ def _known_layout(name: str) -> str:
     if name not in ("auto", *LAYOUTS):
         raise ValueError(f"must be {' | '.join(('auto', *LAYOUTS))}")
     return name
+
+
+def _in_a_list(values: Any) -> Any:
+    return [values] if isinstance(values, str | int) else values
+
+
+_Number = Annotated[int, Field(strict=True, ge=0, le=65535)]
+_Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AfterValidator(str.lower)]
+_Values = Annotated[tuple[_Number | _Colour, ...], BeforeValidator(_in_a_list)]
+_ClassName = Annotated[str, Field(pattern=r"^\w([\w. -]{0,62}\w)?$")]
 
 
 class AugmentConfig(Section):
@@ -76,6 +89,16 @@ class DataConfig(Section):
     """How the files lie in the folder; auto takes the first layout that fits."""
     image_size: Annotated[int, Field(ge=8, le=8192)] = 96
     """Side of the square network input, pixels."""
+    shape: Shape = "squash"
+    """How a file becomes that square. squash: both sides are resampled to it, as in the paper. letterbox: the longer
+    side is, the aspect stays and the rest is padding, which neither trains nor counts. crop: random windows of the file
+    at data.scale; validation and test cover the whole file by tiles."""
+    scale: Annotated[float, Field(gt=0, le=4)] = 1.0
+    """Of shape crop: pixels of the network's input per pixel of a file."""
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25
+    """Of shape crop: the least share of a tile's side that the next one covers too, where their logits are blended."""
+    score_own: Literal["never", "test", "always"] = "test"
+    """When to score at the files' own resolution too, test/own/dice beside test/dice: always is at every validation."""
     clean_count: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """null: the clean stream is what has a reference mask, the noisy stream what has annotations alone. K: a study, in
     which that many references, drawn by the run's seed, are known, and the others' serve diagnostics alone."""
@@ -84,6 +107,13 @@ class DataConfig(Section):
     annotators: Literal["drawn", "majority", "staple"] = "drawn"
     """What is learned from where an image has several annotations: one drawn by seed each time, the class that most of
     them mark, or STAPLE's estimate (Warfield et al. 2004; needs SimpleITK)."""
+    classes: dict[_ClassName, _Values] | None = None
+    """The classes and the values that mean each in a mask's file, background first: numbers as they are stored (greys
+    of 1 to 16 bits, indices of a palette) or colours, "#rrggbb". null: background is 0, lesion 1 or 255."""
+    ignore: _Values = ()
+    """Values of pixels that nobody vouches for: nothing is learned from them, and nothing scored on them."""
+    threshold: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Of grey masks: from this value on a pixel is lesion. For two classes, in place of `classes`."""
     noise: NoiseConfig = NoNoise()
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it imports, the torch loader elsewhere."""
@@ -98,6 +128,8 @@ class DataConfig(Section):
     """Folder that `launch/prepare.py --cache` has filled from this data at this image_size."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What to do about files that cannot be used: end, or leave their samples out and say so."""
+    allow: tuple[FindingName, ...] = ()
+    """Findings about the data that are neither refused nor warned of (docs/your_data.md), for instance [near_twins]."""
     follow_links: bool = False
     """Allow symbolic links that lead out of the root."""
     orientation: Literal["apply", "ignore"] = "apply"
@@ -116,7 +148,44 @@ class DataConfig(Section):
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels)
+        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels, self.class_map)
+
+    @property
+    def class_map(self) -> ClassMap:
+        return class_map(self.classes, self.ignore, self.threshold)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By id, background first."""
+        return self.class_map.names
+
+    @property
+    def class_count(self) -> int:
+        return len(self.class_names)
+
+    @model_validator(mode="after")
+    def _values_are_of_one_class(self) -> Self:
+        _ = self.class_map
+        if self.noise.looks_at_image and self.class_count > 2:
+            raise ValueError(
+                f"noise.kind {self.noise.kind}: finds one region in the image and knows no classes; choose a kind that "
+                "draws from masks, for instance noise.kind=boundary"
+            )
+        return self
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(self.image_size, self.shape, self.scale)
+
+    @model_validator(mode="after")
+    def _keys_apply_to_the_shape(self) -> Self:
+        fields = type(self).model_fields
+        for key in ("scale", "overlap"):
+            if self.shape != "crop" and getattr(self, key) != fields[key].default:
+                raise ValueError(f"{key} {getattr(self, key)}: applies to shape crop alone, not to {self.shape}")
+        if self.shape == "crop" and self.cache is not None:
+            raise ValueError(f"cache {self.cache}: holds images of one size, which crops are not; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _fractions_leave_training_images(self) -> Self:

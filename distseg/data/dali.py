@@ -2,8 +2,9 @@
 
 DALI's CPU decoder cannot decode at a reduced size, which takes less than half as long where originals are large; hence
 on the CPU the images come decoded and resized from the reader, as the masks do everywhere. So they do where the reader
-keeps them in the GPU's memory. Nothing in the pipeline is random: each sample comes with its matrix, its colour map and
-its fields (augment.py).
+keeps them in the GPU's memory, and where they are not squashed, because letterboxes and windows follow from a file's
+size, which only the reader knows. Nothing in the pipeline is random: each sample comes with its matrix, its colour map
+and its fields (augment.py).
 """
 
 import itertools
@@ -24,6 +25,7 @@ from torch import Tensor
 from distseg.data.augment import Transform, warp_elastically
 from distseg.data.batch import Batch, Request
 from distseg.data.decode import read_image
+from distseg.data.geometry import Frame, cut
 from distseg.data.reader import PixelReader, read_ahead
 
 Array = NDArray[Any] | Tensor
@@ -63,7 +65,8 @@ def load_batches(
     decoded. Closing the generator frees the pipeline and stops the threads.
     """
     on_gpu = device.type == "cuda"
-    decoding = on_gpu and reader.cache is None and reader.on_device is None
+    squashed = reader.frame.shape == "squash"
+    decoding = on_gpu and squashed and reader.cache is None and reader.on_device is None
     ahead = read_ahead(requests, lambda request: _inputs(request, reader, decoding), max_batch_size, threads)
     pending: deque[Sequence[Request]] = deque()  # what DALI has been given and has not returned, oldest first
     first = next(ahead, None)
@@ -79,7 +82,7 @@ def load_batches(
         pipeline = _pipeline(
             inputs(),
             tuple(first[1][0]),
-            reader.size,
+            reader.frame,
             on_gpu,
             reader.decoding.orientation == "apply",
             reader.on_device.stream if reader.on_device else None,
@@ -117,7 +120,7 @@ def load_batches(
 def _pipeline(
     inputs: Iterator[list[dict[str, Array]]],
     names: tuple[str, ...],
-    size: int,
+    frame: Frame,
     on_gpu: bool,
     turns: bool,
     stream: torch.cuda.Stream | None,
@@ -132,8 +135,8 @@ def _pipeline(
     def moved(name: str) -> DataNode:
         return given[name].gpu() if on_gpu else given[name]
 
-    def warped(pixels: DataNode, interpolation: types.DALIInterpType) -> DataNode:
-        return fn.warp_affine(pixels, matrix=given["matrix"], interp_type=interpolation, fill_value=0)
+    def warped(pixels: DataNode, interpolation: types.DALIInterpType, fill: int = 0) -> DataNode:
+        return fn.warp_affine(pixels, matrix=given["matrix"], interp_type=interpolation, fill_value=fill)
 
     if "file" in given:
         image = fn.decoders.image(
@@ -143,12 +146,21 @@ def _pipeline(
             adjust_orientation=turns,
             jpeg_fancy_upsampling=True,  # as the CPU decodes
         )
-        image = fn.resize(image, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+        image = fn.resize(image, size=(frame.size, frame.size), interp_type=types.INTERP_LINEAR, antialias=True)
     else:
         image = given["kept"] if "kept" in given else moved("pixels")
+    # DALI fills with one value for all channels: that of padding is 0 while the pixels are relative to it.
+    coloured = any(frame.image_fill)
+    fill = (
+        types.Constant(np.array(frame.image_fill, np.float32), device="gpu" if on_gpu else "cpu") if coloured else None
+    )
+    if fill is not None:
+        image = image - fill
     if "elastic_x" in given:
         image = fn.experimental.remap(image, moved("elastic_x"), moved("elastic_y"), pixel_origin="center")
     image = warped(image, types.INTERP_LINEAR)
+    if fill is not None:
+        image = image + fill
     if "hairs" in given:
         image = image * moved("hairs")
     if "blur" in given:
@@ -156,7 +168,7 @@ def _pipeline(
     image = fn.transpose(fn.coord_transform(image, MT=given["colour"]), perm=[2, 0, 1])
     if "grain" in given:
         image = image + moved("grain")
-    return image, warped(moved("masks"), types.INTERP_NN)
+    return image, warped(moved("masks"), types.INTERP_NN, frame.mask_fill)
 
 
 def _fed(inputs: Iterator[list[dict[str, Array]]], names: list[str], **where: Any) -> dict[str, DataNode]:
@@ -177,12 +189,12 @@ def _fed(inputs: Iterator[list[dict[str, Array]]], names: list[str], **where: An
 
 def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, Array]:
     """The arrays of one sample under their names in `_INPUTS`; with `decoding`, DALI does the image's file."""
-    transform = request.transform
+    transform, frame = request.transform, reader.frame
     label = reader.mask(request.label)
     true = label if request.truth in (None, request.label) else reader.mask(request.truth)
-    masks = np.stack([label, true], axis=-1)
+    masks = np.stack([cut(mask, request.window, frame.size) for mask in (label, true)], axis=-1)
     if transform.elastic is not None:
-        masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST)
+        masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST, 2 * (frame.mask_fill,))
     image: dict[str, Array]
     if decoding:
         reader.check_unchanged(request.image)
@@ -190,9 +202,9 @@ def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, 
     elif reader.on_device:
         image = {"kept": reader.on_device.image(request.image)}
     else:
-        pixels = reader.image(request.image)
+        pixels = cut(reader.image(request.image), request.window, frame.size)
         if transform.elastic is not None:
-            pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
+            pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR, frame.image_fill)
         image = {"pixels": pixels}
     if transform.elastic is not None and "pixels" not in image:
         image |= _source_maps(transform.elastic)

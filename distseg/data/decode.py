@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from distseg.data.classes import IGNORE, PLAIN_CLASSES, ClassMap, UnnamedValues, grey_step
+from distseg.data.geometry import Frame
 from distseg.data.png import with_pixels_stored
 from distseg.data.resize import resize_mask
 from distseg.errors import BadFileError
@@ -38,6 +40,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_270,
+}
 _UNDONE = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused here, and at a lower bound
 
@@ -50,6 +58,8 @@ class Decoding:
     """Whether pixels are turned as a file's EXIF orientation says."""
     max_file_bytes: int = 2**29
     max_pixels: int = 2**26
+    classes: ClassMap = PLAIN_CLASSES
+    """What the values of a mask mean."""
 
 
 PLAIN = Decoding()
@@ -64,34 +74,94 @@ def read_image(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
 
 
 def read_mask(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
-    """(H, W) uint8 in {0, 1}: 1 where the grey value is not black. Raises BadFileError as `read_image` does."""
+    """(H, W) uint8 class ids, 255 = ignore. Raises BadFileError as `read_image` does, and for values without a class.
+
+    The plain binary map takes for 1 whatever is not black.
+    """
     # A PNG is inflated by png.py, to the same pixels in two thirds of the time.
     content = with_pixels_stored(content_of(path, decoding), decoding.max_pixels)
     with opened(path, decoding, content) as image:
+        step = grey_step(image)  # first: EXIF of a PNG is read by loading it
         turn = turn_of(image, decoding)
+        if not decoding.classes.is_plain:
+            ids = decoding.classes.ids(image, step)
+            return ids if turn is None else np.asarray(Image.fromarray(ids).transpose(turn))
         grey = _as_mode(image, "L")
         return (np.asarray(grey if turn is None else grey.transpose(turn)) > 0).view(np.uint8)
 
 
-def read_resized_image(path: Path, size: int, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
-    """(size, size, 3) uint8 RGB, squashed with an antialiasing filter.
+def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB, the canvas of `frame`, resampled with an antialiasing filter.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least twice `size`: the inverse DCT averages as a box
-    filter would, for a third of the time.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves at least twice the size that is needed: the inverse DCT
+    averages as a box filter would, for a third of the time.
     """
+    return read_canvas(path, frame, decoding)[0]
+
+
+def read_canvas(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """`read_resized_image`, and the (height, width) that the whole picture has."""
     with opened(path, decoding) as image:
         turn = turn_of(image, decoding)
-        drafted = image.draft(None, (2 * size, 2 * size))  # does nothing to other formats
+        if image.format == "TIFF":
+            image.load()  # which turns it
+        own = _turned_size(image, turn)
+        place = frame.place(*own)
+        size = (place.height, place.width) if turn in _SIDEWAYS else (place.width, place.height)
+        drafted = image.draft(None, (2 * size[0], 2 * size[1]))  # does nothing to other formats
         # Where a side is no multiple of the reduction, the last reduced pixel lies partly outside the picture.
         extent = drafted[1] if drafted else None
         # A triangle filter widened to the scale, which is DALI's too; cv2 has no antialiased linear filter.
-        reduced = _as_mode(image, "RGB").resize((size, size), Image.Resampling.BILINEAR, box=extent)
-        return np.array(reduced if turn is None else reduced.transpose(turn))
+        reduced = _as_mode(image, "RGB").resize(size, Image.Resampling.BILINEAR, box=extent)
+        picture = np.array(reduced if turn is None else reduced.transpose(turn))
+    return place.laid(picture, frame.image_fill), own
 
 
-def read_resized_mask(path: Path, size: int, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
-    """(size, size) uint8 in {0, 1}: each pixel has the class that covers most of its area, in a tie background."""
-    return resize_mask(read_mask(path, decoding), size, size)
+def read_picture(path: Path, decoding: Decoding = PLAIN) -> Image.Image:
+    """The whole picture, turned as it is to be, in PIL's memory and the file's own mode. Raises BadFileError.
+
+    For a picture of which parts are wanted and whose copies would be large: `rgb_window`.
+    """
+    with opened(path, decoding) as image:
+        turn = turn_of(image, decoding)
+        image.load()
+        return image if turn is None else image.transpose(turn)
+
+
+def rgb_window(picture: Image.Image, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8 RGB, which must lie within `picture`."""
+    return np.array(_as_mode(picture.crop((left, top, left + width, top + height)), "RGB"))
+
+
+def read_resized_mask(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
+    """(H, W) uint8 class ids, 255 = ignore, padding too: each pixel has the class of most of its area.
+
+    A tie goes to the lowest id.
+    """
+    mask = read_mask(path, decoding)
+    place = frame.place(*mask.shape)
+    return place.laid(resize_mask(mask, place.height, place.width), IGNORE)
+
+
+def read_size(path: Path, decoding: Decoding = PLAIN) -> tuple[int, int]:
+    """(height, width) as `read_image` gives it, by the file's header."""
+    with opened(path, decoding) as image:
+        turn = turn_of(image, decoding)
+        if image.format == "TIFF":
+            image.load()
+        return _turned_size(image, turn)
+
+
+def stored_pixels(path: Path, decoding: Decoding = PLAIN) -> int:
+    """How many a file has, by its header alone. Raises BadFileError."""
+    with opened(path, decoding) as image:
+        return image.width * image.height
+
+
+def _turned_size(image: Image.Image, turn: Image.Transpose | None) -> tuple[int, int]:
+    """(height, width) once it is turned."""
+    width, height = image.size
+    return (width, height) if turn in _SIDEWAYS else (height, width)
 
 
 @contextmanager
@@ -101,6 +171,8 @@ def opened(path: Path, decoding: Decoding, content: bytes | None = None) -> Iter
     Whatever goes wrong in the block is a BadFileError that names the file.
     """
     content = content_of(path, decoding) if content is None else content
+    if Image.MAX_IMAGE_PIXELS is not None and decoding.max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = decoding.max_pixels  # PIL would refuse twice its own bound; ours is the stricter
     with _named(path, decoding), Image.open(BytesIO(content), formats=FORMATS) as image:
         width, height = image.size
         if width * height > decoding.max_pixels or max(width, height) > MAX_SIDE:
@@ -136,6 +208,8 @@ def _named(path: Path, decoding: Decoding) -> Iterator[None]:
         raise
     except Image.DecompressionBombError:
         raise BadFileError(f"{path}: {_bomb('more than that', decoding)}") from None
+    except UnnamedValues as error:
+        raise BadFileError(f"{path}: mask {error}") from None
     except FileNotFoundError:
         raise BadFileError(f"{path}: no such file") from None
     except UnidentifiedImageError:  # its text has the address of a buffer, another in every process

@@ -16,10 +16,13 @@ from distseg.data.sample import Sample
 def fit_on_device(samples: Sequence[Sample], config: DataConfig, device: torch.device) -> bool:
     """Whether `device` is a GPU on which `config.device_memory` holds the images of all `samples`, as uint8 RGB.
 
-    All or none, because the decoder depends on it: one stream's pixels come from one decoder, whatever has been seen.
+    Never of crops, whose canvases are of any size. All or none, because the decoder depends on it: one stream's pixels
+    come from one decoder, whatever has been seen.
     """
+    if device.type != "cuda" or config.shape == "crop":
+        return False
     images = {sample.image for sample in samples}
-    return device.type == "cuda" and len(images) * 3 * config.image_size**2 <= config.device_memory * 2**30
+    return len(images) * 3 * config.image_size**2 <= config.device_memory * 2**30
 
 
 class DeviceImages:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from distseg.data.cache import PixelCache
 from distseg.data.decode import PLAIN, Decoding, read_resized_image, read_resized_mask
 from distseg.data.device_images import DeviceImages
+from distseg.data.geometry import Frame
 from distseg.errors import BadFileError
 
 Request = TypeVar("Request")
@@ -29,18 +30,18 @@ _Ready = queue.Queue[tuple[Work] | BaseException | None]
 
 
 class PixelReader:
-    """Reads images and masks, squashed to `size`×`size`; several threads may ask at once."""
+    """Reads images and masks, each as the canvas of `frame`; several threads may ask at once."""
 
     def __init__(
         self,
-        size: int,
+        frame: Frame,
         memory_bytes: int = 0,
         cache: PixelCache | None = None,
         on_device: DeviceImages | None = None,
         decoding: Decoding = PLAIN,
     ) -> None:
         """`memory_bytes` bounds the pixels kept; what no longer fits is decoded anew each time."""
-        self.size = size
+        self.frame = frame
         self.cache = cache
         self.on_device = on_device
         """Where a loader that works on a GPU finds the images instead, if they fit there."""
@@ -52,11 +53,11 @@ class PixelReader:
         self._lock = threading.Lock()
 
     def image(self, path: Path) -> NDArray[np.uint8]:
-        """(size, size, 3) uint8 RGB, not to be written to. Raises BadFileError."""
+        """(H, W, 3) uint8 RGB, not to be written to. Raises BadFileError."""
         return self._read("image", path, read_resized_image)
 
     def mask(self, path: Path) -> NDArray[np.uint8]:
-        """(size, size) uint8 in {0, 1}, not to be written to. Raises BadFileError."""
+        """(H, W) uint8 class ids, 255 = ignore or padding, not to be written to. Raises BadFileError."""
         return self._read("mask", path, read_resized_mask)
 
     def check_unchanged(self, path: Path) -> None:
@@ -70,7 +71,7 @@ class PixelReader:
             raise BadFileError(f"{path}: has changed since this run first read it; put the old file back and resume")
 
     def _read(
-        self, kind: str, path: Path, decode: Callable[[Path, int, Decoding], NDArray[np.uint8]]
+        self, kind: str, path: Path, decode: Callable[[Path, Frame, Decoding], NDArray[np.uint8]]
     ) -> NDArray[np.uint8]:
         cached = self.cache.find(path) if self.cache else None
         if cached is not None:
@@ -79,7 +80,7 @@ class PixelReader:
         if kept is not None:
             return kept
         self.check_unchanged(path)
-        pixels = decode(path, self.size, self.decoding)
+        pixels = decode(path, self.frame, self.decoding)
         pixels.setflags(write=False)
         with self._lock:
             if (kind, path) not in self._kept and self.kept_bytes + pixels.nbytes <= self._memory_bytes:

@@ -44,8 +44,8 @@ def check_clean_count(samples: list[Sample], clean_count: int | None) -> None:
             )
     elif clean_count > min(known, len(train) - 1):
         raise UserError(
-            f"data.clean_count {clean_count}: {known} of the training split's {len(train)} images have a reference mask "
-            "and the noisy stream needs at least one image; set data.clean_count to at most "
+            f"data.clean_count {clean_count}: {known} of the training split's {len(train)} images have a reference "
+            "mask, and the noisy stream needs at least one image; set data.clean_count to at most "
             f"{max(min(known, len(train) - 1), 0)}"
         )
 

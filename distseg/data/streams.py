@@ -68,10 +68,8 @@ class Stream:
         cache = open_cache(config)
         on_device = None
         if fit_on_device(samples, config, device):
-            on_device = DeviceImages(
-                PixelReader(config.image_size, cache=cache, decoding=config.decoding).image, device
-            )
-        self._reader = PixelReader(config.image_size, int(config.memory * 2**30), cache, on_device, config.decoding)
+            on_device = DeviceImages(PixelReader(config.frame, cache=cache, decoding=config.decoding).image, device)
+        self._reader = PixelReader(config.frame, int(config.memory * 2**30), cache, on_device, config.decoding)
         self._batches: Generator[Batch, None, None] | None = None
         self.waited = 0.0
         self._next_index = 0
@@ -117,19 +115,33 @@ class Stream:
         if len(sample.annotations) > 1:
             rng = generator(self._seed, "annotator", self._name, position)
             annotation = int(rng.integers(len(sample.annotations)))
-        return Request.of(sample, self._labels, transform, annotation, self._truth_known)
+        window = None
+        if config.shape == "crop":
+            row, column = generator(self._seed, "window", self._name, position).random(2)
+            window = float(row), float(column)
+        return Request.of(sample, self._labels, transform, annotation, self._truth_known, window)
 
 
 def evaluation_batches(
-    samples: Sequence[Sample], config: DataConfig, shard: ShardSpec, batch_size: int, device: torch.device
+    samples: Sequence[Sample],
+    config: DataConfig,
+    shard: ShardSpec,
+    batch_size: int,
+    device: torch.device,
+    windows: bool = False,
 ) -> Generator[Batch, None, None]:
-    """This rank's share of `samples`, each once, in the order given, with true masks and no augmentation."""
+    """This rank's share of `samples`, each once, in the order given, with true masks and no augmentation.
+
+    Of shape crop they are whole canvases, larger than the network's input and of several sizes: `batch_size` is 1 then,
+    or else `windows` asks for the middle of each, image_size².
+    """
     transform = identity_transform(config.image_size)
+    window = (0.5, 0.5) if windows and config.shape == "crop" else None
     requests = (
-        [Request.of(samples[index], "true", transform) for index in indices]
+        [Request.of(samples[index], "true", transform, window=window) for index in indices]
         for indices in shard.evaluation_batches(len(samples), batch_size)
     )
-    reader = PixelReader(config.image_size, cache=open_cache(config), decoding=config.decoding)
+    reader = PixelReader(config.frame, cache=open_cache(config), decoding=config.decoding)
     return _find_loader(config.pipeline)(requests, reader, batch_size, device, config.threads)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distseg.data.augment import warp_elastically
 from distseg.data.batch import Batch, Request
+from distseg.data.geometry import Frame, cut
 from distseg.data.reader import PixelReader, read_ahead
 
 
@@ -42,17 +43,19 @@ Loaded = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8] | None]
 
 def _load(request: Request, reader: PixelReader) -> Loaded:
     """(3, H, W) float32 image, (H, W) uint8 label and, where it is another file, true mask."""
-    label = _warped_mask(request, reader.mask(request.label))
+    frame = reader.frame
+    label = _warped_mask(request, reader.mask(request.label), frame)
     other = request.truth is not None and request.truth != request.label
-    true = _warped_mask(request, reader.mask(request.truth)) if request.truth is not None and other else None
-    return _warped_image(request, reader.image(request.image)), label, true
+    true = _warped_mask(request, reader.mask(request.truth), frame) if request.truth is not None and other else None
+    return _warped_image(request, reader.image(request.image), frame), label, true
 
 
-def _warped_image(request: Request, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    transform = request.transform
+def _warped_image(request: Request, canvas: NDArray[np.uint8], frame: Frame) -> NDArray[np.float32]:
+    transform, fill = request.transform, frame.image_fill
+    pixels = cut(canvas, request.window, frame.size)
     if transform.elastic is not None:
-        pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR)
-    picture = _warp(pixels, transform.matrix, cv2.INTER_LINEAR).astype(np.float32)
+        pixels = warp_elastically(pixels, transform.elastic, cv2.INTER_LINEAR, fill)
+    picture = _warp(pixels, transform.matrix, cv2.INTER_LINEAR, fill).astype(np.float32)
     if transform.hairs is not None:
         picture = picture * transform.hairs[..., None]
     if transform.blur is not None:
@@ -64,17 +67,20 @@ def _warped_image(request: Request, pixels: NDArray[np.uint8]) -> NDArray[np.flo
     return image if transform.grain is None else image + transform.grain
 
 
-def _warped_mask(request: Request, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _warped_mask(request: Request, canvas: NDArray[np.uint8], frame: Frame) -> NDArray[np.uint8]:
+    mask, fill = cut(canvas, request.window, frame.size), (frame.mask_fill,)
     if request.transform.elastic is not None:
-        mask = warp_elastically(mask, request.transform.elastic, cv2.INTER_NEAREST)
-    return _warp(mask, request.transform.matrix, cv2.INTER_NEAREST)
+        mask = warp_elastically(mask, request.transform.elastic, cv2.INTER_NEAREST, fill)
+    return _warp(mask, request.transform.matrix, cv2.INTER_NEAREST, fill)
 
 
-def _warp(pixels: NDArray[np.uint8], matrix: NDArray[np.float32], interpolation: int) -> NDArray[np.uint8]:
+def _warp(
+    pixels: NDArray[np.uint8], matrix: NDArray[np.float32], interpolation: int, fill: tuple[int, ...]
+) -> NDArray[np.uint8]:
     centred = matrix.astype(np.float64)
     centred[:, 2] += 0.5 * centred[:, :2].sum(axis=1) - 0.5  # cv2 puts the origin at the first pixel's centre
     size = pixels.shape[1::-1]
-    warped = cv2.warpAffine(pixels, centred, size, flags=interpolation | cv2.WARP_INVERSE_MAP, borderValue=0)
+    warped = cv2.warpAffine(pixels, centred, size, flags=interpolation | cv2.WARP_INVERSE_MAP, borderValue=fill)
     return np.asarray(warped, np.uint8)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from distseg.kernels import kernels
 from distseg.kernels.kernels import (
     alignment_kernel,
+    dice_gradient_kernel,
+    dice_sums_kernel,
     double_backward_kernel,
     loss_kernel,
     normalise_kernel,
@@ -25,6 +27,8 @@ from distseg.kernels.kernels import (
 
 __all__ = [
     "alignment",
+    "dice_cross_entropy_gradient",
+    "dice_cross_entropy_sums",
     "kernels",
     "normalise",
     "pixel_loss",
@@ -38,6 +42,8 @@ TILE = 1024
 """Elements of a program's tile of logits: 8 for each of 128 threads."""
 BLOCK = 1024
 """Pixels of a program that reads maps alone."""
+PIXELS_OF_SUMS = 128
+"""Pixels, at least, of a program that sums over every channel."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -103,6 +109,49 @@ def weighted_loss_double_backward(
                 **OPTIONS,
             )  # fmt: skip
     return cot_z, cot_w, sums.sum((1, 2), dtype=torch.float64).to(sums.dtype)
+
+
+def dice_cross_entropy_sums(
+    logits: Tensor, masks: Tensor, weights: Tensor | None, scale: Tensor, level: Tensor, class_weights: Tensor
+) -> Tensor:
+    z, layout = _dense(logits)
+    y, w = masks.contiguous(), None if weights is None else weights.contiguous()
+    # The sums of many channels are few beside the logits of many pixels only.
+    tiles = max(1, PIXELS_OF_SUMS // layout.constants["BLOCK"])
+    channels, pixels, blocks, *strides = layout.sizes
+    programs = triton.cdiv(blocks, tiles)
+    sums = _new_sums(z, programs, 2 + 3 * channels)
+    if layout.programs:
+        with _device_of(z):
+            dice_sums_kernel[(len(z) * programs,)](
+                z, y, scale if w is None else w, scale.contiguous(), level.contiguous(), class_weights.contiguous(),
+                sums, channels, pixels, programs, *strides, **layout.constants, HAS_MAP=w is not None, TILES=tiles,
+                **OPTIONS,
+            )  # fmt: skip
+    return sums.sum(1, dtype=torch.float64)
+
+
+def dice_cross_entropy_gradient(
+    logits: Tensor,
+    masks: Tensor,
+    weights: Tensor | None,
+    scale: Tensor,
+    level: Tensor,
+    class_weights: Tensor,
+    inside: Tensor,
+    outside: Tensor,
+) -> Tensor:
+    z, layout = _dense(logits)
+    y, w = masks.contiguous(), None if weights is None else weights.contiguous()
+    dz = torch.empty_like(z)
+    if layout.programs:
+        with _device_of(z):
+            dice_gradient_kernel[(layout.programs,)](
+                z, y, scale if w is None else w, scale.contiguous(), level.contiguous(), class_weights.contiguous(),
+                inside.contiguous(), outside.contiguous(), dz, *layout.sizes, **layout.constants,
+                HAS_MAP=w is not None, **OPTIONS,
+            )  # fmt: skip
+    return dz
 
 
 def positive_part(aligned: Tensor, masks: Tensor, cell: int) -> tuple[Tensor, Tensor]:

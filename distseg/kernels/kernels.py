@@ -2,7 +2,8 @@
 
 Sums are partial, one row per program, so that no atomic decides their order. Bytes per pixel in float32 with uint8
 masks, C channels: alignment 8C + 5, pixel_loss 4C + 5, weighted_loss 8C + 5, double backward 12C + 9 (8C + 9 without
-the cotangent of the logits), positive_part 9, normalise 9.
+the cotangent of the logits), the sums of dice_cross_entropy 4C + 5 and its gradient 8C + 5, positive_part 9,
+normalise 9.
 """
 
 import triton
@@ -12,6 +13,7 @@ from distseg.kernels.pixels import (
     IGNORE,
     binary,
     locate,
+    read_class_weights,
     read_classes,
     read_logits,
     read_map,
@@ -117,6 +119,91 @@ def double_backward_kernel(
             tl.store(cot_z_ptr + at, (upstream * weight)[:, None] * probability * (c - mean), mask=inside)
     tl.store(cot_w_ptr + image * pixels + pixel, upstream * scale * aligned, mask=there)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64), tl.sum(weight * aligned))
+
+
+@triton.jit
+def dice_sums_kernel(
+    z_ptr, y_ptr, w_ptr, scale_ptr, level_ptr, v_ptr, sums_ptr, channels, pixels, blocks, stride_c, stride_p,
+    CPAD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, HAS_MAP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Partial sums over TILES tiles: w̃·v·ℓ, w̃, and of each channel w̃·p where it is the label, w̃·p, w̃ where it is."""
+    program = tl.program_id(0).to(tl.int64)
+    image = program // blocks
+    losses = tl.zeros((BLOCK,), dtype=ACC)
+    masses = tl.zeros((BLOCK,), dtype=ACC)
+    if CPAD == 1:
+        both = tl.zeros((BLOCK,), dtype=ACC)
+        predicted = tl.zeros((BLOCK,), dtype=ACC)
+        labelled = tl.zeros((BLOCK,), dtype=ACC)
+    else:
+        both = tl.zeros((CPAD,), dtype=ACC)
+        predicted = tl.zeros((CPAD,), dtype=ACC)
+        labelled = tl.zeros((CPAD,), dtype=ACC)
+    for tile in range(TILES):
+        pixel = (program % blocks * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        there = pixel < pixels
+        label, valid, unknown = read_classes(y_ptr, image, pixel, there, pixels, channels)
+        weight, _ = read_weights(w_ptr, scale_ptr, level_ptr, image, pixel, valid, pixels, HAS_MAP)
+        if CPAD == 1:
+            z = read_logits(z_ptr, image * pixels + pixel, there, valid, unknown, ACC)
+            loss, slope, _ = binary(z, label, ACC)
+            probability = slope + label.to(ACC)
+            lesion = (label == 1).to(ACC)
+            both += weight * probability * lesion
+            predicted += weight * probability
+            labelled += weight * lesion
+        else:
+            at, inside, channel = tile_offsets(image, pixel, there, channels, pixels, stride_c, stride_p, CPAD)
+            z = read_logits(z_ptr, at, inside, valid[:, None], unknown[:, None], ACC)
+            loss, probability, _ = softmax(z, label, channel, channel < channels)
+            chosen = channel == label[:, None]
+            both += tl.sum(tl.where(chosen, weight[:, None] * probability, 0.0), axis=0)
+            predicted += tl.sum(weight[:, None] * probability, axis=0)
+            labelled += tl.sum(tl.where(chosen, weight[:, None], 0.0), axis=0)
+        losses += weight * read_class_weights(v_ptr, image, label, valid, unknown, channels) * loss
+        masses += weight
+    row = sums_ptr + program * (2 + 3 * channels)
+    tl.store(row, tl.sum(losses))
+    tl.store(row + 1, tl.sum(masses))
+    if CPAD == 1:
+        tl.store(row + 2, tl.sum(both))
+        tl.store(row + 3, tl.sum(predicted))
+        tl.store(row + 4, tl.sum(labelled))
+    else:
+        channel = tl.arange(0, CPAD)
+        tl.store(row + 2 + channel, both, mask=channel < channels)
+        tl.store(row + 2 + channels + channel, predicted, mask=channel < channels)
+        tl.store(row + 2 + 2 * channels + channel, labelled, mask=channel < channels)
+
+
+@triton.jit
+def dice_gradient_kernel(
+    z_ptr, y_ptr, w_ptr, scale_ptr, level_ptr, v_ptr, inside_ptr, outside_ptr, gradient_ptr, channels, pixels, blocks,
+    stride_c, stride_p,
+    CPAD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, HAS_MAP: tl.constexpr,
+):  # fmt: skip
+    """w̃·(v·∂ℓ/∂z + ∂p/∂z · slope), the slope in p being outside, and inside more where the channel is the label."""
+    image, pixel, there = locate(pixels, blocks, BLOCK)
+    label, valid, unknown = read_classes(y_ptr, image, pixel, there, pixels, channels)
+    weight, _ = read_weights(w_ptr, scale_ptr, level_ptr, image, pixel, valid, pixels, HAS_MAP)
+    factor = read_class_weights(v_ptr, image, label, valid, unknown, channels)
+    if CPAD == 1:
+        at = image * pixels + pixel
+        z = read_logits(z_ptr, at, there, valid, unknown, ACC)
+        _, residual, curvature = binary(z, label, ACC)
+        slope = tl.load(outside_ptr + image) + tl.where(label == 1, tl.load(inside_ptr + image), 0.0)
+        tl.store(gradient_ptr + at, weight * (factor * residual + slope * curvature), mask=there)
+    else:
+        at, exists, channel = tile_offsets(image, pixel, there, channels, pixels, stride_c, stride_p, CPAD)
+        z = read_logits(z_ptr, at, exists, valid[:, None], unknown[:, None], ACC)
+        _, probability, residual = softmax(z, label, channel, channel < channels)
+        of_class = image * channels + channel
+        slope = tl.load(outside_ptr + of_class, mask=channel < channels, other=0.0)
+        inside = tl.load(inside_ptr + of_class, mask=channel < channels, other=0.0)
+        slope = slope + tl.where(channel == label[:, None], inside, 0.0)
+        mean = tl.sum(probability * slope, axis=1)[:, None]
+        change = factor[:, None] * residual + probability * (slope - mean)
+        tl.store(gradient_ptr + at, weight[:, None] * change, mask=exists)
 
 
 @triton.jit

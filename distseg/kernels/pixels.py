@@ -59,6 +59,12 @@ def read_weights(w_ptr, scale_ptr, level_ptr, image, pixel, valid, pixels, HAS_M
 
 
 @triton.jit
+def read_class_weights(v_ptr, image, label, valid, unknown, channels):
+    """The element of (B, max(2, C)) class weights that belongs to the label; 0 where there is none."""
+    return tl.load(v_ptr + image * tl.maximum(channels, 2) + label, mask=valid & (unknown == 0), other=0.0)
+
+
+@triton.jit
 def tile_offsets(image, pixel, there, channels, pixels, stride_c, stride_p, CPAD: tl.constexpr):
     """Offsets (BLOCK, CPAD) of a tile of logits, which of them exist, and the channel numbers (1, CPAD)."""
     channel = tl.arange(0, CPAD)[None, :]

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from distseg.meta.network import Forward, Network, Parameters, tangents_stop_with_gradients
 from distseg.meta.reduction import Reduction
+from distseg.meta.weights import class_factors
 from distseg.ops import pixel_loss, valid_pixels, weighted_loss
 
 LabelledImages = tuple[Tensor, Tensor]
@@ -38,8 +39,10 @@ BUCKET_ELEMENTS = 25 * 2**20 // 4
 """Gradients travel in buckets of about so many: 25 MiB of float32, as those of DistributedDataParallel."""
 
 
-def summed_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Σ ℓ over the valid pixels, a scalar."""
+def summed_loss(logits: Tensor, masks: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Σ ℓ over the valid pixels, a scalar; Σ v·ℓ with class weights v (classes,)."""
+    if class_weights is not None:
+        return weighted_loss(logits, masks, class_factors(masks, class_weights))
     return weighted_loss(logits, masks, level=torch.ones(len(masks), device=masks.device))
 
 

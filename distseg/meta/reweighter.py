@@ -1,6 +1,7 @@
 """PixelReweighter: weight maps for any nn.Module, in anyone's own training loop."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from distseg.meta.weights import (
     WeightMap,
     WeightRule,
     auroc,
+    class_factors,
     detection_histogram,
     weight_maps,
 )
@@ -43,6 +45,9 @@ class PixelReweighter:
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
         clean gradient is taken at the fast weights, which costs one more backward pass of the noisy batch.
+    class_weights: (classes,) numbers above 0 on the model's device, background first: the loss of a pixel is then v·ℓ,
+        v that of its label, on noisy and clean images alike; U along the gradient of that clean loss is v times as
+        much. `weighted_loss` does not know of them: give it weights times v.
     finite_step: relative step of `finite`.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
     reduction: the same as an object, which may also sum in the background: the clean gradient then travels while the
@@ -64,6 +69,7 @@ class PixelReweighter:
         transform: str = "clamp",
         virtual_lr: float = 1.0,
         initial_weight: float = 0.0,
+        class_weights: Tensor | None = None,
         finite_step: float | None = None,
         sum_over_ranks: SumOverRanks | None = None,
         reduction: Reduction | None = None,
@@ -82,6 +88,7 @@ class PixelReweighter:
         self.reduction = reduction or OneProcess()
         self.estimator, self.finite_step = estimator, finite_step
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
+        self.class_weights = class_weights
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
@@ -162,7 +169,7 @@ class PixelReweighter:
         granularity = self.rule.granularity
         if self.estimator == "forward":
             logits, tangents = estimators.logits_along(network, parameters, gradient, images)
-            if self.rule.transform == "clamp" and not granularity.needs_alignment:
+            if self.rule.transform == "clamp" and not granularity.needs_alignment and self.class_weights is None:
                 cells = Cells.of_tangents(logits, tangents, masks, granularity)
                 return cells, alignment(logits, tangents, masks) if with_map else None
             u = alignment(logits, tangents, masks)
@@ -171,6 +178,8 @@ class PixelReweighter:
         else:
             step = self.finite_step
             u = estimators.finite(network, parameters, gradient, images, masks, step, self.reduction).detach()
+        if self.class_weights is not None:
+            u = u * class_factors(masks, self.class_weights.to(u.dtype))
         return Cells.of_alignment(TRANSFORMS[self.rule.transform](u), masks, granularity), u
 
     def _channels(self, images: Tensor) -> int:
@@ -197,8 +206,10 @@ class PixelReweighter:
     ) -> Parameters:
         """g, at the parameters that the virtual step starts with: the present ones if it has moved nothing yet."""
 
+        loss = partial(estimators.summed_loss, class_weights=self.class_weights)
+
         def mean_gradient(at: Parameters, batches: Sequence[LabelledImages]) -> Parameters:
-            return estimators.mean_gradient(network, at, batches, self.reduction)
+            return estimators.mean_gradient(network, at, batches, self.reduction, loss)
 
         if self.initial_weight:
             parameters = estimators.fast_weights(

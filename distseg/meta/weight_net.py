@@ -13,13 +13,15 @@ gradient at the fast weights, and a Jacobian-vector product. (ℓ_p is constant 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distseg.meta.estimators import LabelledImages, logits_along, mean_gradient, valid_count
+from distseg.meta.estimators import LabelledImages, logits_along, mean_gradient, summed_loss, valid_count
 from distseg.meta.network import Network, Parameters
 from distseg.meta.reduction import Reduction
+from distseg.meta.weights import class_factors
 from distseg.ops import alignment, pixel_loss, weighted_loss
 
 
@@ -53,28 +55,33 @@ def hypergradient(
     clean: Sequence[LabelledImages],
     virtual_lr: float,
     reduction: Reduction,
+    class_weights: Tensor | None = None,
 ) -> Hypergradient:
     """dL_c(θ̂(φ))/dφ over the global batch, the same on every rank; `virtual_lr` is α. Exact.
 
-    The net is left as it is: a caller steps with `by_parameter` if the step is kept.
+    With class weights v (classes,), ℓ is v·ℓ throughout: what the net is shown, both losses, and U. The net is left as
+    it is: a caller steps with `by_parameter` if the step is kept.
     """
+
+    def by_class(values: Tensor, masks: Tensor) -> Tensor:
+        return values if class_weights is None else values * class_factors(masks, class_weights.to(values.dtype))
 
     def weighed_by_net(logits: Tensor, masks: Tensor) -> Tensor:
         with torch.no_grad():
-            weights = net(pixel_loss(logits, masks))
+            weights = by_class(net(by_class(pixel_loss(logits, masks), masks)), masks)
         return weighted_loss(logits, masks, weights)
 
     dtype = next(iter(parameters.values())).dtype
     count = reduction.sum(valid_count(noisy)).clamp(min=1).to(dtype)
     step = mean_gradient(network, parameters, noisy, reduction, weighed_by_net)
     fast = {name: theta - virtual_lr * step.pop(name) for name, theta in parameters.items()}
-    gradient = mean_gradient(network, fast, clean, reduction)
+    gradient = mean_gradient(network, fast, clean, reduction, partial(summed_loss, class_weights=class_weights))
 
     alignments, losses, surrogate = [], [], torch.zeros((), device=count.device)
     for images, masks in noisy:
         logits, tangents = logits_along(network, parameters, gradient, images)
-        alignments.append(alignment(logits, tangents, masks))  # 0 at ignored pixels
-        losses.append(pixel_loss(logits, masks))
+        alignments.append(by_class(alignment(logits, tangents, masks), masks))  # 0 at ignored pixels
+        losses.append(by_class(pixel_loss(logits, masks), masks))
         with torch.enable_grad():
             surrogate = surrogate - (virtual_lr / count) * (alignments[-1] * net(losses[-1])).sum()
     wrt = list(net.parameters())

@@ -85,8 +85,20 @@ class WeightMap(NamedTuple):
         """W itself, (B, H, W)."""
         return normalise(self.positive, masks, self.scale, self.level)
 
+    def by_class(self, masks: Tensor, class_weights: Tensor | None) -> "WeightMap":
+        """v·W, v the element of class_weights (classes,) of each label; the map itself where there are none."""
+        if class_weights is None:
+            return self
+        weights = self.full(masks) * class_factors(masks, class_weights.to(self.scale.dtype))
+        return WeightMap(weights, torch.ones_like(self.scale), torch.zeros_like(self.level))
+
     def times(self, factor: float) -> "WeightMap":
         return WeightMap(self.positive, self.scale * factor, self.level * factor)
+
+
+def class_factors(masks: Tensor, class_weights: Tensor) -> Tensor:
+    """The element of class_weights (classes,) of each label, (B, H, W); of no meaning where a label is no class id."""
+    return class_weights[masks.long().clamp(0, len(class_weights) - 1)]
 
 
 class Cells(NamedTuple):

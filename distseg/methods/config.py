@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from distseg.methods.labels.corrected import CorrectedConfig
 from distseg.methods.labels.drawn import DrawnConfig
 from distseg.methods.losses.cross_entropy import CrossEntropyConfig
+from distseg.methods.losses.dice_cross_entropy import DiceCrossEntropyConfig
 from distseg.methods.losses.generalised_cross_entropy import GeneralisedCrossEntropyConfig
 from distseg.methods.losses.t_loss import TLossConfig
 from distseg.methods.phases import NoisyConfig, PhasesConfig
@@ -24,7 +25,7 @@ from distseg.section import Section, kinds_of, of_kind
 
 # The registry of the parts: a new one is added to its line.
 Weightings = UniformConfig | AlignedConfig | LearnedConfig
-Losses = CrossEntropyConfig | GeneralisedCrossEntropyConfig | TLossConfig
+Losses = CrossEntropyConfig | DiceCrossEntropyConfig | GeneralisedCrossEntropyConfig | TLossConfig
 LabelModels = DrawnConfig | CorrectedConfig
 
 WeightingConfig = Annotated[Weightings, Field(discriminator="kind"), of_kind(Weightings)]

@@ -17,10 +17,11 @@ from distseg.methods.step import Drawn, MicroBatch, Step
 
 
 def build_method(config: MethodConfig, context: Context) -> "Method":
+    loss = config.loss.build(context)
     return Method(
         phases=config.phases.build(context, config.weighting.needs_clean or config.labels.needs_clean),
-        weighting=config.weighting.build(context),
-        loss=config.loss.build(context),
+        weighting=config.weighting.build(context, loss.class_weights),
+        loss=loss,
         label_model=config.labels.build(context),
         accumulation=context.accumulation,
         reduction=context.reduction,

@@ -53,10 +53,14 @@ class Weighting(Part, ABC):
 
 
 class Loss(Part, ABC):
+    class_weights: Tensor | None = None
+    """(classes,) what multiplies the cross-entropy of each label, for weights that are found with it; None: 1 each."""
+
     @abstractmethod
     def terms(self, logits: Tensor, labels: Tensor, weights: WeightMap) -> tuple[Tensor, Tensor | None]:
-        """Σ W·ℓ of one micro-batch, a scalar, and the evidence that the loss learns from; both are linear in W.
+        """Σ W·ℓ of one micro-batch, a scalar, and the evidence that the loss learns from.
 
+        Both are sums over images, and c·W gives c times as much: that is all that accumulation and ranks need.
         logits (B, C, H, W); labels (B, H, W) class ids, 255 = ignore. The evidence is a float64 vector or None; `learn`
         gets its sum over micro-batches and ranks.
         """

@@ -27,6 +27,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # Shu et al. 2019: weights as a learned function of the loss.
     "meta_weight_net": {"weighting": {"kind": "learned"}},
+    # Milletari et al. 2016, Isensee et al. 2021: a loss that small lesions weigh in.
+    "dice_cross_entropy": {"loss": {"kind": "dice_cross_entropy"}},
     # Zhang and Sabuncu 2018: a bounded loss.
     "generalised_cross_entropy": {"loss": {"kind": "generalised_cross_entropy"}},
     # Gonzalez-Jimenez et al. 2023: a loss of heavy tails.

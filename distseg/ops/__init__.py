@@ -19,6 +19,7 @@ __all__ = [
     "IGNORE",
     "alignment",
     "backend",
+    "dice_cross_entropy",
     "known_labels",
     "normalise",
     "pixel_loss",
@@ -51,15 +52,44 @@ def weighted_loss(
     scale (B,) 1 and level (B,) 0 unless given; both are constants to autograd. Without `weights`, W = level.
     """
     masks = _operand(logits, masks)
-    dtype = _map_dtype(logits)
-    weights = None if weights is None else _map(weights, masks, "weights").to(dtype)
-    scale = torch.ones(len(masks), dtype=dtype, device=masks.device) if scale is None else scale.to(dtype)
-    level = torch.zeros(len(masks), dtype=dtype, device=masks.device) if level is None else level.to(dtype)
+    weights, scale, level = _weight_map(weights, scale, level, masks, _map_dtype(logits))
     if raw_operators(logits.device) is None:
         return reference.weighted_loss(logits, masks, weights, scale, level).sum()
     # A gradient in half precision is made in the backward, where a loss scaler's factor keeps it from underflow.
     with_gradient = logits.requires_grad and torch.is_grad_enabled() and logits.dtype != torch.float16
     return functions.WeightedLoss.apply(logits, masks, weights, scale, level, with_gradient)[0].sum()
+
+
+def dice_cross_entropy(
+    logits: Tensor,
+    masks: Tensor,
+    weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    level: Tensor | None = None,
+    *,
+    dice: float = 0.5,
+    smooth: float = 1e-5,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Σ W·[(1 − dice)·v·ℓ + dice·(1 − D)] over every pixel, a scalar: D is the soft Dice of the pixel's image under W.
+
+    The weight map as in `weighted_loss`, ≥ 0; class_weights (max(2, C),) the v of each label, 1 unless given; `smooth`
+    a share of the image's weight. The formula, and which classes D is a mean of, is in `reference.dice_cross_entropy`.
+    Sums over images are all that crosses them, so that parts of a batch add up to the batch. Differentiable once, in
+    the logits alone, in either mode; more raises RuntimeError (not under `reference`, which autograd differentiates).
+    Raises ValueError for shapes that do not fit.
+    """
+    masks = _operand(logits, masks)
+    dtype, classes = _map_dtype(logits), max(2, logits.shape[1])
+    weights, scale, level = _weight_map(weights, scale, level, masks, dtype)
+    if class_weights is None:
+        class_weights = torch.ones(classes, dtype=dtype, device=masks.device)
+    if class_weights.shape != (classes,):
+        raise ValueError(f"class_weights {tuple(class_weights.shape)}: need one for each of {classes} classes")
+    by_image = class_weights.to(dtype).expand(len(masks), classes).contiguous()
+    if raw_operators(logits.device) is None:
+        return reference.dice_cross_entropy(logits, masks, weights, scale, level, by_image, dice, smooth).sum()
+    return functions.DiceCrossEntropy.apply(logits, masks, weights, scale, level, by_image, dice, smooth)[0].sum()
 
 
 def alignment(logits: Tensor, tangents: Tensor, masks: Tensor) -> Tensor:
@@ -120,6 +150,15 @@ def _class_ids(masks: Tensor) -> Tensor:
     if masks.is_floating_point() or masks.dtype == torch.bool:
         raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")
     return masks if masks.dtype in (torch.uint8, torch.int64) else masks.long()
+
+
+def _weight_map(
+    weights: Tensor | None, scale: Tensor | None, level: Tensor | None, masks: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    weights = None if weights is None else _map(weights, masks, "weights").to(dtype)
+    scale = torch.ones(len(masks), dtype=dtype, device=masks.device) if scale is None else scale.to(dtype)
+    level = torch.zeros(len(masks), dtype=dtype, device=masks.device) if level is None else level.to(dtype)
+    return weights, scale, level
 
 
 def _map(values: Tensor, masks: Tensor, name: str) -> Tensor:

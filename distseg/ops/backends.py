@@ -1,7 +1,8 @@
 """Which implementation serves a device: Triton on CUDA, C++ on the CPU, eager torch anywhere.
 
-A backend is a namespace with the six raw operators: `alignment`, `pixel_loss`, `weighted_loss`,
-`weighted_loss_double_backward`, `positive_part`, `normalise`. None stands for eager torch, reference.py, which
+A backend is a namespace with the eight raw operators: `alignment`, `pixel_loss`, `weighted_loss`,
+`weighted_loss_double_backward`, `dice_cross_entropy_sums`, `dice_cross_entropy_gradient`, `positive_part`, `normalise`.
+None stands for eager torch, reference.py, which
 autograd differentiates by itself.
 """
 
@@ -9,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -91,41 +92,27 @@ def _extension() -> ModuleType | None:
 
 def _register_fake_kernels() -> None:
     """Shapes and dtypes without data, for tracing."""
-
-    @torch.library.register_fake("distseg::alignment")
-    def _(logits: Tensor, tangents: Tensor, masks: Tensor, clamp: bool) -> tuple[Tensor, Tensor]:
-        return _map_of(logits, masks), _sums_of(masks)
-
-    @torch.library.register_fake("distseg::pixel_loss")
-    def _(logits: Tensor, masks: Tensor) -> Tensor:
-        return _map_of(logits, masks)
-
-    @torch.library.register_fake("distseg::weighted_loss")
-    def _(
-        logits: Tensor, masks: Tensor, weights: Tensor | None, scale: Tensor, level: Tensor, gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        return _vector_of(logits), _logits_or_nothing(logits, gradient)
-
-    @torch.library.register_fake("distseg::weighted_loss_double_backward")
-    def _(
-        logits: Tensor,
-        masks: Tensor,
-        weights: Tensor | None,
-        scale: Tensor,
-        level: Tensor,
-        upstream: Tensor,
-        cotangent: Tensor,
-        for_logits: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _logits_or_nothing(logits, for_logits), _map_of(logits, masks), _vector_of(logits)
-
-    @torch.library.register_fake("distseg::positive_part")
-    def _(alignment: Tensor, masks: Tensor, cell: int) -> tuple[Tensor, Tensor]:
-        return torch.empty(alignment.shape, dtype=alignment.dtype, device=alignment.device), _sums_of(masks)
-
-    @torch.library.register_fake("distseg::normalise")
-    def _(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tensor) -> Tensor:
-        return torch.empty(masks.shape, dtype=scale.dtype, device=masks.device)
+    fakes: dict[str, Callable[..., Any]] = {
+        "alignment": lambda logits, tangents, masks, clamp: (_map_of(logits, masks), _sums_of(masks, 5)),
+        "pixel_loss": _map_of,
+        "weighted_loss": lambda logits, *rest: (_vector_of(logits), _logits_or_nothing(logits, rest[-1])),
+        "weighted_loss_double_backward": lambda logits, masks, *rest: (
+            _logits_or_nothing(logits, rest[-1]),
+            _map_of(logits, masks),
+            _vector_of(logits),
+        ),
+        "dice_cross_entropy_sums": lambda logits, masks, *_: _sums_of(masks, 2 + 3 * logits.shape[1]),
+        "dice_cross_entropy_gradient": lambda logits, *_: _logits_or_nothing(logits, True),
+        "positive_part": lambda aligned, masks, cell: (
+            torch.empty_like(aligned, memory_format=torch.contiguous_format),
+            _sums_of(masks, 5),
+        ),
+        "normalise": lambda positive, masks, scale, level: torch.empty(
+            masks.shape, dtype=scale.dtype, device=masks.device
+        ),
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"distseg::{name}", fake)
 
 
 def _acc_dtype(logits: Tensor) -> torch.dtype:
@@ -136,8 +123,8 @@ def _map_of(logits: Tensor, masks: Tensor) -> Tensor:
     return torch.empty(masks.shape, dtype=_acc_dtype(logits), device=logits.device)
 
 
-def _sums_of(masks: Tensor) -> Tensor:
-    return torch.empty((masks.shape[0], 5), dtype=torch.float64, device=masks.device)
+def _sums_of(masks: Tensor, count: int) -> Tensor:
+    return torch.empty((masks.shape[0], count), dtype=torch.float64, device=masks.device)
 
 
 def _vector_of(logits: Tensor) -> Tensor:

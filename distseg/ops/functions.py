@@ -9,6 +9,7 @@ differentiation; W are the per-pixel weights w̃ = scale·w + level:
     Alignment      U = ⟨r, t⟩       d/dt = LossGradient, d/dz = DoubleBackward     jvp raises
 
 The derivatives of DoubleBackward, the third of the loss, raise; so do those of the maps that are constants to autograd.
+DiceCrossEntropy is differentiable once, in the logits, in either mode; everything else raises.
 Every tensor has the images first, so vmap folds its dimension into them.
 """
 
@@ -203,20 +204,10 @@ class DoubleBackward(_ImageFunction):
     """Cotangents of logits, weights and upstream for a cotangent of LossGradient."""
 
     @staticmethod
-    def forward(
-        logits: Tensor,
-        masks: Tensor,
-        weights: Tensor | None,
-        scale: Tensor,
-        level: Tensor,
-        upstream: Tensor,
-        cotangent: Tensor,
-        for_logits: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(logits: Tensor, masks: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *weighted, cotangent, for_logits = arguments
         operators = raw_operators(logits.device)
-        return operators.weighted_loss_double_backward(
-            logits, masks, weights, scale, level, upstream, cotangent.to(logits.dtype), for_logits
-        )
+        return operators.weighted_loss_double_backward(logits, masks, *weighted, cotangent.to(logits.dtype), for_logits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -229,6 +220,78 @@ class DoubleBackward(_ImageFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError("the loss is differentiable twice, not three times")
+
+
+class DiceCrossEntropy(_ImageFunction):
+    """The loss of each image (B,), and the slopes (B, C) that its gradient is made of: `_dice_of_sums`.
+
+    A pass over the logits makes sums, the backward's another one the gradient. Class weights are (B, K).
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        masks: Tensor,
+        weights: Tensor | None,
+        scale: Tensor,
+        level: Tensor,
+        class_weights: Tensor,
+        dice: float,
+        smooth: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operators = raw_operators(logits.device)
+        sums = operators.dice_cross_entropy_sums(logits, masks, weights, scale, level, class_weights)
+        results = _dice_of_sums(sums, logits.shape[1], dice, smooth)
+        loss, inside, outside = (result.to(scale.dtype) for result in results)
+        return loss, inside, outside
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, class_weights, dice, _ = inputs
+        _, inside, outside = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(inside, outside)
+        saved = (*tensors, (1 - dice) * class_weights, inside, outside)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
+        if any(ctx.needs_input_grad[1:]):
+            raise RuntimeError("dice_cross_entropy is differentiable in the logits alone: detach its other arguments")
+        gradient = None if upstream is None else DiceGradient.apply(*ctx.saved_tensors, upstream)
+        return (gradient, *(None,) * 7)
+
+    @staticmethod
+    def jvp(ctx: Any, logits_t: Tensor | None, *others: Any) -> Any:
+        if any(other is not None for other in others):
+            raise RuntimeError("dice_cross_entropy is differentiable in the logits alone: detach its other arguments")
+        scale = ctx.saved_tensors[3]
+        gradient = DiceGradient.apply(*ctx.saved_tensors, torch.ones_like(scale))
+        return (gradient.to(scale.dtype) * logits_t).sum((1, 2, 3)), None, None
+
+
+class DiceGradient(_ImageFunction):
+    """upstream · the gradient of DiceCrossEntropy in the logits (B, C, H, W)."""
+
+    @staticmethod
+    def forward(logits: Tensor, masks: Tensor, weights: Tensor | None, *vectors: Tensor) -> Tensor:
+        scale, level, *slopes, upstream = vectors
+        # The slopes are those of the weights as they are; the gradient is linear in the weights beside them.
+        scales = scale * upstream, level * upstream
+        return raw_operators(logits.device).dice_cross_entropy_gradient(logits, masks, weights, *scales, *slopes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError("dice_cross_entropy is differentiable once, not twice")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError("dice_cross_entropy is differentiable once, not twice")
 
 
 class Constant(_ImageFunction):
@@ -249,6 +312,23 @@ class Constant(_ImageFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(f"{ctx.name} is a constant to autograd: detach its arguments")
+
+
+def _dice_of_sums(sums: Tensor, channels: int, dice: float, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each image (B,) from sums (B, 2 + 3C); and its slope in the probabilities, by W, in two parts (B, C).
+
+    The slope in p_c is `outside`, and `inside` more where c is the label: −λ M/n ∂D_c/∂p_c of the n classes that count.
+    """
+    cross_entropy, mass = sums[:, 0], sums[:, 1:2]
+    both, predicted, labelled = sums[:, 2:].unflatten(1, (3, channels)).unbind(1)
+    counts = labelled > 0
+    if channels > 1:  # class 0 is the background
+        counts = counts & (torch.arange(channels, device=sums.device) > 0)
+    size = torch.where(counts, predicted + labelled + smooth * mass, 1.0)
+    share = torch.where(counts, dice * mass / counts.sum(1, keepdim=True).clamp(min=1), 0.0)
+    missed = (predicted + labelled - 2 * both) / size
+    loss = (1 - dice) * cross_entropy + (share * torch.where(counts, missed, 0.0)).sum(1)
+    return loss, -2 * share / size, share * (2 * both + smooth * mass) / size.square()
 
 
 def _weights(positive: Tensor | None, scale: Tensor, level: Tensor) -> Tensor:

@@ -46,6 +46,43 @@ def weighted_loss(
     return (normalise(weights_BHW, masks_BHW, scale_B, level_B) * loss).sum((1, 2))
 
 
+def dice_cross_entropy(
+    logits_BCHW: Tensor,
+    masks_BHW: Tensor,
+    weights_BHW: Tensor | None,
+    scale_B: Tensor,
+    level_B: Tensor,
+    class_weights_BK: Tensor,
+    dice: float,
+    smooth: float,
+) -> Tensor:
+    """Σ_p W_p [(1 − λ) v_y ℓ_p + λ (1 − D)] of each image, (B,): cross-entropy beside the soft Dice of that image.
+
+    λ is `dice`, v the weights of the K = max(2, C) classes, W as in `weighted_loss`. The Dice is that of Milletari,
+    Navab and Ahmadi 2016 without their squares, under the weights, and a mean over the foreground classes c that the
+    image shows (Y_c > 0; class 1 alone where C = 1):
+
+        D = mean_c (2 I_c + s M) / (P_c + Y_c + s M),     I_c = Σ W p_c [y = c],   P_c = Σ W p_c,   Y_c = Σ W [y = c]
+
+    M = ΣW is the image's weight and s = `smooth`. An image that shows no foreground adds nothing to the Dice term.
+    """
+    logits, masks, valid = _without_ignored(logits_BCHW, masks_BHW)
+    weights = normalise(weights_BHW, masks_BHW, scale_B, level_B)
+    classes = torch.arange(1, class_weights_BK.shape[1], device=masks.device)[:, None, None]
+    shown = ((masks[:, None] == classes) & valid[:, None]).to(logits.dtype)
+    probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1:]
+    factors = class_weights_BK.gather(1, masks.flatten(1).long()).view_as(weights)
+    mass = weights.sum((1, 2))
+    both, predicted, labelled = (
+        (weights[:, None] * part).sum((2, 3)) for part in (probabilities * shown, probabilities, shown)
+    )
+    counts = labelled > 0
+    smoothed = smooth * mass[:, None]
+    overlap = (2 * both + smoothed) / torch.where(counts, predicted + labelled + smoothed, 1.0)
+    missed = torch.where(counts, 1 - overlap, 0.0).sum(1) / counts.sum(1).clamp(min=1)
+    return (1 - dice) * (weights * factors * pixel_loss(logits_BCHW, masks_BHW)).sum((1, 2)) + dice * mass * missed
+
+
 def alignment(logits_BCHW: Tensor, tangents_BCHW: Tensor, masks_BHW: Tensor) -> Tensor:
     """U = Σ_c ∂ℓ/∂z_c · ż_c of each pixel, (B, H, W): how fast its loss grows along the tangent of the logits.
 

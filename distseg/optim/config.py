@@ -1,8 +1,8 @@
 """The `optim` section of a config."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distseg.section import Fraction, Section
 
@@ -24,3 +24,15 @@ class OptimConfig(Section):
     """step: the factor at each milestone."""
     implementation: Literal["auto", "apex", "torch"] = "auto"
     """auto: apex's fused optimisers where they can be built, torch's fused ones elsewhere."""
+
+    @model_validator(mode="after")
+    def _keys_apply(self) -> Self:
+        for key, applies, mend in (
+            ("momentum", self.name == "sgd", ".name=sgd"),
+            ("milestones", self.schedule == "step", ".schedule=step"),
+            ("gamma", self.schedule == "step", ".schedule=step"),
+        ):
+            if not applies and getattr(self, key) != type(self).model_fields[key].default:
+                chosen = f"name {self.name}" if key == "momentum" else f"schedule {self.schedule}"
+                raise ValueError(f"{key} does nothing with {chosen}; leave it out, or set {mend}")
+        return self

@@ -35,6 +35,7 @@ ANY = "any"
 """The noise level or clean count of a run that does not depend on it, and stands for all of them."""
 
 _AXES = {
+    "name": "name",
     "seed": "seeds",
     "data.noise.seed": "seeds",  # every seed draws the masks anew
     "data.noise": "noise",
@@ -119,6 +120,8 @@ class StudyConfig(Section):
     @field_validator("noise")
     @classmethod
     def _levels_can_be_told_apart(cls, noise: tuple[NoiseConfig, ...]) -> tuple[NoiseConfig, ...]:
+        if seeded := next((item for item in noise if item.seed), None):
+            raise ValueError(f"{seeded.level[:80]}: seed {seeded.seed}: each of seeds draws the masks; remove it")
         levels = [item.level for item in noise]
         if repeated := next((level for level in levels if levels.count(level) > 1), None):
             raise ValueError(f"{repeated[:80]} is there twice")
@@ -278,7 +281,8 @@ def _config_of(
             key = item.partition("=")[0]
             if axis := _axis_of(key):
                 mend = f"remove it, and set {axis} in the study file"
-                raise UserError(f"study {path}: {source}{item}: is an axis of the study; {mend}")
+                what = "the study names its runs" if axis == "name" else "is an axis of the study"
+                raise UserError(f"study {path}: {source}{item}: {what}; {mend}")
             if canonical_key(key) in map(canonical_key, point) and items is not study.settings:
                 raise UserError(f"study {path}: {source}{item}: the grid varies {key}; remove one of the two")
     # JSON's scalars are YAML's, and a text in quotes stays a text.

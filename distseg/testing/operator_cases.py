@@ -81,6 +81,8 @@ class Inputs:
     level: Tensor
     upstream: Tensor
     """Of a map, pixel by pixel."""
+    class_weights: Tensor
+    """(max(2, C),), above 0."""
 
     @classmethod
     def draw(cls, case: Case, device: torch.device | str) -> tuple["Inputs", "Inputs"]:
@@ -103,6 +105,7 @@ class Inputs:
             scale=normal(batch).abs().to(acc),
             level=(normal(batch).abs() * case.weights).to(acc),
             upstream=normal(batch, height, width).to(acc),
+            class_weights=(0.5 + torch.rand(max(2, channels), generator=generator, dtype=torch.float64)).to(acc),
         )
 
         def placed(tensor: Tensor) -> Tensor:
@@ -155,6 +158,18 @@ def results(case: Case, inputs: Inputs, oracle: bool) -> Iterator[tuple[str, Ten
     [gradient] = torch.autograd.grad(upstream * loss(z, w), z, create_graph=True)
     for name, twice in zip("zwu", torch.autograd.grad(gradient, (z, w, upstream), t), strict=True):
         yield f"double backward ∂{name}", twice
+
+    for share, smooth, given in ((0.6, 1e-3, inputs.weights), (1.0, 0.0, None)):
+        options = {"dice": share, "smooth": smooth}
+        if oracle:
+            by_image = inputs.class_weights.expand(len(y), -1)
+            value = reference.dice_cross_entropy(z, y, given, scale, level, by_image, **options).sum()
+        else:
+            value = ops.dice_cross_entropy(z, y, given, scale, level, class_weights=inputs.class_weights, **options)
+        name = f"dice_cross_entropy {share}" + (" without map" if given is None else "")
+        yield name, value
+        [gradient] = torch.autograd.grad(0.7 * value, z)
+        yield f"{name} ∂z", gradient
 
     aligned = inputs.weights - 0.5
     for cell in (1, 3, 8, 200):

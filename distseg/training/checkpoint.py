@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -233,18 +233,50 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_network(run: Path, allow_import: bool = False) -> tuple[Config, nn.Module]:
-    """The config of a run and its network, on the CPU, with the parameters of its last whole checkpoint.
+def chosen_checkpoint(run: Path, which: str = "last") -> Path:
+    """The checkpoint of a run that `which` names: last (the newest whole one), best, or the number of a step.
 
-    A run of an imported network needs `allow_import`: its config names code, and the folder may be someone else's.
+    Raises UserError where there is none, and where one that was asked for by name is damaged.
+    """
+    folder = RunFolder(run).checkpoints
+    if which == "last":
+        checkpoint = find_checkpoint(folder)
+    elif which == "best":
+        checkpoint = _pointed_at(folder / "best")
+    elif re.fullmatch(r"[0-9]{1,18}", which, re.ASCII):
+        checkpoint = folder / f"step_{int(which):08d}"
+    else:
+        raise UserError(f"checkpoint {which}: must be last, best or the number of a step")
+    if checkpoint is None or not checkpoint.is_dir():
+        kept = ", ".join(str(_step_of(path)) for path in reversed(_newest_first(folder)))
+        there = f"it has those of the steps {kept}" if kept else "it has none yet"
+        raise UserError(f"{run}: has no checkpoint {which}; {there}")
+    damage = _damage(checkpoint) if which != "last" else None
+    if damage is not None:
+        raise UserError(f"{checkpoint}: is damaged: {damage}; choose another checkpoint")
+    return checkpoint
+
+
+def digest_of_network(checkpoint: Path) -> str:
+    """The SHA-256 of a whole checkpoint's network."""
+    return _read_sums(checkpoint / SUMS)["model.safetensors"]
+
+
+def load_network(
+    run: Path, allow_import: bool = False, checkpoint: Path | None = None, overrides: Sequence[str] = ()
+) -> tuple[Config, nn.Module]:
+    """The config of a run, with `overrides`, and its network, on the CPU, with the parameters of a whole checkpoint.
+
+    That is its last one, unless `checkpoint` is another of its own. A run of an imported network needs `allow_import`:
+    its config names code, and the folder may be someone else's.
     """
     folder = RunFolder(run)
-    config = load_config(folder.config)
+    config = load_config(folder.config, [*overrides])
     try:
-        network = build_model(config.model, allow_import)
+        network = build_model(config.model, allow_import, config.data.class_count)
     except UserError as error:
         raise UserError(f"{folder.config}: {error}") from None
-    checkpoint = find_checkpoint(folder.checkpoints)
+    checkpoint = checkpoint or find_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise UserError(f"{run}: has no checkpoint yet")
     try:

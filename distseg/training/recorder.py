@@ -64,8 +64,9 @@ class RunRecorder:
         if self._main:
             write_atomically(self._folder.result, json.dumps(result, indent=2) + "\n")
         if self._tracker:
-            for path in (self._folder.result, self._folder.test_counts):
-                self._tracker.log_artifact(path)
+            for path in (self._folder.result, self._folder.test_counts, self._folder.test_counts_own):
+                if path.exists():
+                    self._tracker.log_artifact(path)
         self.metrics(steps, {k: v for k, v in result.items() if isinstance(v, int | float) and math.isfinite(v)})
 
     def model(self, network: Callable[[], tuple[Any, np.ndarray]]) -> None:

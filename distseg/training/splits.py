@@ -43,7 +43,7 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
     if needs_clean and not clean:
         raise UserError(
             "data: no training image has a reference mask, and the method learns from some; add experts' masks, name "
-            "the annotator who counts as expert (data.expert), or choose a method that needs none (method=noisy_only)"
+            "the annotator who is the expert (data.expert), or choose a method without (method.name=noisy_only)"
         )
     if digests:
         keep_roster(samples, {sample.id for sample in clean}, digests, folder.data, folder.config.exists())

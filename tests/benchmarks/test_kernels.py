@@ -16,7 +16,7 @@ def test_the_benchmark_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(figures.read_text())
-    cases = {"weights", "loss", "loss+gradient", "double backward", "patch(8)", "normalise", "step"}
+    cases = {"weights", "loss", "loss+gradient", "dice loss+grad.", "double backward", "patch(8)", "normalise", "step"}
     assert {row["case"] for row in result["rows"]} == cases
     assert len(result["rows"]) == len(cases) * 2 * 2
     assert all(seconds > 0 for row in result["rows"] for seconds in row["seconds"].values())

@@ -32,8 +32,13 @@ def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path
 
 
 def test_overrides_apply_in_order_and_take_scientific_notation(minimal: Path) -> None:
-    config = load_config(minimal, ["optim.lr=1e-3", "optim.lr=2e-3", "data.noise.kind=box", "data.augment.flip=true"])
-    assert (config.optim.lr, config.data.noise.kind, config.data.augment.flip) == (2e-3, "box", True)
+    config = load_config(minimal, ["optim.lr=1e-3", "optim.lr=2e-3", "data.clean_count=4", "data.noise.kind=box"])
+    assert (config.optim.lr, config.data.noise.kind, config.data.clean_count) == (2e-3, "box", 4)
+
+
+def test_noise_that_is_drawn_is_a_study(minimal: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.noise\.kind box: draws wrong masks.*set data\.clean_count=K"):
+        load_config(minimal, ["data.noise.kind=box"])
 
 
 def test_a_number_written_as_yaml_string_is_a_number(tmp_path: Path) -> None:
@@ -119,6 +124,29 @@ def test_the_last_spelling_of_a_key_counts(tmp_path: Path) -> None:
     assert (method.weighting.estimator, method.phases.warm_up) == ("finite", 0.1)
     method = load_config(path, ["method.estimator=finite", "method.weighting.estimator=forward"]).method
     assert method.weighting.estimator == "forward"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_part_by_a_word_and_its_keys_go_together_in_any_order(minimal: Path, turned: bool) -> None:
+    overrides = ["method.name=finetune", "method.loss=dice_cross_entropy", "method.dice=0.8"]
+    loss = load_config(minimal, overrides[::-1] if turned else overrides).method.loss
+    assert (loss.kind, loss.dice) == ("dice_cross_entropy", 0.8)
+
+
+def test_a_key_over_a_part_that_the_file_names_by_a_word_keeps_the_word(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL + "method: {name: finetune, loss: dice_cross_entropy}\n")
+    assert load_config(path, ["method.dice=0.8"]).method.loss.dice == 0.8
+    assert load_config(path, ["method.loss=generalised_cross_entropy", "method.q=0.3"]).method.loss.q == 0.3
+    assert load_config(path, ["method.loss=t_loss"]).method.loss.kind == "t_loss"
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy"])
+def test_every_class_has_its_weight(minimal: Path, loss: str) -> None:
+    overrides = ["method.name=finetune", f"method.loss={loss}"]
+    assert load_config(minimal, [*overrides, "method.class_weights=[1,20]"]).method.loss.class_weights == (1.0, 20.0)
+    with pytest.raises(UserError, match=r"method\.loss\.class_weights has 3 numbers for 2 classes"):
+        load_config(minimal, [*overrides, "method.class_weights=[1,2,3]"])
 
 
 def test_another_method_is_not_named_over_the_parts_of_the_file_s(tmp_path: Path) -> None:

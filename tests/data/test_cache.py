@@ -16,6 +16,7 @@ from distseg.data.cache import open_cache, write_cache
 from distseg.data.checks import usable_samples
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.decode import Decoding
+from distseg.data.geometry import Frame
 from distseg.data.sample import Problem
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.data.survey import read_samples
@@ -81,11 +82,11 @@ def test_a_stopped_run_is_taken_up_where_it_was(cached, monkeypatch):
     shutil.rmtree(cached.cache)
     read, calls = cache_module._READERS["images"], []
 
-    def fail_at_the_eleventh(path: Path, size: int, decoding: Decoding) -> np.ndarray:
+    def fail_at_the_eleventh(path: Path, frame: Frame, decoding: Decoding) -> np.ndarray:
         calls.append(path)
         if len(calls) > 10:
             raise BadFileError("stopped")
-        return read(path, size, decoding)
+        return read(path, frame, decoding)
 
     monkeypatch.setitem(cache_module._READERS, "images", fail_at_the_eleventh)
     with pytest.raises(BadFileError, match="stopped"):

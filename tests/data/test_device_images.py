@@ -12,6 +12,7 @@ from distseg.data.augment import draw_transform
 from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig, DataConfig
 from distseg.data.device_images import DeviceImages, fit_on_device
+from distseg.data.geometry import Frame
 from distseg.data.reader import PixelReader
 from distseg.data.sample import Annotation, Sample
 from distseg.data.streams import Stream
@@ -37,7 +38,7 @@ def requests(samples: list[Sample], epochs: int = 3) -> list[list[Request]]:
 
 def load(samples: list[Sample], on_device: DeviceImages | None):
     dali = pytest.importorskip("distseg.data.dali")
-    return dali.load_batches(iter(requests(samples)), PixelReader(SIZE, on_device=on_device), 4, CPU, 2)
+    return dali.load_batches(iter(requests(samples)), PixelReader(Frame(SIZE), on_device=on_device), 4, CPU, 2)
 
 
 def test_all_of_a_streams_images_fit_or_none_is_kept():
@@ -71,7 +72,7 @@ def test_batches_are_the_same_and_each_image_is_read_once(samples):
 
     def read_image(path: Path) -> np.ndarray:
         read.append(path)
-        return PixelReader(SIZE).image(path)
+        return PixelReader(Frame(SIZE)).image(path)
 
     actual, expected = list(load(samples, DeviceImages(read_image, CPU))), list(load(samples, None))
     assert len(actual) == len(expected) == len(requests(samples))
@@ -87,27 +88,27 @@ def test_threads_that_ask_at_once_get_the_same_tensor(samples):
 
     def read_image(path: Path) -> np.ndarray:
         both_read.wait(timeout=60)
-        return PixelReader(SIZE).image(path)
+        return PixelReader(Frame(SIZE)).image(path)
 
     images = DeviceImages(read_image, CPU)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(images.image, [samples[0].image] * 2)
     assert one is other is images.image(samples[0].image)
-    np.testing.assert_array_equal(one.numpy(), PixelReader(SIZE).image(samples[0].image))
+    np.testing.assert_array_equal(one.numpy(), PixelReader(Frame(SIZE)).image(samples[0].image))
 
 
 def test_a_file_that_breaks_is_named(samples):
     samples[6].image.write_bytes(b"")
     before = threading.active_count()
     with pytest.raises(BadFileError) as raised:
-        list(load(samples, DeviceImages(PixelReader(SIZE).image, CPU)))
+        list(load(samples, DeviceImages(PixelReader(Frame(SIZE)).image, CPU)))
     assert str(raised.value).startswith(str(samples[6].image))
     assert threading.active_count() <= before
 
 
 def test_closing_early_stops_the_loader(samples):
     before = threading.active_count()
-    batches = load(samples, DeviceImages(PixelReader(SIZE).image, CPU))
+    batches = load(samples, DeviceImages(PixelReader(Frame(SIZE)).image, CPU))
     next(batches)
     batches.close()
     assert threading.active_count() <= before

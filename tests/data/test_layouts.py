@@ -1,6 +1,7 @@
 """What people's folders and tables hold beside data: read, or refused by name."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -169,9 +170,9 @@ def test_a_file_with_a_backslash_in_its_name_is_that_file(tmp_path):
         (lambda path: path.symlink_to(path.name), "links"),
         (lambda path: path.mkdir(), "is a folder"),
         (lambda path: os.mkfifo(path), "is no regular file"),
-        (lambda path: path.write_bytes(b"id,split,image,mask\nl\xe4sion,train,i,m\n"), "cannot be read as UTF-8"),
         (lambda path: path.write_bytes(b'id,split,image,mask\n"a,train,i,m\n'), "cannot be read as CSV"),
-        (lambda path: path.write_bytes(b"\xff\xfe\0"), "cannot be read as UTF-8"),
+        (lambda path: path.write_bytes(b"\xff\xfe\0"), "cannot be read as text"),
+        (lambda path: path.write_bytes(b"id,split,image,mask\nl\xe4\0,train,i,m\n"), "cannot be read as text"),
         (lambda path: path.write_text("id,split,image,image,mask\n"), "has the column image twice"),
         (lambda path: path.write_text("a,train,i,m\n"), "lacks the column id"),
         (lambda path: path.write_text(""), "holds no images"),
@@ -185,6 +186,25 @@ def test_a_manifest_that_exists_is_read_or_refused_and_never_skipped(tmp_path, m
         read_samples(DataConfig(root=tmp_path))
     assert "\n" not in str(raised.value)
     assert len(ids(tmp_path, layout="folders")) == 9
+
+
+def test_a_table_of_windows_code_page_is_read(tmp_path):
+    (tmp_path / "manifest.csv").write_bytes("id;image;mask\nLäsion_é;i/ä.jpg;m/ä.png\n".encode("cp1252"))
+    [sample] = read_samples(DataConfig(root=tmp_path, test_fraction=0, val_fraction=0))
+    assert (sample.id, sample.image.name) == ("Läsion_é", "ä.jpg")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("other", ["NFC", "NFD"])
+def test_accents_composed_or_not_are_the_same_name(tmp_path, form, other):
+    name, same = unicodedata.normalize(form, "Läsion é"), unicodedata.normalize(other, "Läsion é")
+    touch(tmp_path / "folders" / "images" / f"{name}.jpg")
+    touch(tmp_path / "folders" / "masks" / f"{same}.png")
+    assert ids(tmp_path / "folders") == [unicodedata.normalize("NFC", name)]
+    touch(tmp_path / "table" / "i" / f"{name}.jpg")
+    (tmp_path / "table" / "manifest.csv").write_text(f"id,image,mask\n{same},i/{same}.jpg,m.png\n", encoding="utf-8")
+    [sample] = read_samples(DataConfig(root=tmp_path / "table"))
+    assert sample.image.exists() and sample.id == unicodedata.normalize("NFC", name)
 
 
 # --- root -------------------------------------------------------------------------------------------------------------
@@ -215,7 +235,7 @@ def test_a_root_of_no_layout_says_what_was_looked_for_and_what_is_there(tmp_path
         ({"image_size": 10**6}, "less than or equal"),
         ({"max_pixels": 2**40}, "less than or equal"),
         ({"max_file_bytes": 0}, "greater than or equal"),
-        ({"layout": "coco"}, r"must be auto \| manifest \| isic \| ph2 \| folders"),
+        ({"layout": "coco"}, r"must be auto \| manifest \| isic \| ph2 \| ham10000 \| folders"),
         ({"orientation": "turn"}, "'apply' or 'ignore'"),
     ],
 )

@@ -17,6 +17,7 @@ from distseg.data.augment import Transform, draw_transform, identity_transform
 from distseg.data.batch import Request
 from distseg.data.config import AugmentConfig
 from distseg.data.decode import Decoding, read_image, read_mask, read_resized_image
+from distseg.data.geometry import Frame
 from distseg.data.reader import PixelReader
 from distseg.data.resize import resize_mask
 from distseg.data.sample import Annotation, Sample
@@ -59,7 +60,7 @@ def noise_image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def load_one(load_batches, sample: Sample, transform: Transform, size: int = SIZE, labels: str = "true"):
-    (batch,) = load_batches(iter([[Request.of(sample, labels, transform)]]), PixelReader(size), 1, CPU, 1)
+    (batch,) = load_batches(iter([[Request.of(sample, labels, transform)]]), PixelReader(Frame(size)), 1, CPU, 1)
     return batch
 
 
@@ -74,7 +75,7 @@ def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
     samples = [write_sample(tmp_path, f"s{n}", noise_image(40 + n, 50, n), blob(40 + n, 50, n) * 255) for n in range(7)]
     cuts = [samples[:3], samples[3:4], samples[4:6], samples[6:]]
     requests = ([Request.of(s, "true", identity_transform(SIZE)) for s in cut] for cut in cuts)
-    batches = list(load_batches(requests, PixelReader(SIZE), 3, CPU, 2))
+    batches = list(load_batches(requests, PixelReader(Frame(SIZE)), 3, CPU, 2))
     assert [batch.ids for batch in batches] == [("s0", "s1", "s2"), ("s3",), ("s4", "s5"), ("s6",)]
     for batch in batches:
         count = len(batch.ids)
@@ -82,7 +83,7 @@ def test_shapes_types_ids_and_a_clean_end(load_batches, tmp_path):
         assert (batch.masks.shape, batch.masks.dtype) == ((count, SIZE, SIZE), torch.uint8)
         assert batch.images.is_contiguous() and batch.masks.is_contiguous()
         assert batch.true_masks is batch.masks
-    assert list(load_batches(iter([]), PixelReader(SIZE), 3, CPU, 1)) == []
+    assert list(load_batches(iter([]), PixelReader(Frame(SIZE)), 3, CPU, 1)) == []
 
 
 def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_path):
@@ -109,7 +110,9 @@ def test_prefetching_keeps_every_sample_with_its_own_masks(load_batches, tmp_pat
         for first in range(0, 120, 5)
     )
     seen = []
-    kept = list(load_batches(requests, PixelReader(SIZE), 5, CPU, 2))  # kept, so that a reused buffer would show too
+    kept = list(
+        load_batches(requests, PixelReader(Frame(SIZE)), 5, CPU, 2)
+    )  # kept, so that a reused buffer would show too
     for batch in kept:
         for image, mask, true, id in zip(batch.images, batch.masks, batch.true_masks, batch.ids, strict=True):
             number = int(id)
@@ -138,7 +141,7 @@ def test_closing_early_stops_the_loader(load_batches, tmp_path):
             yield [Request.of(sample, "true", identity_transform(SIZE))]
 
     before = threading.active_count()
-    batches = load_batches(endless(), PixelReader(SIZE), 1, CPU, 1)
+    batches = load_batches(endless(), PixelReader(Frame(SIZE)), 1, CPU, 1)
     next(batches)
     batches.close()
     assert len(taken) < 10
@@ -163,7 +166,7 @@ def test_every_binary_encoding_becomes_zero_and_one(load_batches, tmp_path):
         image.save(tmp_path / f"{name}.png")
         samples.append(Sample(name, "train", samples[0].image, tmp_path / f"{name}.png"))
     request = [Request.of(sample, "true", identity_transform(SIZE)) for sample in samples]
-    (batch,) = load_batches(iter([request]), PixelReader(SIZE), len(samples), CPU, 1)
+    (batch,) = load_batches(iter([request]), PixelReader(Frame(SIZE)), len(samples), CPU, 1)
     for actual in batch.masks:
         np.testing.assert_array_equal(actual.numpy(), mask)
 
@@ -179,7 +182,7 @@ def test_masks_stay_zero_and_one_and_move_with_the_image(load_batches, tmp_path)
         [Request.of(samples[n % 5], "true", with_bytes(draw_transform(STRONG, 64, 0, "s", n)))] for n in range(300)
     ]
     disagreeing, edge, lit = 0, 0, 0
-    for batch in load_batches(iter(requests), PixelReader(64), 1, CPU, 2):
+    for batch in load_batches(iter(requests), PixelReader(Frame(64)), 1, CPU, 2):
         mask = batch.masks[0].numpy()
         assert set(np.unique(mask)) <= {0, 1}
         painted = (batch.images[0, 0].numpy() > 127).astype(np.uint8)
@@ -222,7 +225,7 @@ def test_ten_thousand_pairs_stay_aligned_binary_and_finite(load_batches, tmp_pat
     )
     pairs, wrong_pixels, edge = 0, 0, 0
     inner = slice(margin, 64 - margin)
-    for batch in load_batches(requests, PixelReader(64, 2**24), 100, CPU, 2):
+    for batch in load_batches(requests, PixelReader(Frame(64), 2**24), 100, CPU, 2):
         assert torch.isfinite(batch.images).all()
         assert batch.masks.max() == 1
         masks = batch.masks.float()[:, None]
@@ -239,7 +242,7 @@ def test_colours_hairs_blur_and_grain_leave_the_masks_alone(load_batches, tmp_pa
     batches = []
     for config in (STRONG, EVERYTHING.model_copy(update={"elastic": 0.0})):
         requests = [Request.of(samples[n % 8], "true", draw_transform(config, SIZE, 0, "s", n)) for n in range(400)]
-        batches += load_batches(iter([requests]), PixelReader(SIZE), 400, CPU, 2)
+        batches += load_batches(iter([requests]), PixelReader(Frame(SIZE)), 400, CPU, 2)
     plain, changed = batches
     assert torch.isfinite(changed.images).all()
     assert torch.equal(plain.masks, changed.masks)
@@ -256,7 +259,7 @@ def test_right_angles_and_flips_permute_the_pixels_exactly(load_batches, tmp_pat
     config = AugmentConfig(flip=True, right_angles=True)
     transforms = [with_bytes(draw_transform(config, size, 0, "s", position)) for position in range(40)]
     requests = [Request.of(sample, "true", transform) for transform in transforms]
-    (batch,) = load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1)
+    (batch,) = load_batches(iter([requests]), PixelReader(Frame(size)), len(requests), CPU, 1)
     row, column = np.mgrid[:size, :size] + 0.5
     for image, label, transform in zip(batch.images, batch.masks, transforms, strict=True):
         x, y = np.floor(np.tensordot(transform.matrix, np.stack([column, row, np.ones_like(row)]), 1)).astype(int)
@@ -332,8 +335,8 @@ def test_orientation_is_applied_or_ignored_for_image_and_mask_alike(load_batches
         np.testing.assert_array_equal(read_image(turned.image, decoding), upright(plain))
         np.testing.assert_array_equal(read_mask(turned.truth, decoding), upright(mask))
         request = [[Request.of(turned, "true", with_bytes(identity_transform(16)))]]
-        (batch,) = load_batches(iter(request), PixelReader(16, decoding=decoding), 1, CPU, 1)
-        square = read_resized_image(tmp_path / "plain.image", 16)
+        (batch,) = load_batches(iter(request), PixelReader(Frame(16), decoding=decoding), 1, CPU, 1)
+        square = read_resized_image(tmp_path / "plain.image", Frame(16))
         np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0).numpy(), upright(square))
         np.testing.assert_array_equal(batch.masks[0].numpy(), upright(resize_mask(mask, 16, 16)))
 
@@ -364,7 +367,7 @@ def test_a_file_that_breaks_during_training_is_named(load_batches, tmp_path, kin
         path.write_bytes(content)
     requests = [[Request.of(s, "noisy", identity_transform(SIZE)) for s in samples[i : i + 2]] for i in (0, 2, 4)]
     with pytest.raises(UserError) as raised:
-        list(load_batches(iter(requests), PixelReader(SIZE), 2, CPU, 1))
+        list(load_batches(iter(requests), PixelReader(Frame(SIZE)), 2, CPU, 1))
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
 
@@ -380,7 +383,7 @@ def both(samples: list[Sample], size: int, config: AugmentConfig, colour: bool):
         Request.of(samples[n % len(samples)], "noisy", t if colour else with_bytes(t)) for n, t in enumerate(transforms)
     ]
     return [
-        next(load_batches(iter([requests]), PixelReader(size), len(requests), CPU, 1))
+        next(load_batches(iter([requests]), PixelReader(Frame(size)), len(requests), CPU, 1))
         for load_batches in (dali.load_batches, torch_loader.load_batches)
     ]
 
@@ -452,7 +455,9 @@ def test_reduced_decoding_of_a_jpeg_is_within_grey_levels_of_full_decoding(tmp_p
     pixels = cv2.normalize(pixels, None, 0, 255, cv2.NORM_MINMAX)
     Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
     Image.fromarray(read_image(tmp_path / "large.jpg")).save(tmp_path / "large.png")  # decoded at full size
-    reduced, full = (read_resized_image(tmp_path / f"large.{suffix}", 64).astype(int) for suffix in ("jpg", "png"))
+    reduced, full = (
+        read_resized_image(tmp_path / f"large.{suffix}", Frame(64)).astype(int) for suffix in ("jpg", "png")
+    )
     assert np.abs(reduced - full).max() <= 3
     assert np.abs(reduced - full).mean() < 0.5
 
@@ -461,7 +466,7 @@ def test_what_is_kept_in_memory_stays_within_its_budget_and_changes_no_bit(load_
     samples = [write_sample(tmp_path, f"s{n}", noise_image(50, 60, n), blob(50, 60, n)) for n in range(6)]
     requests = [[Request.of(s, "true", draw_transform(COLOURED, SIZE, 0, "s", n)) for n, s in enumerate(samples)]] * 3
     one = SIZE * SIZE * (3 + 1)
-    readers = {budget: PixelReader(SIZE, budget * one) for budget in (0, 2, 100)}
+    readers = {budget: PixelReader(Frame(SIZE), budget * one) for budget in (0, 2, 100)}
     batches = {b: list(load_batches(iter(requests), reader, 6, CPU, 2)) for b, reader in readers.items()}
     for budget, reader in readers.items():
         assert reader.kept_bytes <= budget * one

@@ -228,7 +228,7 @@ def test_bad_manifest_rows(tmp_path, row, message):
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read_samples(DataConfig(root=tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"no data in the layout manifest \| isic \| ph2 \| folders"):
+    with pytest.raises(UserError, match=r"no data in the layout manifest \| isic \| ph2 \| ham10000 \| folders"):
         read_samples(DataConfig(root=tmp_path))
     (tmp_path / "manifest.csv").write_text("id,image,split\na,a.jpg,train\n")
     with pytest.raises(UserError, match="lacks the column reference"):

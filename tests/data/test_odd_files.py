@@ -11,6 +11,7 @@ from PIL import Image
 
 from distseg.data.config import DataConfig
 from distseg.data.decode import PLAIN, read_image, read_mask, read_resized_image, read_resized_mask
+from distseg.data.geometry import Frame
 from distseg.data.inspect import inspect_image, inspect_mask
 from distseg.data.survey import survey
 from distseg.errors import BadFileError, UserError
@@ -81,8 +82,8 @@ def test_a_damaged_picture_is_named_or_can_be_read(tmp_path, name):
         readings = [
             refusal(lambda: read_image(path), BadFileError),
             refusal(lambda: read_mask(path), BadFileError),
-            refusal(lambda: read_resized_image(path, 16), BadFileError),
-            refusal(lambda: read_resized_mask(path, 16), BadFileError),
+            refusal(lambda: read_resized_image(path, Frame(16)), BadFileError),
+            refusal(lambda: read_resized_mask(path, Frame(16)), BadFileError),
         ]
         assert all(said is None or said.startswith(str(path)) for said in (*checks, *readings))
         if checks[0] is None:

@@ -12,6 +12,7 @@ from distseg.data.batch import Request
 from distseg.data.cache import open_cache, write_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import read_resized_image, read_resized_mask
+from distseg.data.geometry import Frame
 from distseg.data.noise.markov import markov
 from distseg.data.reader import PixelReader
 from distseg.data.resize import resize_mask
@@ -68,9 +69,9 @@ def test_image_and_mask_of_a_file_stay_together(tmp_path, height, width, size, s
         Image.fromarray(mask * 255).save(tmp_path / "mask.png")
         picture = np.repeat(mask[..., None] * 255, 3, axis=2)
         Image.fromarray(picture).save(tmp_path / f"image.{suffix}", **({"quality": 100} if suffix == "jpg" else {}))
-        image = read_resized_image(tmp_path / f"image.{suffix}", size)[..., 1].astype(np.float64)
+        image = read_resized_image(tmp_path / f"image.{suffix}", Frame(size))[..., 1].astype(np.float64)
         images.append(np.where(image < 8, 0, image))  # without the ringing of JPEG
-        labels.append(read_resized_mask(tmp_path / "mask.png", size))
+        labels.append(read_resized_mask(tmp_path / "mask.png", Frame(size)))
     assert np.abs(shifts(masks, images)).max() < 0.02
     assert np.abs(shifts(masks, labels)).max() < 1e-9
 
@@ -96,7 +97,7 @@ def test_loaders_cache_and_evaluation_keep_them_together(tmp_path, pipeline, cac
     requests = [
         [Request.of(sample, "noisy", Transform(identity_transform(64).matrix, AS_STORED)) for sample in samples]
     ]
-    reader = PixelReader(64, cache=open_cache(config))
+    reader = PixelReader(Frame(64), cache=open_cache(config))
     [training] = module.load_batches(iter(requests), reader, len(samples), CPU, 1)
     [evaluation] = evaluation_batches(samples, config, ShardSpec(), len(samples), CPU)
     seen = {

@@ -53,7 +53,12 @@ def configure(optimizer: str, stage: int, world_size: int, **train) -> Config:
             "name": "test",
             "data": {"root": "."},
             "train": {"steps": 9, "batch_size": GLOBAL // world_size, "clean_batch_size": GLOBAL // world_size} | train,
-            "optim": {"name": optimizer, "momentum": 0.9, "lr": 0.05, "implementation": "torch"},
+            "optim": {
+                "name": optimizer,
+                "lr": 0.05,
+                "implementation": "torch",
+                **({"momentum": 0.9} if optimizer == "sgd" else {}),
+            },
             "deepspeed": {"zero_stage": stage},
         }
     )

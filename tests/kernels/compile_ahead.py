@@ -78,8 +78,13 @@ def record_launches() -> list[tuple]:
         kernels.pixel_loss(logits, masks)
         kernels.weighted_loss(logits, masks, weights, vector, vector, True)
         kernels.weighted_loss_double_backward(logits, masks, weights, vector, vector, vector, logits, True)
+        classes, slopes = torch.zeros(2, max(2, channels)), torch.zeros(2, channels)
+        kernels.dice_cross_entropy_sums(logits, masks, weights, vector, vector, classes)
+        kernels.dice_cross_entropy_gradient(logits, masks, weights, vector, vector, classes, slopes, slopes)
         kernels.rescale_(logits, vector)
     kernels.alignment(logits, logits, masks, False)
+    kernels.dice_cross_entropy_sums(logits, masks, None, vector, vector, classes)
+    kernels.dice_cross_entropy_gradient(logits, masks, None, vector, vector, classes, slopes, slopes)
     kernels.weighted_loss(logits, masks, None, vector, vector, False)
     kernels.weighted_loss_double_backward(logits, masks, None, vector, vector, vector, logits, False)
     for cell in (1, 3, 8, 96):

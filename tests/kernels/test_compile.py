@@ -12,6 +12,8 @@ import pytest
 PROGRAM = Path(__file__).with_name("compile_ahead.py")
 KERNELS = {
     "alignment_kernel",
+    "dice_gradient_kernel",
+    "dice_sums_kernel",
     "double_backward_kernel",
     "loss_kernel",
     "normalise_kernel",

@@ -33,6 +33,7 @@ def test_presets_are_combinations_of_parts() -> None:
         "pixel_reweight": ("noisy", "aligned", "cross_entropy", "drawn"),
         "label_correction": ("noisy", "uniform", "cross_entropy", "corrected"),
         "meta_weight_net": ("noisy", "learned", "cross_entropy", "drawn"),
+        "dice_cross_entropy": ("noisy", "uniform", "dice_cross_entropy", "drawn"),
         "generalised_cross_entropy": ("noisy", "uniform", "generalised_cross_entropy", "drawn"),
         "t_loss": ("noisy", "uniform", "t_loss", "drawn"),
         "oracle": ("truth", "uniform", "cross_entropy", "drawn"),
@@ -45,6 +46,9 @@ def test_presets_are_combinations_of_parts() -> None:
 def test_any_combination_can_be_written() -> None:
     config = method(name="finetune", loss={"kind": "generalised_cross_entropy", "q": 0.5})
     assert (config.phases.clean_phase, config.loss.q) == (0.3, 0.5)
+    config = method(name="pixel_reweight", loss="dice_cross_entropy", dice=0.7, class_weights=[1, 20])
+    assert (config.loss.kind, config.loss.dice, config.loss.class_weights) == ("dice_cross_entropy", 0.7, (1.0, 20.0))
+    assert method(name="finetune", class_weights=[1, 20]).loss.kind == "cross_entropy"
     config = method(name="pixel_reweight", labels="corrected", include_clean=True, held_out=0.5)
     assert (config.weighting.kind, config.labels.kind, config.phases.clean_share) == ("aligned", "corrected", 0.5)
     config = method(name="label_correction", weighting={"kind": "aligned", "estimator": "reverse"}, warm_up=0.1)
@@ -73,6 +77,9 @@ def test_a_key_needs_no_part_before_it() -> None:
         ({"name": "noisy_only", "estimator": "reverse"}, "estimator is no key of uniform; remove it"),
         ({"name": "noisy_only", "estimator": "reverse"}, ".estimator=null takes it back), or set .kind=aligned"),
         ({"name": "finetune", "q": 0.5}, "or set .kind=generalised_cross_entropy"),
+        ({"name": "finetune", "dice": 0.5}, "dice is no key of cross_entropy"),
+        ({"name": "finetune", "class_weights": [1, 0]}, "greater than 0"),
+        ({"name": "t_loss", "class_weights": [1, 2]}, "class_weights is no key of t_loss"),
         ({"name": "clean_only", "clean_phase": 0.5}, "clean_phase is no key of clean"),
         ({"name": "t_loss", "weighting": "aligned"}, "t_loss: takes one weight an image"),
         ({"name": "clean_only", "labels": "corrected"}, "there are no noisy images to correct"),

@@ -142,12 +142,14 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["alignment", "pixel_loss", "weighted_loss", "double_backward", "positive", "normalise"]
+    "name",
+    ["alignment", "pixel_loss", "weighted_loss", "double_backward", "dice", "dice_gradient", "positive", "normalise"],
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_dispatcher_operators_keep_to_their_schemas(name: str, channels: int) -> None:
     logits, tangents, masks, weights = some(channels)
     vector = torch.rand(2, dtype=torch.float64)
+    classes, slopes = torch.rand(2, max(2, channels)).double(), torch.rand(2, channels).double()
     with ops.using("csrc"):
         operators = ops.raw_operators(torch.device("cpu"))
     calls = {
@@ -157,6 +159,11 @@ def test_dispatcher_operators_keep_to_their_schemas(name: str, channels: int) ->
         "double_backward": (
             operators.weighted_loss_double_backward,
             (logits, masks, weights, vector, vector, vector, tangents, True),
+        ),
+        "dice": (operators.dice_cross_entropy_sums, (logits, masks, weights, vector, vector, classes)),
+        "dice_gradient": (
+            operators.dice_cross_entropy_gradient,
+            (logits, masks, weights, vector, vector, classes, slopes, slopes),
         ),
         "positive": (operators.positive_part, (weights, masks, 2)),
         "normalise": (operators.normalise, (None, masks, vector, vector)),

@@ -44,7 +44,9 @@ def test_one_cycle_is_torchs(steps: int) -> None:
 def test_torch_optimisers_take_over_where_apex_is_absent(name: str, cls: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex", None)
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer, kind = build_optimizer([parameter], OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.01))
+    optimizer, kind = build_optimizer(
+        [parameter], OptimConfig(name=name, lr=0.1, weight_decay=0.01, **({"momentum": 0.9} if name == "sgd" else {}))
+    )
     assert (type(optimizer).__name__, kind) == (cls, "torch fused")
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["fused"]) == (0.1, 0.01, True)
@@ -61,3 +63,18 @@ def test_the_apex_of_pypi_is_not_taken_for_apex(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "apex", type(sys)("apex"))  # the 2013 web toolkit: no apex.optimizers
     _, kind = build_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig())
     assert kind == "torch fused"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"name": "adam", "momentum": 0.9}, "momentum does nothing with name adam; leave it out, or set .name=sgd"),
+        ({"gamma": 0.5}, "gamma does nothing with schedule constant; leave it out, or set .schedule=step"),
+        ({"schedule": "cosine", "milestones": [0.5]}, "milestones does nothing with schedule cosine"),
+    ],
+)
+def test_a_key_that_does_nothing_is_refused(keys: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        OptimConfig(**keys)
+    written = OptimConfig(name="adam", schedule="cosine").model_dump()  # a run's own config has every key
+    assert OptimConfig(**written) == OptimConfig(name="adam", schedule="cosine")

@@ -131,21 +131,21 @@ def test_a_grid_is_tried_by_every_method_and_one_of_its_own_takes_its_place(writ
             "grid": {"optim.lr": [0.5], "method.granularity": ["pixel", "patch(4)"]},
         },
     }
-    grid = {"optim.lr": [1e-3, 0.02], "optim.momentum": [0.9]}
+    grid = {"optim.lr": [1e-3, 0.02], "optim.weight_decay": [0.9]}
     _, runs = load_study(write(methods=methods, grid=grid, seeds=[0], clean_counts=[10]))
     box = [run for run in runs if run.noise == "polygon(3)"]
     assert [(run.method, dict(run.grid)) for run in box] == [
-        ("noisy_only", {"optim.lr": "0.001", "optim.momentum": "0.9"}),
-        ("noisy_only", {"optim.lr": "0.02", "optim.momentum": "0.9"}),
-        ("pixel_reweight", {"optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "pixel"}),
-        ("pixel_reweight", {"optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "patch(4)"}),
+        ("noisy_only", {"optim.lr": "0.001", "optim.weight_decay": "0.9"}),
+        ("noisy_only", {"optim.lr": "0.02", "optim.weight_decay": "0.9"}),
+        ("pixel_reweight", {"optim.lr": "0.5", "optim.weight_decay": "0.9", "method.granularity": "pixel"}),
+        ("pixel_reweight", {"optim.lr": "0.5", "optim.weight_decay": "0.9", "method.granularity": "patch(4)"}),
     ]
     assert [run.config.optim.lr for run in box] == [1e-3, 0.02, 0.5, 0.5]
     assert method_keys(box[3])["granularity"] == "patch(4)" and method_keys(box[3])["clean_phase"] == 0.3
-    assert box[0].name.startswith("noisy_only-lr0.001-momentum0.9-polygon_3-kany-s0-")
+    assert box[0].name.startswith("noisy_only-lr0.001-weight_decay0.9-polygon_3-kany-s0-")
     assert box[3].tags == {
         "method": "pixel_reweight", "noise": "polygon(3)", "clean_count": "10", "seed": "0",
-        "optim.lr": "0.5", "optim.momentum": "0.9", "method.granularity": "patch(4)",
+        "optim.lr": "0.5", "optim.weight_decay": "0.9", "method.granularity": "patch(4)",
     }  # fmt: skip
 
 
@@ -253,18 +253,19 @@ def test_equal_grid_values_are_refused(write, values: list) -> None:
 @pytest.mark.parametrize(
     "noise",
     [
-        [{"kind": "box"}, {"kind": "box", "seed": 3}],
+        [{"kind": "box"}, {"kind": "box"}],
         [{"kind": "boundary", "alpha": 0.7, "beta": b} for b in (0.12345678, 0.12345679)],
     ],
 )
 def test_noise_levels_of_one_text_are_refused(write, noise: list) -> None:
-    with pytest.raises(UserError, match=r"noise: .*\) is there twice|noise: box is there twice"):
+    with pytest.raises(UserError, match=r"noise: .*is there twice"):
         load_study(write(noise=noise))
 
 
 @pytest.mark.parametrize(
     ("item", "axis"),
     [
+        ("name=mine", "name"),
         ("seed=5", "seeds"),
         ("data.noise.seed=5", "seeds"),
         ("data.noise={kind: box}", "noise"),
@@ -273,10 +274,16 @@ def test_noise_levels_of_one_text_are_refused(write, noise: list) -> None:
     ],
 )
 def test_a_setting_of_an_axis_is_refused_in_one_line(write, item: str, axis: str) -> None:
-    said = re.escape(f"{item}: is an axis of the study; remove it, and set {axis} in the study file") + "$"
+    what = "the study names its runs" if axis == "name" else "is an axis of the study"
+    said = re.escape(f"{item}: {what}; remove it, and set {axis} in the study file") + "$"
     with pytest.raises(UserError, match=said):
         load_study(write(), [item])
     with pytest.raises(UserError, match=f"settings: {said}"):
         load_study(write(settings=[item]))
     with pytest.raises(UserError, match=f"methods.oracle: {said}"):
         load_study(write(methods={"oracle": [item]}))
+
+
+def test_a_noise_level_has_no_seed_of_its_own(write) -> None:
+    with pytest.raises(UserError, match=r"polygon\(3\): seed 4: each of seeds draws the masks; remove it"):
+        load_study(write(noise=[{"kind": "polygon", "vertices": 3, "seed": 4}]))

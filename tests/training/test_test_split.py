@@ -31,9 +31,9 @@ def train(runtime, roots: list[str], folder: str) -> dict[str, torch.Tensor]:
         run = trainer.Trainer(config, Path(folder) / str(number), runtime)
         score = run.score
 
-        def spy(samples, run=run, score=score):
+        def spy(samples, own, run=run, score=score):
             scored.append((samples[0].split, int(run.engine.global_steps)))
-            return score(samples)
+            return score(samples, own)
 
         run.score = spy
         result = run.run(resume=False)

@@ -48,7 +48,7 @@ def train(runtime, root: str, folder: str) -> dict[str, Tensor]:
             out[f"{key}.loss"] = outcome.loss
             out |= {f"{key}.{name}": value for name, value in outcome.diagnostics.items()}
             out[f"{key}.figure"] = torch.from_numpy(trainer.draw(outcome.step.micro_batches[0], "caption"))
-            out[f"{key}.counts"] = torch.from_numpy(trainer.score(trainer.splits.noisy[:SCORED]))
+            out[f"{key}.counts"] = torch.from_numpy(trainer.score(trainer.splits.noisy[:SCORED], own=False).network)
         assert "parameters" in trainer.rehearse() and trainer.parameter_count > 1000
     return out
 

@@ -12,6 +12,7 @@ backslashes in their paths.
 import csv
 import os
 import stat
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
@@ -44,6 +45,23 @@ def read(root: Path) -> Listing | None:
         [row for row in parsed if isinstance(row, Problem)],
         frozenset(row["split"] for row in rows if row.get("split") in SPLITS),
     )
+
+
+def read_images(table: Path) -> Listing:
+    """The images of a table with the columns id and image, which need no masks; paths are relative to its folder."""
+    columns, rows = _table(table)
+    if missing := [column for column in ("id", "image") if column not in columns]:
+        raise UserError(f"{table}: lacks the column {missing[0]}; the header is id,image")
+    samples, problems = [], []
+    for number, row in enumerate(rows, start=1):
+        id, paths = unicodedata.normalize("NFC", row["id"]), {"image": row.get("image", "")}
+        fault = f"{'image' if id else 'id'} is empty" if not id or not paths["image"] else None
+        fault = fault or fault_of_id(id) or _fault_of_paths(paths)
+        if fault is None:
+            samples.append(Sample(id, row.get("split", ""), _under(table.parent, paths["image"])))
+        else:
+            problems.append(Problem(id, f"{table}, row {number}", fault))
+    return Listing(samples, problems, frozenset())
 
 
 def _table(manifest: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -91,10 +109,9 @@ def _text(manifest: Path) -> str:
             )
         if status.st_size > _MOST_BYTES:
             raise UserError(f"{manifest}: has {status.st_size:,} bytes, above {_MOST_BYTES:,}; is it a table?")
-        content = manifest.read_bytes()
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return _decoded(manifest.read_bytes())
     except UnicodeDecodeError as error:
-        raise UserError(f"{manifest}: cannot be read as UTF-8: {error}; save it as CSV UTF-8") from None
+        raise UserError(f"{manifest}: cannot be read as text: {error}; save it as CSV UTF-8") from None
     except FileNotFoundError:
         raise UserError(f"{manifest}: a link to a file that does not exist; mend the link or remove it") from None
     except (OSError, RuntimeError) as error:
@@ -102,8 +119,23 @@ def _text(manifest: Path) -> str:
         raise UserError(f"{manifest}: cannot be read: {reason}") from None
 
 
+def _decoded(content: bytes) -> str:
+    """Unicode, or else the code page that Windows gives to tables of Western languages. UnicodeDecodeError for others.
+
+    A table of yet another code page names files that are not there, which is told when they are looked for.
+    """
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if b"\0" in content:
+            raise
+        return content.decode("cp1252")
+
+
 def _parse_row(root: Path, values: dict[str, str], where: str) -> Sample | Problem:
-    id, split = values["id"], values.get("split") or "train"
+    id, split = unicodedata.normalize("NFC", values["id"]), values.get("split") or "train"
     paths = {column: path for column, path in values.items() if path and _is_file(column)}
     fault = _fault(id, split, paths, values)
     if fault is not None:
@@ -136,6 +168,10 @@ def _fault(id: str, split: str, paths: dict[str, str], values: dict[str, str]) -
             return fault.replace("id", "annotator", 1)
         if names.count(name) > 1:
             return f"annotator {name} is there twice; keep one"
+    return _fault_of_paths(paths)
+
+
+def _fault_of_paths(paths: dict[str, str]) -> str | None:
     for column, path in paths.items():
         if leaves_root(path):
             return f"{column} {path!r} leaves the folder; paths are relative to it, without '..'"
@@ -162,5 +198,9 @@ def _merged(rows: Sequence[Sample]) -> list[Sample]:
 
 
 def _under(root: Path, path: str) -> Path:
-    """With backslashes as separators, unless there is a file of that very name."""
-    return root / path if "\\" not in path or (root / path).exists() else root / PureWindowsPath(path).as_posix()
+    """With backslashes as separators, and accents as the file system has them, unless there is a file of that name."""
+    if (path.isascii() and "\\" not in path) or (root / path).exists():
+        return root / path
+    posix = PureWindowsPath(path).as_posix()
+    forms = (unicodedata.normalize(form, posix) for form in ("NFC", "NFD"))
+    return next((root / form for form in forms if (root / form).exists()), root / posix)

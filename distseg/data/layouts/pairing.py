@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ def images_by_id(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
     files: dict[str, list[Path]] = defaultdict(list)
     for path in image_files(folder):
         if not _SUPERPIXELS.search(path.stem):
-            files[_MASK_ENDING.sub("", path.stem)].append(path)
+            files[_MASK_ENDING.sub("", _composed(path.stem))].append(path)
     images, problems = {}, []
     for id, same in files.items():
         fault = fault_of_id(id)
@@ -123,7 +124,7 @@ def is_of_the_system(name: str) -> bool:
 
 def _owner(stem: str, images: dict[str, Path]) -> tuple[str, str] | None:
     """(id, annotator) of a mask's name: the longest id that it is, or begins with, before `_`."""
-    plain = _MASK_ENDING.sub("", stem)
+    plain = _MASK_ENDING.sub("", _composed(stem))
     if plain in images:
         return plain, ""
     parts = plain.split("_")
@@ -132,6 +133,11 @@ def _owner(stem: str, images: dict[str, Path]) -> tuple[str, str] | None:
         if id in images:
             return id, re.sub(r"^(segmentation|mask)_", "", rest, flags=re.IGNORECASE)
     return None
+
+
+def _composed(name: str) -> str:
+    """With composed accents, so that files that were copied from one file system to another still pair."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _fault(by_annotator: dict[str, list[Path]], role: str | None) -> str | None:

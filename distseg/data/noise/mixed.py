@@ -22,11 +22,11 @@ class MixedNoise(NoiseKind):
             raise ValueError("annotators: none has a seed of its own; set data.noise.seed")
         return self
 
-    def draw_for(self, sample_id: str, mask: Mask, image: Image | None) -> Mask:
+    def draw_for(self, sample_id: str, mask: Mask, image: Image | None, label: int = 1) -> Mask:
         """The same annotators, in the same order, draw the same sample again; each has random numbers of its own."""
         chosen = int(generator(self.seed, "annotator", sample_id).integers(len(self.annotators)))
         seed = stable_hash(self.seed, "annotator", chosen) % 2**63
-        return self.annotators[chosen].with_seed(seed).draw_for(sample_id, mask, image)
+        return self.annotators[chosen].with_seed(seed).draw_for(sample_id, mask, image, label)
 
     @property
     def parameters(self) -> str:

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 
+from distseg.data.classes import IGNORE
 from distseg.data.decode import PLAIN, Decoding, read_image, read_mask
 from distseg.data.noise.kind import Image, Mask, NoiseKind
 from distseg.data.sample import Annotation, Sample
@@ -19,24 +19,36 @@ from distseg.files import write_atomically
 
 
 def corrupt(mask: Mask, noise: NoiseKind, sample_id: str, image: Image | None = None) -> Mask:
-    """The noisy mask of one sample: (H, W) uint8 in {0, 1} from (H, W) uint8 in {0, 1}.
+    """The noisy mask of one sample: (H, W) uint8 class ids, 255 = ignore, from a true one.
+
+    Each class that there is, but background, is drawn as if it were alone, in the order of the ids, over what has been
+    drawn before: where two overlap the later one stands, so classes inside others are named last. What nobody vouches
+    for in the true mask is taken for background while drawing, and is ignored in the noisy one too.
 
     `image` (H, W, 3) uint8 RGB is needed where `noise.looks_at_image`; ValueError without it.
     """
-    return noise.draw_for(sample_id, mask, image)
+    noisy = np.zeros_like(mask)
+    labels = [id for id in np.unique(mask).tolist() if id not in (0, IGNORE)]
+    for label in sorted({1, *labels}):  # a kind may mark a lesion where there is none
+        noisy[noise.draw_for(sample_id, (mask == label).view(np.uint8), image, label) > 0] = label
+    noisy[mask == IGNORE] = IGNORE
+    return noisy
 
 
 def write_noisy_masks(
     samples: list[Sample], noise: NoiseKind, folder: Path, decoding: Decoding = PLAIN
 ) -> tuple[list[Sample], float]:
-    """Give each sample a noisy mask, as PNG (0/255) in `folder`, and say how wrong they are.
+    """Give each sample a noisy mask, as PNG in `folder`, and say how wrong they are.
+
+    The PNGs have the values that the data's own masks have, 0 and 255 unless `data.classes` says otherwise.
 
     Each file is written aside and renamed, manifest.csv (id, mask, kind, parameters, seed, wrong_pixel_rate) last; a
     rerun writes the same bytes. With kind `none` nothing is written: samples keep the annotations that they bring.
 
     Returns:
         The samples with the drawn mask in place of any annotation, in the order given, and the mean over them of the
-        fraction of wrong pixels: 0 for a sample without an annotation, NaN where one has no reference.
+        fraction of wrong pixels among the labelled ones: 0 for a sample without an annotation, NaN where one has no
+        reference.
     """
     if noise.kind == "none":
         return samples, _mean(_own_rate(sample, decoding) for sample in samples)
@@ -48,7 +60,7 @@ def write_noisy_masks(
         true = read_mask(sample.reference, decoding)
         noisy = corrupt(true, noise, sample.id, read_image(sample.image, decoding) if noise.looks_at_image else None)
         path = folder / f"{sample.id}.png"
-        write_atomically(path, cv2.imencode(".png", noisy * 255)[1].tobytes(), durable=False)  # can be drawn again
+        write_atomically(path, decoding.classes.encode(noisy), durable=False)  # can be drawn again
         return _with_noisy(sample, path), _wrong_pixel_rate(noisy, true)
 
     with ThreadPoolExecutor() as pool:
@@ -111,7 +123,9 @@ def _own_rate(sample: Sample, decoding: Decoding) -> float:
 
 
 def _wrong_pixel_rate(noisy: Mask, true: Mask) -> float:
-    return float(np.mean(noisy != true))
+    """Of the pixels that both label; 0 where there is none."""
+    known = (noisy != IGNORE) & (true != IGNORE)
+    return float(((noisy != true) & known).sum() / max(known.sum(), 1))
 
 
 def _mean(rates: Iterable[float]) -> float:

@@ -55,7 +55,7 @@ class Corrected(LabelModel):
     def __init__(
         self, device: torch.device, classes: int, clean_count: int, least_gain: float, decide_after: int
     ) -> None:
-        """clean_count: how many different clean images there are; decide_after: steps with them before it may correct."""
+        """clean_count: how many different clean images there are; decide_after: steps with them before a correction."""
         self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.decide_after = decide_after
         self.counts = identity_prior(classes, device)

@@ -47,7 +47,7 @@ class AlignedConfig(Section):
     def by_pixel(self) -> bool:
         return self.granularity != "image"
 
-    def build(self, context: Context) -> Weighting:
+    def build(self, context: Context, class_weights: Tensor | None) -> Weighting:
         reweighter = PixelReweighter(
             context.model,
             estimator=self.estimator,
@@ -57,6 +57,7 @@ class AlignedConfig(Section):
             transform=self.transform,
             virtual_lr=self.virtual_lr,
             initial_weight=self.initial_weight,
+            class_weights=class_weights,
             reduction=context.reduction,
             placement=context.placement,
         )

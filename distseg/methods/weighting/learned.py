@@ -33,16 +33,16 @@ class LearnedConfig(Section):
     needs_clean: ClassVar[bool] = True
     by_pixel: ClassVar[bool] = True
 
-    def build(self, context: Context) -> Weighting:
-        return LossWeights(context, self.weight_lr, self.virtual_lr)
+    def build(self, context: Context, class_weights: Tensor | None) -> Weighting:
+        return LossWeights(context, self.weight_lr, self.virtual_lr, class_weights)
 
 
 class LossWeights(Weighting):
     """Needs whole parameters on every rank."""
 
-    def __init__(self, context: Context, weight_lr: float, virtual_lr: float) -> None:
+    def __init__(self, context: Context, weight_lr: float, virtual_lr: float, class_weights: Tensor | None) -> None:
         self.network, self.placement = StatelessNetwork(context.model, context.placement), context.placement
-        self.reduction, self.virtual_lr = context.reduction, virtual_lr
+        self.reduction, self.virtual_lr, self.class_weights = context.reduction, virtual_lr, class_weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             net = WeightNet()
@@ -62,6 +62,7 @@ class LossWeights(Weighting):
             clean,
             self.virtual_lr,
             self.reduction,
+            self.class_weights,
         )
         ahead = self.learned.stepped(hyper.by_parameter)
         with torch.no_grad():

@@ -19,7 +19,7 @@ class UniformConfig(Section):
     needs_clean: ClassVar[bool] = False
     by_pixel: ClassVar[bool] = False
 
-    def build(self, context: Context) -> Weighting:
+    def build(self, context: Context, class_weights: Tensor | None) -> Weighting:
         return Uniform(context.reduction)
 
 

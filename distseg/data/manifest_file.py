@@ -1,0 +1,28 @@
+"""manifest.csv as it is written; layouts/manifest.py reads it."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from distseg.data.sample import Sample
+from distseg.files import write_atomically
+
+
+def write_manifest(root: Path, samples: Sequence[Sample]) -> None:
+    """Write ROOT/manifest.csv, aside and renamed: `id,split,image`, and what there is of `reference`, `annotation`,
+    `annotation:NAME` and `group`.
+
+    Files lie below the root. An empty split is one that is to be drawn.
+    """
+    roles = {key for sample in samples for key in sample.files if key != "image"}
+    columns = [*sorted(roles & {"reference"}), *sorted(roles - {"reference"})]
+    groups = any(sample.group for sample in samples)
+    table = io.StringIO(newline="")
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["id", "split", "image", *columns, *(["group"] if groups else [])])
+    for sample in samples:
+        paths = {key: path.relative_to(root).as_posix() for key, path in sample.files.items()}
+        cells = [paths.get(column, "") for column in ("image", *columns)]
+        rows.writerow([sample.id, sample.split, *cells, *([sample.group] if groups else [])])
+    write_atomically(root / "manifest.csv", table.getvalue())
