@@ -54,9 +54,7 @@ def _named_classes(given: Any) -> Any:
         raise ValueError("give a mapping from names to values, for instance {background: 0, lesion: [1, 2]}")
     for name in given:
         if not (isinstance(name, str) and re.fullmatch(r"\w([\w. -]{0,62}\w)?", name)):
-            raise ValueError(
-                f"the name {name!r}: letters and digits, between them blanks, '.', '_' and '-', at most 64"
-            )
+            raise ValueError(f"the name {name!r}: take letters and digits, between them blanks, . _ and -, up to 64")
     return {name: values for name, values in given.items() if values is not None}
 
 
