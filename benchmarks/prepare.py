@@ -2,7 +2,7 @@
 
     python benchmarks/prepare.py [--images 10000] [--sample 500] [--rounds 5] [--threads 2] [--json FILE]
 
-Makes its own data: JPEGs of 600×450 pixels, each with a reference and the masks of two annotators, PNG. Contenders take
+Makes its own data: JPEGs of 300×225 pixels, each with a reference and the masks of two annotators, PNG. Contenders take
 turns on the first `--sample` images, round after round, and ratios are of one round; the files are in the page cache:
 
     decoding    each file decoded whole by PIL, as the loaders do, and thrown away
@@ -37,7 +37,7 @@ from distseg.data.sample import Sample
 from distseg.data.survey import read_samples
 
 ROOT = Path(__file__).parents[1]
-WIDTH, HEIGHT = 600, 450
+WIDTH, HEIGHT = 300, 225
 ANNOTATORS = ("a", "b")
 
 

@@ -222,7 +222,7 @@ def _twins(images: list[tuple[Sample, ImageFacts]]) -> list[Problem]:
             other = next((each for each in samples if each.split != sample.split), None)
             if other is not None and other.image != sample.image:
                 where = f"{other.image.name}, which is {other.id} of the {other.split} split"
-                reason = f"in {sample.split}, has the same content as {where}; remove one of the two"
+                reason = f"in {sample.split}, has the same content as {where}; remove one, or give both one group"
                 problems.append(Problem(sample.id, str(sample.image), reason))
     return problems
 

@@ -171,6 +171,8 @@ def opened(path: Path, decoding: Decoding, content: bytes | None = None) -> Iter
     Whatever goes wrong in the block is a BadFileError that names the file.
     """
     content = content_of(path, decoding) if content is None else content
+    if Image.MAX_IMAGE_PIXELS is not None and decoding.max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = decoding.max_pixels  # PIL would refuse twice its own bound; ours is the stricter
     with _named(path, decoding), Image.open(BytesIO(content), formats=FORMATS) as image:
         width, height = image.size
         if width * height > decoding.max_pixels or max(width, height) > MAX_SIDE:

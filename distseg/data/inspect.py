@@ -138,6 +138,8 @@ def _counts(ids: NDArray[np.uint8], binary: bool) -> list[int]:
 
 def _values_in(pixels: NDArray[np.uint8]) -> set[int]:
     top, lit = int(pixels.max()), int(np.count_nonzero(pixels))
+    if top == 0:
+        return {0}
     if np.count_nonzero(pixels == top) == lit:  # of a sound mask, for a tenth of a histogram's time
         return {0, top} if lit < pixels.size else {top}
     return set(np.flatnonzero(np.bincount(pixels.ravel())).tolist())

@@ -146,7 +146,7 @@ def _page(
         legend=[LegendEntry(name_of(key), colours[key]) for key in keys[:_MOST_ANNOTATORS]],
         suspects_text=_of_many(len(suspect_cards), len(reasons), "images that something was found about"),
         suspects=suspect_cards,
-        pairs_text=_of_many(len(pair_cards), len(pairs), "pairs, the most alike first; turned and mirrored ones count"),
+        pairs_text=_of_many(len(pair_cards), len(pairs), "pairs, across splits first; turned and mirrored ones count"),
         pairs=pair_cards,
         agreement_text="Mean Dice of every two, over the images that both have drawn: 1 is the same, 0 nothing shared.",
         agreement=_agreement_table(facts),

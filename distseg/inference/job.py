@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -88,7 +88,7 @@ class Job:
         """Images of this rank's share."""
         return sum(len(batch) for batch in self._share(shard))
 
-    def run(self, shard: ShardSpec, advance: Callable[[int], None]) -> list[Problem]:
+    def run(self, shard: ShardSpec, advance: Callable[[int], object]) -> list[Problem]:
         """Predict this rank's share; the files that could not be. `advance` is told the number of images dealt with.
 
         Raises StorageError where an output cannot be written.
@@ -156,7 +156,7 @@ class Job:
         batches = [self.items[first : first + size] for first in range(0, len(self.items), size)]
         return [batches[index] for each in shard.evaluation_batches(len(batches), 1) for index in each]
 
-    def _read(self, todo: Iterator[Sequence[Item]]) -> Iterator[Any]:
+    def _read(self, todo: Iterator[Sequence[Item]]) -> "Generator[tuple[Sequence[Item], list[_Read]], None, None]":
         size = max(1, self.predictor.settings.batch_size)
         return read_ahead(todo, self._read_one, size, self.predictor.data.threads)
 

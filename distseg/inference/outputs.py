@@ -88,7 +88,7 @@ class Outputs:
         """Write the files of one image; of what is written of it, `seconds` is no part. Raises StorageError."""
         status = item.path.stat()
         mask = prediction.mask
-        contents = [self.classes.encode(mask)]
+        contents: list[bytes | str] = [self.classes.encode(mask)]
         if prediction.probabilities is not None:
             contents.append(_probabilities(prediction.probabilities, self.classes.names))
         if self.wanted.contours == "geojson":

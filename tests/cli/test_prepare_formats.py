@@ -29,7 +29,8 @@ def tool(tmp_path: Path) -> Path:
         pixels = np.full((16, 24, 3), 200, np.uint8)
         pixels[4:12, 6:18] = 10 * number  # so that no two images are the same
         Image.fromarray(pixels).save(tmp_path / f"media/{number:02d}.png")
-        box = {"x": 25, "y": 25, "width": 50, "height": 50, "rectanglelabels": ["lesion"]}
+        sides = {"width": 20 + 8 * (number % 5), "height": 25 + 15 * (number // 5)}  # nor two masks
+        box = {"x": 10, "y": 10, **sides, "rectanglelabels": ["lesion"]}
         result = [{"type": "rectanglelabels", "original_width": 24, "original_height": 16, "value": box}]
         annotations = [{"completed_by": {"email": "anna"}, "result": result}]
         if number % 2:

@@ -188,7 +188,7 @@ def test_a_changed_copy_in_another_split_is_found(tmp_path, change):
     samples.append(Sample("copy", "test", image, write(tmp_path, "copy_m.png", disc(99, copy.shape[0]))))
     twins = found(samples)["near_twins"]
     assert (twins.severity, twins.pairs) == ("warn", (("s002", "copy"),))
-    assert twins.text.startswith("1 of 7 val images and 1 of 8 test images show")
+    assert twins.text.startswith("1 of 7 val images and 1 of 8 test images look")
 
 
 def test_many_pairs_are_found_across_the_blocks_of_the_search():
@@ -206,7 +206,7 @@ def test_a_split_full_of_copies_is_refused_unless_it_is_allowed(tmp_path):
         samples.append(Sample(f"c{number:03d}", "test", image, write(tmp_path, f"c{number}_m.png", disc(number + 500))))
     facts = look(samples)
     with pytest.raises(
-        UserError, match=r"20 of 40 test images show .* data\.allow=\[near_twins\] trains on it"
+        UserError, match=r"20 of 40 test images look .* data\.allow=\[near_twins\] trains on it"
     ) as told:
         check_findings(find(facts))
     assert "\n" not in str(told.value)

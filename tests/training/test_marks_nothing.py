@@ -12,9 +12,11 @@ from distseg.training.trainer import warn_if_nothing_is_marked
 NOTHING, SOMETHING = np.array([[0, 0, 5, 95], [0, 0, 9, 91]]), np.array([[0, 0, 5, 95], [0, 1, 9, 90]])
 
 
-def config_with(loss: str, **keys) -> Config:
+def config_with(loss: str, classes: dict[str, int] | None = None, **keys) -> Config:
     method = {"name": "finetune", "loss": {"kind": loss, **keys}}
-    return Config.model_validate({"name": "x", "data": {"root": "."}, "method": method, "train": {"steps": 8}})
+    return Config.model_validate(
+        {"name": "x", "data": {"root": ".", "classes": classes}, "method": method, "train": {"steps": 8}}
+    )
 
 
 def said(caplog: pytest.LogCaptureFixture, loss: str, counts: np.ndarray) -> str:
@@ -36,3 +38,12 @@ def test_it_says_so_with_a_mend(caplog: pytest.LogCaptureFixture, loss: str) -> 
         assert (key, value) == ("loss", "dice_cross_entropy")
         assert config_with(value).method.loss.kind == value
     assert said(caplog, loss, SOMETHING) == ""
+
+
+def test_of_several_classes_those_that_are_marked_nowhere_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_with("dice_cross_entropy", {"skin": 0, "lesion": 1, "hair": 2})
+    counts = np.array([[[3, 0, 1, 6], [0, 0, 4, 6]], [[0, 2, 0, 8], [0, 0, 0, 10]]])
+    with caplog.at_level(logging.WARNING):
+        warn_if_nothing_is_marked(counts, config)
+    assert "marks no pixel as hair on any" in caplog.text
+    assert "method.loss.class_weights=[1,20,20]" in caplog.text
