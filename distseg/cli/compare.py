@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distseg.cli.process import say
+from distseg.errors import UserError
 from distseg.run_folder import RunFolder
 from distseg.text import for_terminal
 
@@ -67,15 +68,21 @@ def draw(runs: Sequence[Path], allow_import: bool) -> "np.ndarray":
     }
     predictions: dict[str, Tensor] = {}
     examples: tuple[Batch, Tensor] | None = None
+    names: tuple[str, ...] = ()
     for run in runs:
         config, network = load_network(run, allow_import)
         examples = examples or load_examples(config, run)
         with torch.inference_mode():
             logits = network.eval()(examples[0].images)
-        predictions[for_terminal(run.name)] = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1) > 0
+        several = config.data.class_count > 2
+        best = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+        predictions[for_terminal(run.name)] = best if several else best > 0
+        names = names or config.data.class_names
+        if config.data.class_names != names:
+            raise UserError(f"{run}: has other classes than {runs[0]}; compare runs of the same ones")
     assert examples is not None  # argparse asks for a run
     batch, masks = examples
-    return comparison_figure(records, batch.pictures, masks, batch.masks, predictions)
+    return comparison_figure(records, batch.pictures, masks, batch.masks, predictions, names)
 
 
 def load_examples(config: "Config", run: Path) -> "tuple[Batch, Tensor]":

@@ -25,6 +25,19 @@ if TYPE_CHECKING:
     from distseg.config.schema import Config
 
 _NAMES = " | ".join(FORMATS)
+_SPELLED = {"role": "as", "noisy_masks": "noisy-masks"}
+_APART: dict[str, list[tuple[tuple[str, ...], str]]] = {
+    "--import": [
+        (("role", "images"), "write it after the --import that it is of"),
+        (("export", "report", "cache", "noisy_masks"), "is another command, of the data that --import makes"),
+    ],
+    "--export": [
+        (("images", "unmarked"), "is for --import"),
+        (("cache", "noisy_masks"), "--export does nothing else; run prepare again"),
+    ],
+    "": [(("to", "role", "images", "unmarked"), "is for --import and --export")],
+}
+"""What is no option of a command, and what to do."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,20 +79,16 @@ class _OfImport(argparse.Action):
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.imports and arguments.export:
-        parser.error("--import and --export are two commands")
-    if not arguments.imports and not arguments.config:
+    command = "--import" if arguments.imports else "--export" if arguments.export else ""
+    for names, what in _APART[command]:
+        for name in names:
+            if (given := getattr(arguments, name)) is not None:
+                parser.error(f"--{_SPELLED.get(name, name)} {given}: {what}")
+    if command and not arguments.to:
+        parser.error(f"{command} needs --to PATH")
+    if command != "--import" and not arguments.config:
         parser.error("the following arguments are required: --config")
-    if (arguments.imports or arguments.export) and not arguments.to:
-        parser.error("--import and --export need --to PATH")
-    for option, given in (("--as", arguments.role), ("--images", arguments.images)):
-        if given is not None and (not arguments.export or option == "--images"):
-            parser.error(f"{option} {given}: write it after the --import that it is of")
-    if arguments.to and not (arguments.imports or arguments.export):
-        parser.error(f"--to {arguments.to}: is of --import or --export")
-    if arguments.unmarked and not arguments.imports:
-        parser.error("--unmarked is of --import")
-    if arguments.imports and arguments.overrides and not arguments.config:
+    if command == "--import" and arguments.overrides and not arguments.config:
         parser.error(f"{arguments.overrides[0]}: with --import, keys need --config")
 
 
@@ -135,7 +144,7 @@ def _summary(written: Imported, to: Path) -> list[str]:
         f"classes: {', '.join(written.classes)}",
     ]
     if written.unannotated:
-        lines.append(f"left out: {written.unannotated} images that nobody has annotated")
+        lines.append(f"left out, as nobody has annotated them: {written.unannotated}")
     if written.overlapping:
         lines.append(f"{written.overlapping:,} pixels are of objects of several classes; the last in the file has them")
     keys = [f"data.root={to}"]

@@ -1,7 +1,8 @@
 """Look through a data set before training on it, and decode its originals once and for all.
 
     python launch/prepare.py --config configs/isic2017.yaml data.root=PATH [section.key=value …]
-        [--report FOLDER]    report.txt, report.csv and report.json: every bad file and its reason
+        [--report FOLDER]    report.html, a page to look at: every bad file and its reason, what the data shows, who
+                             agrees with whom, the most suspicious images; the same in report.json, .csv and .txt
         [--noisy-masks FOLDER]    the noisy stream's masks as training draws them, PNG, with manifest.csv (kind,
                              parameters, seed, wrong-pixel rate) and contact_sheet.png
         [--cache FOLDER]     the images and masks at data.image_size, for data.cache=FOLDER; a stopped run is taken up
@@ -12,11 +13,11 @@
 
 FORMAT is label-studio, cvat, coco or nnunet; ROLE, whose masks they are, reference, annotation or annotation:NAME.
 
-Exit codes: 0 the data can be trained on; 2 bad config, or bad files and not data.on_bad=skip; 1 anything else.
+Exit codes: 0 the data can be trained on; 2 bad config, bad files and not data.on_bad=skip, or a dangerous finding that
+data.allow does not name; 1 anything else.
 """
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ from typing import TYPE_CHECKING
 from distseg.cli.convert import add_arguments, check_arguments, export_samples, import_files
 from distseg.cli.process import say
 from distseg.data.cache import write_cache
-from distseg.data.checks import check_masks, check_splits, inspect_files, problems_table
+from distseg.data.checks import check_findings, check_splits, facts_of, inspect_files
 from distseg.data.decode import read_image, read_mask
+from distseg.data.findings import DataFacts, Finding, find
 from distseg.data.noise.write import write_noisy_masks
 from distseg.data.sample import SPLITS, Problem, Sample
 from distseg.data.splits import split_clean
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def prepare(config: "Config", arguments: argparse.Namespace) -> int:
     # The whole data set, whatever an earlier cache says.
     samples, problems = survey(config.data)
-    inspection = inspect_files(samples, config.data.decoding, arguments.threads)
+    inspection = inspect_files(samples, config.data.decoding, arguments.threads, progress=True)
     problems += inspection.problems
     bad = {problem.id for problem in problems}
     good = [sample for sample in samples if sample.id not in bad]
@@ -64,19 +66,22 @@ def prepare(config: "Config", arguments: argparse.Namespace) -> int:
     say("\n".join(lines[: SHOWN + 3]))
     if len(lines) > SHOWN + 3:
         say(f"… and {len(lines) - SHOWN - 3} more" + ("" if arguments.report else "; --report FOLDER lists them"))
+    facts = facts_of(good, inspection, config.data.class_names)
+    findings = find(facts, config.data.allow)
     if arguments.report:
-        write_report(arguments.report, lines, good, problems)
+        report(config, arguments.report, lines, facts, findings, problems)
     if problems and config.data.on_bad == "refuse":
         what = f"{len(problems)} problems; mend them, or leave the samples out with data.on_bad=skip"
         raise UserError(f"{config.data.root}: {what}")
+    if arguments.export:  # data that cannot be trained on yet may still need a tool
+        export_samples(config, good, arguments)
+        return 0
     check_splits(good)
-    check_masks(good, inspection.masks, config.data.class_names)
+    check_findings(findings)
     if arguments.cache:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)
         size = config.data.image_size
         say(f"{arguments.cache}: {len(good)} samples at {size}², {written} shards written, {kept} kept")
-    if arguments.export:
-        export_samples(config, good, arguments)
     if arguments.noisy_masks:
         draw_noisy_masks(config, good, arguments.noisy_masks)
     return 0
@@ -98,6 +103,7 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
             [read_image(sample.image, config.data.decoding) for sample in shown],
             [read_mask(sample.truth, config.data.decoding) for sample in shown],
             {noise.level: [read_mask(sample.annotations[0].mask, config.data.decoding) for sample in shown]},
+            config.data.class_names,
         )
         save_png(sheet, folder / "contact_sheet.png")
     except OSError as error:
@@ -113,18 +119,23 @@ def summary(good: list[Sample], problems: list[Problem]) -> list[str]:
     return [f"{len(good)} good samples: {counts}", found, *(str(problem) for problem in problems)]
 
 
-def write_report(folder: Path, lines: list[str], good: list[Sample], problems: list[Problem]) -> None:
-    content = {
-        "good": dict(Counter(sample.split for sample in good)),
-        "problems": [{"id": p.id, "file": p.file, "reason": p.reason} for p in problems],
-    }
+def report(
+    config: "Config",
+    folder: Path,
+    lines: list[str],
+    facts: DataFacts,
+    findings: list[Finding],
+    problems: list[Problem],
+) -> None:
+    # Late: it takes the seconds that torch takes to import.
+    from distseg.data.report import write_report
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
-        write_atomically(folder / "report.csv", problems_table(problems))
-        write_atomically(folder / "report.json", json.dumps(content, indent=2) + "\n")
+        write_report(folder, config.data.root.name or "data", facts, findings, problems, config.data.decoding)
+        write_atomically(folder / "report.txt", "\n".join([*lines, *map(str, findings)]) + "\n")
     except OSError as error:
         raise UserError(f"--report {folder}: cannot be written: {error.strerror}") from None
+    say(f"{folder / 'report.html'}: {len(findings)} findings")
 
 
 def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from distseg.section import kinds_of
 from distseg.text import for_terminal
 
 WITHOUT_EFFECT = (
+    "data.allow",
     "data.device_memory",
     "data.memory",
     "data.threads",
@@ -36,8 +37,6 @@ WITHOUT_EFFECT = (
 CHANGEABLE = (*WITHOUT_EFFECT, "data.root", "train.accumulation", "train.batch_size", "train.clean_batch_size")
 """Keys that a run may be resumed with other values of. The last four may change the result of another run, but not of
 one that is resumed: it knows its samples by content, and its steps have to see as many images as before."""
-
-PART_KEYS = tuple(f"method.{part}" for part in PARTS)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -116,22 +115,26 @@ def _spelled_out(written: DictConfig, overrides: list[str]) -> tuple[Any, Any]:
 
     Raises UserError for what is no override, and where a method is named over the parts of another one.
     """
+    keys = [canonical_key(item.partition("=")[0]) for item in overrides]
+    # A word in the place of a part would undo the keys that are set over it, or they it.
+    opened = {part for part in PARTS if any(key.startswith(f"method.{part}.") for key in keys)}
     method = written.get("method")
     if isinstance(method, DictConfig):
         try:
             spelled = with_parts({str(key): value for key, value in method.items_ex(resolve=False)})
         except ValueError as error:
             raise UserError(f"method: {error}") from None
+        spelled |= {part: {"kind": spelled[part]} for part in opened if isinstance(spelled.get(part), str)}
         others = {key: value for key, value in written.items_ex(resolve=False) if key != "method"}
         written = OmegaConf.create({**others, "method": spelled})
-    items, keys = [], [canonical_key(item.partition("=")[0]) for item in overrides]
+    items = []
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key or key.startswith("-"):
             raise UserError(f"override {item!r}: write section.key=value, for instance data.clean_count=50")
         key = canonical_key(key)
-        if key in PART_KEYS and value.isidentifier() and any(other.startswith(f"{key}.") for other in keys):
-            key += ".kind"  # a word in the place of the whole part would undo the part's keys, or they it
+        if value.isidentifier() and key in {f"method.{part}" for part in opened}:
+            key += ".kind"
         items.append(f"{key}={value}")
     over = OmegaConf.from_dotlist(items)
     _check_new_name(written.get("method"), over.get("method"))

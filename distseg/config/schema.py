@@ -15,9 +15,6 @@ from distseg.section import Section
 from distseg.tracking.config import TrackingConfig
 from distseg.training.config import TrainConfig
 
-CLASSES = 2
-"""Background and lesion."""
-
 
 class Config(Section):
     """One experiment. `configs/*.yaml` are of this type; docs/keys.md has every key."""
@@ -58,9 +55,10 @@ class Config(Section):
     def _every_class_has_its_weight(self) -> Self:
         loss = self.method.loss
         weights = loss.class_weights if isinstance(loss, CrossEntropyConfig | DiceCrossEntropyConfig) else None
-        if weights is not None and len(weights) != CLASSES:
+        names = self.data.class_names
+        if weights is not None and len(weights) != len(names):
             raise ValueError(
-                f"method.loss.class_weights has {len(weights)} numbers for {CLASSES} classes; "
-                "give one for each, background first"
+                f"method.loss.class_weights has {len(weights)} numbers for {len(names)} classes; give one for each of "
+                + ", ".join(names)
             )
         return self

@@ -8,10 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from distseg.data.agreement import Agreement, agreement, thinned
 from distseg.data.cache import open_cache
-from distseg.data.classes import BINARY_NAMES
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
+from distseg.data.findings import DataFacts, Finding, find
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
 from distseg.data.roster import Digests
 from distseg.data.sample import SPLITS, FileKey, Problem, Sample, first_of
@@ -34,6 +39,8 @@ class Inspection:
     """Of the images that can be decoded, by id; of neither these nor masks where a cache stands for the files."""
     masks: dict[str, dict[FileKey, MaskFacts]]
     """Of the masks that can be decoded, by id."""
+    agreements: dict[str, Agreement]
+    """Of the masks of each image, by id."""
     digests: Digests
 
 
@@ -50,8 +57,8 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
     With `check` every file is decoded, unless `config.cache` shows that `prepare` has done so. What is bad is refused,
     or left out and written to the run's `folder`, where the ranks that do not check find it.
 
-    Raises UserError, one line, for the first bad file, for a split without samples, for masks that show nothing and for
-    a cache that does not fit the data.
+    Raises UserError, one line, for the first bad file, for a split without samples, for data that is dangerous to train
+    on (findings.py) and for a cache that does not fit the data.
     """
     samples, problems = survey(config)
     run, inspection = RunFolder(folder), None
@@ -75,7 +82,7 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
     if check and inspection is not None and inspection.masks:
-        check_masks(samples, inspection.masks, config.class_names)
+        check_findings(find(facts_of(samples, inspection, config.class_names), config.allow))
     return samples, inspection.digests if inspection else {}
 
 
@@ -91,60 +98,45 @@ def check_splits(samples: list[Sample]) -> None:
             raise UserError(f"data: the {split} split is empty; it needs {key}")
 
 
-def check_masks(
-    samples: Sequence[Sample],
-    masks: dict[str, dict[FileKey, MaskFacts]],
-    class_names: Sequence[str] = BINARY_NAMES,
-) -> None:
-    """Refuse a split in which no mask marks a lesion, or none a background; warn where the two seem to be swapped.
-
-    Of several classes, refuse a split in which nothing but background is marked, and warn of a class that is in none of
-    its masks.
-    """
-    several = len(class_names) > 2
-    for split in SPLITS:
-        shares = [mask.shares for sample in samples if sample.split == split for mask in masks[sample.id].values()]
-        absent = [name for name, each in zip(class_names, zip(*shares, strict=True), strict=False) if not any(each)]
-        if several and absent and len(absent) < len(class_names) - 1:
-            _log.warning("data: no mask of the %s split marks %s", split, ", ".join(absent))
-        lit = [mask.lit for sample in samples if sample.split == split for mask in masks[sample.id].values()]
-        for share, what in ((0.0, "empty: they mark no lesion"), (1.0, "full: they mark no background")):
-            if lit and all(each == share for each in lit) and not (several and share):
-                raise UserError(
-                    f"data: all {len(lit)} masks of the {split} split are {what}; look at the files, a conversion may "
-                    "have gone wrong: background is 0, lesion is 255 or 1, or as data.classes has it"
-                )
-    if several:
-        return
-    borders = [mask.lit_border for sample in samples for mask in masks[sample.id].values()]
-    swapped = sum(border > 0.5 for border in borders)
-    if 2 * swapped > len(borders):
-        _log.warning(
-            "data: in %d of %d masks lesion covers most of the frame's border; if background and lesion are swapped, "
-            "invert the masks",
-            swapped,
-            len(borders),
-        )
+def check_findings(findings: Sequence[Finding]) -> None:
+    """Refuse what is dangerous and warn of the rest, but for what `data.allow` names."""
+    open_ones = [finding for finding in findings if not finding.allowed]
+    refused = [finding for finding in open_ones if finding.severity == "refuse"]
+    if refused:
+        names = ",".join(dict.fromkeys(finding.name for finding in refused))
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise UserError(f"data: {for_terminal(refused[0].text)}{more}; data.allow=[{names}] trains on it as it is")
+    for finding in open_ones:
+        if finding.severity == "warn":
+            _log.warning("data: %s", for_terminal(finding.text))
 
 
-def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int) -> Inspection:
+def facts_of(samples: Sequence[Sample], inspection: Inspection, class_names: tuple[str, ...]) -> DataFacts:
+    """What `inspection` has found of `samples`, which it has no problem with."""
+    return DataFacts(samples, inspection.images, inspection.masks, inspection.agreements, class_names)
+
+
+def inspect_files(samples: Sequence[Sample], decoding: Decoding, threads: int, progress: bool = False) -> Inspection:
     """Every file that is missing, empty, truncated, no image, not of its image's size, not binary or of an odd kind.
 
     Also every image that is in two splits under two names. Each file is decoded once, by `threads` threads, so that no
-    more images than that are in memory.
+    more images than that are in memory. With `progress` a bar on stderr, if that is a terminal.
     """
     ordered = sorted(samples, key=lambda sample: sample.id)
     with ThreadPoolExecutor(threads) as pool:
-        files = list(pool.map(lambda sample: _inspect(sample, decoding), ordered))
+        looked = pool.map(lambda sample: _inspect(sample, decoding), ordered)
+        # disable=None: a bar is for terminals, and a log has no use for it.
+        files = list(tqdm(looked, desc="data", total=len(ordered), unit="image", disable=None if progress else True))
     problems = [problem for each in files for problem in each.problems]
     images = {sample.id: each.image for sample, each in zip(ordered, files, strict=True) if each.image is not None}
     masks = {sample.id: each.masks for sample, each in zip(ordered, files, strict=True)}
     problems += _twins([(sample, images[sample.id]) for sample in ordered if sample.id in images])
     digests = {sample.id: each.digests for sample, each in zip(ordered, files, strict=True)}
-    return Inspection(sorted(problems, key=lambda problem: problem.id), images, masks, digests)
+    agreements = {sample.id: each.agreement for sample, each in zip(ordered, files, strict=True)}
+    return Inspection(sorted(problems, key=lambda problem: problem.id), images, masks, agreements, digests)
 
 
-def problems_table(problems: list[Problem]) -> str:
+def problems_table(problems: Sequence[Problem]) -> str:
     """CSV with the columns id, file, reason."""
     table = io.StringIO(newline="")
     rows = csv.writer(table, lineterminator="\n")
@@ -165,7 +157,7 @@ def _look_into_files(samples: list[Sample], config: DataConfig) -> Inspection:
         for sample in samples
         if sample.id not in bad
     }
-    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, {}, digests)
+    return Inspection([problem for problem in cache.left_out if problem.id in ids], {}, {}, {}, digests)
 
 
 @dataclass
@@ -175,22 +167,28 @@ class _Files:
     problems: list[Problem]
     digests: dict[FileKey, str]
     masks: dict[FileKey, MaskFacts]
+    agreement: Agreement
     image: ImageFacts | None = None
 
 
 def _inspect(sample: Sample, decoding: Decoding) -> _Files:
-    found = _Files([], {}, {})
+    found = _Files([], {}, {}, {})
     sizes: dict[FileKey, tuple[int, int]] = {}
+    drawn: dict[FileKey, NDArray[np.uint8]] = {}
     for kind, path in sample.files.items():
         try:
             if kind == "image":
                 found.image = inspect_image(path, decoding)
                 sizes[kind], found.digests[kind] = found.image.size, found.image.digest
             else:
-                found.masks[kind] = facts = inspect_mask(path, decoding)
+                facts, ids = inspect_mask(path, decoding)
+                found.masks[kind] = facts
+                if len(sample.files) > 2:
+                    drawn[kind] = thinned(ids)
                 sizes[kind], found.digests[kind] = facts.size, facts.digest
         except BadFileError as error:
             found.problems.append(Problem(sample.id, str(path), str(error).removeprefix(f"{path}: ")))
+    found.agreement = agreement(drawn)
     if found.image is not None:
         for kind, size in sizes.items():
             if size != found.image.size:
@@ -224,7 +222,7 @@ def _twins(images: list[tuple[Sample, ImageFacts]]) -> list[Problem]:
             other = next((each for each in samples if each.split != sample.split), None)
             if other is not None and other.image != sample.image:
                 where = f"{other.image.name}, which is {other.id} of the {other.split} split"
-                reason = f"in {sample.split}, has the same content as {where}; remove one of the two"
+                reason = f"in {sample.split}, has the same content as {where}; remove one, or give both one group"
                 problems.append(Problem(sample.id, str(sample.image), reason))
     return problems
 

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from distseg.data.classes import ClassMap, class_map
 from distseg.data.decode import Decoding
+from distseg.data.findings import FindingName
 from distseg.data.geometry import Frame, Shape
 from distseg.data.layouts import LAYOUTS
 from distseg.data.noise.config import NoiseConfig
@@ -127,6 +128,8 @@ class DataConfig(Section):
     """Folder that `launch/prepare.py --cache` has filled from this data at this image_size."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What to do about files that cannot be used: end, or leave their samples out and say so."""
+    allow: tuple[FindingName, ...] = ()
+    """Findings about the data that are neither refused nor warned of (docs/your_data.md), for instance [near_twins]."""
     follow_links: bool = False
     """Allow symbolic links that lead out of the root."""
     orientation: Literal["apply", "ignore"] = "apply"

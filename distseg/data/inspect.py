@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -28,6 +29,12 @@ _JPEG = (
 )
 _PADDING = 64
 """Bytes that some cameras leave before the end of a JPEG, when all of it has been decoded."""
+THUMBNAIL = 16
+"""Side of the thumbnails that are kept of every file, pixels: 768 bytes an image, 256 a mask."""
+TILE = 48
+"""Side of the tiles that the report shows, pixels."""
+_LEAST_DRAWN = 4 * THUMBNAIL
+"""Pixels of a side that a JPEG is at least drawn with, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class ImageFacts:
     """The EXIF orientation, 1 to 8."""
     digest: str
     """SHA-256 of the file."""
+    thumbnail: bytes = b""
+    """(16, 16, 3) uint8 RGB, squashed, each pixel the mean of its area."""
+    tile: bytes = b""
+    """A JPEG of 48×48 pixels, squashed, to be looked at: about a kilobyte."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +62,22 @@ class MaskFacts:
     """SHA-256 of the file."""
     shares: tuple[float, ...]
     """The share of each class among the labelled pixels."""
+    thumbnail: bytes
+    """(16, 16) uint8, squashed: the share of each pixel's area that is no background, 255 the whole."""
 
 
 @dataclass(frozen=True)
 class _Decoded:
     image: Image.Image
-    """As it is stored, of a JPEG only a thumbnail."""
+    """As it is stored, of a JPEG a reduced one."""
     facts: ImageFacts
     is_jpeg: bool
     grey_step: int
+    turn: Transpose | None
+    """What is left to do to the pixels."""
+
+    def turned(self, image: Image.Image) -> Image.Image:
+        return image if self.turn is None else image.transpose(self.turn)
 
 
 def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
@@ -67,13 +85,18 @@ def inspect_image(path: Path, decoding: Decoding) -> ImageFacts:
 
     Wrong are also 16 bits a channel, CMYK, transparency and several pages, which decoders treat each in its own way.
     """
-    return _decode_strictly(path, decoding).facts
+    decoded = _decode_strictly(path, decoding)
+    pixels = np.asarray(decoded.turned(decoded.image.convert("RGB")))
+    tile = cv2.resize(pixels, (TILE, TILE), interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", tile[..., ::-1])[1].tobytes()
+    return replace(decoded.facts, thumbnail=_thumbnail(tile), tile=jpeg)
 
 
-def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
+def inspect_mask(path: Path, decoding: Decoding) -> tuple[MaskFacts, NDArray[np.uint8]]:
     """As `inspect_image`, of a mask, which must hold nothing but what the keys of `data` give a class.
 
-    Without these keys it must be binary: {0, 255} or {0, 1}, grey values or palette indices.
+    Without these keys it must be binary: {0, 255} or {0, 1}, grey values or palette indices. With the facts (H, W)
+    class ids as they are trained on, 255 = ignore; of a JPEG those of a reduced picture.
     """
     decoded = _decode_strictly(path, decoding, is_mask=True)
     mask, classes = decoded.image, decoding.classes
@@ -89,29 +112,51 @@ def inspect_mask(path: Path, decoding: Decoding) -> MaskFacts:
         except UnnamedValues as error:
             raise BadFileError(f"{path}: mask {error}") from None
         lit = (ids > 0) & (ids != IGNORE)
-    counts = np.bincount(ids.ravel(), minlength=IGNORE + 1)
-    labelled = max(int(counts[:IGNORE].sum()), 1)
+    if decoded.turn is not None:
+        ids = np.asarray(decoded.turned(Image.fromarray(ids)))
+        lit = (ids > 0) & (ids != IGNORE)
+    counts = _counts(ids, classes.is_plain)
+    labelled = max(sum(counts[:IGNORE]), 1)
     facts = decoded.facts
     return MaskFacts(
         facts.size,
-        float(lit.sum() / labelled),
+        np.count_nonzero(lit) / labelled,
         float(_border(lit).mean()),
         facts.digest,
-        tuple(float(count / labelled) for count in counts[: len(classes.names)]),
-    )
+        tuple(count / labelled for count in counts[: len(classes.names)]),
+        _thumbnail(255 * lit.view(np.uint8)),
+    ), ids
+
+
+def _counts(ids: NDArray[np.uint8], binary: bool) -> list[int]:
+    """The pixels of each id, from 0 on."""
+    if binary:
+        lit = int(np.count_nonzero(ids))
+        return [ids.size - lit, lit]
+    return Image.fromarray(ids).histogram()
+
+
+def _values_in(pixels: NDArray[np.uint8]) -> set[int]:
+    top, lit = int(pixels.max()), int(np.count_nonzero(pixels))
+    if top == 0:
+        return {0}
+    if np.count_nonzero(pixels == top) == lit:  # of a sound mask, for a tenth of a histogram's time
+        return {0, top} if lit < pixels.size else {top}
+    return set(np.flatnonzero(np.bincount(pixels.ravel())).tolist())
 
 
 def _strictly_binary(path: Path, decoded: _Decoded) -> NDArray[np.bool_]:
     """Where a mask that must be binary is lit."""
     mask = decoded.image
     grey = mask if mask.mode in ("1", "L", "P") else mask.convert("L")
-    values = {value for value, count in enumerate(grey.histogram()) if count}
+    pixels = np.asarray(grey).view(np.uint8)
+    values = _values_in(pixels)
     if not (values <= {0, 1} or values <= {0, 255}):
         held = f"{path}: mask is not binary: it holds {_values(mask, values)}"
         raise BadFileError(f"{held}; it {_JPEG}" if decoded.is_jpeg else f"{held}; {_MEND}")
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette() or [], value) for value in values):
         raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
-    return np.asarray(grey) > 0
+    return pixels > 0
 
 
 def _decode_strictly(path: Path, decoding: Decoding, is_mask: bool = False) -> _Decoded:
@@ -135,27 +180,41 @@ def _decode_strictly(path: Path, decoding: Decoding, is_mask: bool = False) -> _
         step, is_jpeg = grey_step(image), image.format in of_one_page
         orientation, turn, (width, height) = orientation_of(image), turn_of(image, decoding), image.size
         if is_jpeg:
-            _check_jpeg(path, content, image.mode)
-            image.draft(None, (width // 8, height // 8))
-        image.load()
-        _check_palette_and_alpha(path, image)
+            picture = Image.fromarray(_decode_jpeg(path, content, image.mode))
+        else:
+            image.load()
+            _check_palette_and_alpha(path, image)
+            picture = image.copy()
         if turn in (Transpose.TRANSPOSE, Transpose.TRANSVERSE, Transpose.ROTATE_90, Transpose.ROTATE_270):
             width, height = height, width
         facts = ImageFacts((width, height), orientation, hashlib.sha256(content).hexdigest())
-        return _Decoded(image.copy(), facts, is_jpeg, step)
+        return _Decoded(picture, facts, is_jpeg, step, turn)
 
 
-def _check_jpeg(path: Path, content: bytes, mode: str) -> None:
-    """PIL's decoder fills in grey where scan data are damaged; libjpeg-turbo's warnings say where that was."""
+def _decode_jpeg(path: Path, content: bytes, mode: str) -> NDArray[np.uint8]:
+    """The picture at 1/8, or larger where that is tiny: every coefficient is read and few pixels are drawn.
+
+    PIL's decoder fills in grey where scan data are damaged; libjpeg-turbo's warnings say where that was.
+    """
     height, width, *_ = simplejpeg.decode_jpeg_header(content)
+
+    def decoded(strict: bool) -> NDArray[np.uint8]:
+        pixels = simplejpeg.decode_jpeg(
+            content,
+            "GRAY" if mode == "L" else "RGB",
+            min_height=min(height, max(height // 8, _LEAST_DRAWN)),
+            min_width=min(width, max(width // 8, _LEAST_DRAWN)),
+            strict=strict,
+        )
+        return pixels.reshape(pixels.shape[:2]) if mode == "L" else pixels
+
     try:
-        simplejpeg.decode_jpeg(
-            content, "GRAY" if mode == "L" else "RGB", min_height=max(height // 8, 1), min_width=max(width // 8, 1)
-        )  # reads every coefficient, draws few pixels
+        return decoded(strict=True)
     except ValueError as error:
         padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
         if padding is None or int(padding[1]) > _PADDING:
             raise BadFileError(f"{path}: cannot be decoded: damaged or truncated: {error}; fetch it again") from None
+        return decoded(strict=False)
 
 
 def _check_palette_and_alpha(path: Path, image: Image.Image) -> None:
@@ -200,6 +259,10 @@ def _values(mask: Image.Image, greys: set[int]) -> str:
 def _few(values: list[str]) -> str:
     shown = ", ".join(values[:_SHOWN_VALUES])
     return f"{shown}, …" if len(values) > _SHOWN_VALUES else shown
+
+
+def _thumbnail(pixels: "NDArray[np.uint8] | cv2.typing.MatLike") -> bytes:
+    return cv2.resize(pixels, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).tobytes()
 
 
 def _border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

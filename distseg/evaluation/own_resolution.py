@@ -10,7 +10,7 @@ from distseg.data.decode import Decoding, read_mask
 from distseg.data.geometry import Frame, Placement
 from distseg.data.reader import read_ahead
 from distseg.data.sample import Sample
-from distseg.evaluation.metrics import confusion
+from distseg.evaluation.metrics import count_predictions
 
 _STRIP = 2**22
 """Numbers in what `own_strips` gives at once, about."""
@@ -78,13 +78,16 @@ class OwnResolution:
         frame: Frame,
         decoding: Decoding,
         threads: int,
+        class_count: int = 2,
     ) -> None:
         """`rows` say which of `samples` a batch holds. Masks are read ahead, and not the next ones of a whole batch."""
         self._predict = predict
         self._rows = list(rows)
         self._frame = frame
         self._taken = 0
-        self._counts = torch.zeros(len(samples), 4, dtype=torch.int64)
+        self._class_count = class_count
+        of_classes = () if class_count == 2 else (class_count - 1,)
+        self._counts = torch.zeros(len(samples), *of_classes, 4, dtype=torch.int64)
         own = [samples[position] for positions in self._rows for position in positions]
         self._masks: Generator = read_ahead(
             iter([sample] for sample in own), lambda s: read_mask(s.truth, decoding), 1, threads
@@ -98,14 +101,13 @@ class OwnResolution:
             truth = torch.from_numpy(mask).to(each.device)
             height, width = truth.shape
             own = at_own_resolution(each, self._frame.place(height, width), height, width)
-            foreground = own[0] > 0 if len(own) == 1 else own.argmax(dim=0) > 0
-            self._counts[position] = confusion(foreground[None], truth[None])[0].cpu()
+            self._counts[position] = count_predictions(own[None], truth[None], self._class_count)[0].cpu()
         self._taken += 1
         return logits
 
     @property
     def counts(self) -> Tensor:
-        """(n, 4) int64 on the CPU: true and false positives, false and true negatives; 0 for what was not predicted."""
+        """`count_predictions` of all samples, int64 on the CPU; 0 for what was not predicted."""
         return self._counts
 
     def close(self) -> None:

@@ -12,11 +12,12 @@ _PROBABILITIES = (nn.Sigmoid, nn.Softmax, nn.Softmax2d)
 _PROBABILITY_NODES = ("SigmoidBackward", "SoftmaxBackward")
 
 
-def check_network(model: nn.Module, name: str, image_size: int, images: int) -> None:
+def check_network(model: nn.Module, name: str, image_size: int, images: int, class_count: int = 2) -> None:
     """Run a copy of `model`, on its device, in training and in evaluation mode. Nothing is left changed.
 
     `images` is the number that a layer of statistics sees at once: the smallest batch size times the ranks. Raises
-    UserError unless (B, 3, H, W) gives float logits (B, C, H, W).
+    UserError unless (B, 3, H, W) gives float logits (B, C, H, W), C = 1 or 2 for two classes, and their number for
+    more.
     """
     parameter = next(iter(model.parameters()), None)
     if parameter is None:
@@ -29,6 +30,7 @@ def check_network(model: nn.Module, name: str, image_size: int, images: int) -> 
             output, last = _forward(trial.train(training), batch, name)
             _check_output(output, batch, name)
             _check_logits(output, last, name)
+            _check_channels(output.shape[1], class_count, name)
 
 
 def _forward(model: nn.Module, batch: Tensor, name: str) -> tuple[Any, nn.Module | None]:
@@ -84,6 +86,16 @@ def _check_logits(logits: Tensor, last: nn.Module | None, name: str) -> None:
     if made_by and bool(((logits >= 0) & (logits <= 1)).all()):
         raise UserError(
             f"model.name {name}: gives probabilities, its last operation is {made_by}; remove it, losses take logits"
+        )
+
+
+def _check_channels(channels: int, class_count: int, name: str) -> None:
+    fitting = (1, 2) if class_count == 2 else (class_count,)
+    if channels not in fitting:
+        wanted = " or ".join(map(str, fitting))
+        raise UserError(
+            f"model.name {name}: gives logits of {channels} channels, and {class_count} classes need {wanted}; set the "
+            "number by its own argument, model.options.NAME, or name as many classes in data.classes"
         )
 
 

@@ -23,15 +23,21 @@ from distseg.models.unet import UNet
 DECLARATION = "returns_module"
 
 
-def build_model(config: UNetConfig | ImportedConfig, allow_import: bool = True) -> nn.Module:
-    """(B, 3, H, W) float → logits (B, C, H, W).
+def output_count(class_count: int) -> int:
+    """Channels of the logits: two classes have one."""
+    return 1 if class_count == 2 else class_count
+
+
+def build_model(config: UNetConfig | ImportedConfig, allow_import: bool = True, class_count: int = 2) -> nn.Module:
+    """(B, 3, H, W) float → logits (B, C, H, W), C by `output_count`; of an imported network as its options say.
 
     An imported network that returns a dictionary gives its entry `out`, as torchvision's do. Raises UserError for a
     name that is no network, options that it does not take, and, without `allow_import`, for any imported network: the
     import runs code, and a config from elsewhere may name any.
     """
     if isinstance(config, UNetConfig):
-        return UNet(width=config.width, depth=config.depth, norm=config.norm)
+        outputs = output_count(class_count)
+        return UNet(width=config.width, depth=config.depth, norm=config.norm, out_channels=outputs)
     if not allow_import:
         raise UserError(
             f"model.name {config.name!r}: runs code that this config names; if you trust it, allow the import with "

@@ -275,21 +275,11 @@ class DiceGradient(_ImageFunction):
     """upstream · the gradient of DiceCrossEntropy in the logits (B, C, H, W)."""
 
     @staticmethod
-    def forward(
-        logits: Tensor,
-        masks: Tensor,
-        weights: Tensor | None,
-        scale: Tensor,
-        level: Tensor,
-        class_weights: Tensor,
-        inside: Tensor,
-        outside: Tensor,
-        upstream: Tensor,
-    ) -> Tensor:
+    def forward(logits: Tensor, masks: Tensor, weights: Tensor | None, *vectors: Tensor) -> Tensor:
+        scale, level, *slopes, upstream = vectors
         # The slopes are those of the weights as they are; the gradient is linear in the weights beside them.
-        vectors = scale * upstream, level * upstream
-        operators = raw_operators(logits.device)
-        return operators.dice_cross_entropy_gradient(logits, masks, weights, *vectors, class_weights, inside, outside)
+        scales = scale * upstream, level * upstream
+        return raw_operators(logits.device).dice_cross_entropy_gradient(logits, masks, weights, *scales, *slopes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from distseg.errors import UserError
 from distseg.evaluation.intervals import paired_difference
-from distseg.evaluation.metrics import image_scores, read_counts_csv
+from distseg.evaluation.metrics import class_scores, image_scores, read_counts_csv
 from distseg.study.plan import ANY, Plan, PlannedRun
 
 REFERENCE = "noisy_only"
@@ -44,7 +44,9 @@ class FinishedRun:
     ids: tuple[str, ...]
     """The test images."""
     scores: Mapping[str, np.ndarray]
-    """Of each test image."""
+    """Of each test image; of more than two classes, macro means."""
+    class_dice: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of more than two classes, each test image's Dice of each class but background."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,15 @@ class Cell:
 
     def of_seeds(self, score: str) -> np.ndarray:
         return np.array([run.scores[score].mean() for run in self.runs])
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes that have scores of their own, in every run; none of two classes."""
+        return [name for name in self.runs[0].class_dice if all(name in run.class_dice for run in self.runs)]
+
+    def of_class(self, name: str) -> np.ndarray:
+        """The mean Dice of one class by seed."""
+        return np.array([run.class_dice[name].mean() for run in self.runs])
 
     def mean(self, score: str) -> float:
         return float(self.of_seeds(score).mean())
@@ -141,13 +152,16 @@ def collect(source: RunSource, plan: Plan) -> tuple[list[FinishedRun], list[str]
         if name not in places or name in found or counts is None or run["status"] != "FINISHED":
             continue
         try:
-            ids, table = read_counts_csv(counts)
+            ids, table, names = read_counts_csv(counts)
         except ValueError as error:
             raise UserError(f"{_COUNTS} of run {name}: {error}; remove the run's folder to make it again") from None
         if ids:
             metrics = {key: value for key, value in run["metrics"].items() if math.isfinite(value)}
             auroc = [(step, value) for step, value in run["history"][HISTORY] if math.isfinite(value)]
-            found[name] = FinishedRun(run["run_id"], places[name], metrics, auroc, tuple(ids), image_scores(table))
+            class_dice = dict(zip(names, class_scores(table)["dice"].T, strict=True)) if names else {}
+            found[name] = FinishedRun(
+                run["run_id"], places[name], metrics, auroc, tuple(ids), image_scores(table), class_dice
+            )
     return [found[name] for name in places if name in found], [name for name in places if name not in found]
 
 
@@ -218,8 +232,13 @@ def references(champion: str | None) -> list[str]:
 
 def plus_minus(cell: Cell, score: str) -> str:
     """Mean ± deviation over seeds."""
-    deviation = cell.deviation(score)
-    return f"{cell.mean(score):.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+    return spread(cell.of_seeds(score))
+
+
+def spread(of_seeds: np.ndarray) -> str:
+    """Mean ± deviation, n − 1 in the denominator; the number alone for one seed."""
+    deviation = f" ± {of_seeds.std(ddof=1):.3f}" if len(of_seeds) > 1 else ""
+    return f"{of_seeds.mean():.3f}{deviation}"
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:

@@ -24,6 +24,7 @@ from distseg.study.analysis import (
     mean_of,
     plus_minus,
     references,
+    spread,
     verdict,
 )
 from distseg.study.plan import Plan, parse_plan
@@ -76,7 +77,8 @@ def results_csv(cells: Sequence[Cell], plan: Plan) -> str:
     others = references(plan.champion)
     header = ["noise", "clean_count", "method", *plan.grid_keys, "seeds"]
     header += [f"{score}_{part}" for score in _SCORES for part in ("mean", "sd")]
-    header += ["best_val_dice_mean"]
+    classes = _class_names(cells)
+    header += [f"dice_{name}_mean" for name in classes] + ["best_val_dice_mean"]
     header += [f"dice_minus_{name}{part}" for name in others for part in ("", "_low", "_high", "_p", "_images")]
     bases = _bases(cells)
     rows = []
@@ -84,6 +86,7 @@ def results_csv(cells: Sequence[Cell], plan: Plan) -> str:
         row = [cell.noise, str(cell.clean_count), cell.method, *_grid_values(cell, plan), str(len(cell.runs))]
         for score in _SCORES:
             row += [str(cell.mean(score)), _or_empty(cell.deviation(score))]
+        row += [str(cell.of_class(name).mean()) if name in cell.class_names else "" for name in classes]
         row += [_or_empty(cell.validation)]
         for name in others:
             base = bases.get((*cell.setting, name))
@@ -137,6 +140,11 @@ def _bases(cells: Sequence[Cell]) -> dict[tuple[str, int, str], Cell]:
     return {(*cell.setting, cell.method): cell for cell in chosen(cells)}
 
 
+def _class_names(cells: Sequence[Cell]) -> list[str]:
+    """The classes that have a Dice of their own; none of two classes."""
+    return list(dict.fromkeys(name for cell in cells for name in cell.class_names))
+
+
 def _terminal_text(plan: Plan, cells: Sequence[Cell], missing: Sequence[str], page: Path) -> str:
     grid = plan.grid_keys
     rows = [("noise", "K", "method", *grid, *(["val Dice"] if grid else []), "test Dice", "Jaccard", "seeds")]
@@ -182,6 +190,8 @@ def _page(plan: Plan, cells: Sequence[Cell], missing: Sequence[str], pictures: S
         "10,000 resamples of the test images; p is not corrected for the number of comparisons, and knows nothing of "
         "the spread over seeds. "
     )
+    if classes := _class_names(cells):
+        about += f"Scores are macro means over {', '.join(classes)}; those of each class have tables of their own. "
     if plan.grid_keys:
         about += (
             f"Points of the grid ({', '.join(plan.grid_keys)}) are chosen by validation Dice; differences and figures "
@@ -212,8 +222,27 @@ def _tables(plan: Plan, cells: Sequence[Cell]) -> list[Table]:
             for name in others:
                 texts += _difference(cell, bases.get((*setting, name)))
             rows.append(Row([*texts, str(len(cell.runs))], best=cell is best))
-        tables.append(Table(f"{setting[0]}, K = {setting[1]}", [*header, "seeds"], rows))
+        title = f"{setting[0]}, K = {setting[1]}"
+        tables.append(Table(title, [*header, "seeds"], rows))
+        if classes := _class_names(here):
+            tables.append(_class_table(f"{title}: Dice of each class", here, classes, plan))
     return tables
+
+
+def _class_table(title: str, cells: Sequence[Cell], classes: Sequence[str], plan: Plan) -> Table:
+    """A row a cell, a column a class."""
+    rows = [
+        Row(
+            [
+                cell.method,
+                *_grid_values(cell, plan),
+                *(spread(cell.of_class(name)) if name in cell.class_names else "–" for name in classes),
+                str(len(cell.runs)),
+            ]
+        )
+        for cell in cells
+    ]
+    return Table(title, ["method", *plan.grid_keys, *classes, "seeds"], rows)
 
 
 def _difference(cell: Cell, base: Cell | None) -> tuple[str, str]:

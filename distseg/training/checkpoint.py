@@ -273,7 +273,7 @@ def load_network(
     folder = RunFolder(run)
     config = load_config(folder.config, [*overrides])
     try:
-        network = build_model(config.model, allow_import)
+        network = build_model(config.model, allow_import, config.data.class_count)
     except UserError as error:
         raise UserError(f"{folder.config}: {error}") from None
     checkpoint = checkpoint or find_checkpoint(folder.checkpoints)

@@ -22,7 +22,10 @@ from distseg.evaluation.tiles import count_tiles, predict_by_tiles
 
 
 class Counts(NamedTuple):
-    """(n, 4) int64 each: true and false positives, false and true negatives of each sample, the same on every rank."""
+    """True and false positives, false and true negatives of each sample, int64, the same on every rank.
+
+    (n, 4) of two classes, (n, C − 1, 4) of more.
+    """
 
     network: np.ndarray
     """At the network's resolution; of shape crop, at the file's times data.scale."""
@@ -44,7 +47,7 @@ def score(
     sharded: whether a forward pass gathers parameters. The ranks with fewer passes then take part in the others'.
     """
     model.eval()
-    shard, side = runtime.shard, config.image_size
+    shard, side, class_count = runtime.shard, config.image_size, config.class_count
     by_tiles = config.shape == "crop"
     at_once = 1 if by_tiles else batch_size
     batches = evaluation_batches(samples, config, shard, at_once, runtime.device)
@@ -61,10 +64,12 @@ def score(
         return sum_over_ranks(counts.to(runtime.device))
 
     if not own:
-        counts = Counts(evaluate(predict, batches, rows, len(samples), total), None)
+        counts = Counts(evaluate(predict, batches, rows, len(samples), total, class_count), None)
     else:
-        with closing(OwnResolution(predict, samples, rows, config.frame, config.decoding, config.threads)) as both:
-            network = evaluate(both, batches, rows, len(samples), total)
+        with closing(
+            OwnResolution(predict, samples, rows, config.frame, config.decoding, config.threads, class_count)
+        ) as both:
+            network = evaluate(both, batches, rows, len(samples), total, class_count)
         counts = Counts(network, sum_over_ranks(both.counts.to(runtime.device)).cpu().numpy())
     model.train()
     return counts

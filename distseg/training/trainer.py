@@ -25,7 +25,7 @@ from distseg.distributed.network_state import refuse_unsaved_state
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
-from distseg.evaluation.metrics import counts_csv, summarise
+from distseg.evaluation.metrics import counts_csv, never_predicted, summarise
 from distseg.files import write_atomically
 from distseg.meta.placement import Whole
 from distseg.methods.context import Context
@@ -120,10 +120,10 @@ class Trainer:
     def __init__(self, config: Config, folder: Path, runtime: Runtime) -> None:
         self.config, self.folder, self.runtime = config, RunFolder(folder), runtime
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model).to(runtime.device)
+        self.model = build_model(config.model, class_count=config.data.class_count).to(runtime.device)
         side = config.data.image_size
         smallest = min(config.train.batch_size, config.train.clean_batch_size) * runtime.shard.world_size
-        check_network(self.model, config.model.name, side, smallest)
+        check_network(self.model, config.model.name, side, smallest, config.data.class_count)
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
         if runtime.shard.world_size > 1:
@@ -239,9 +239,13 @@ class Trainer:
         self.model.eval()
         logits = self.model(batch.images).float()
         self.model.train()
-        foreground = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
+        names = self.config.data.class_names
+        if len(names) > 2:
+            probabilities = logits.softmax(1)
+        else:
+            probabilities = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
         weights = micro.weights.full(batch.masks)
-        return panel(batch.pictures, batch.masks, batch.true_masks, weights, foreground, caption)
+        return panel(batch.pictures, batch.masks, batch.true_masks, weights, probabilities, caption, names)
 
     def close(self) -> None:
         for stream in self.streams:
@@ -302,16 +306,11 @@ class Trainer:
     def _validate(self, recorder: RunRecorder) -> bool:
         """Score the validation split; whether it is the best so far."""
         counts, own = self.score(self.splits.val, own=self.config.data.score_own == "always")
-        if self.progress.step == self.steps and self.runtime.is_main and not counts[:, :2].any():
-            logger.warning(
-                "%s: the network marks no pixel on any validation image; train longer, at another optim.lr, or, where "
-                "lesions are small, with %s",
-                self.config.name,
-                "a lesion that counts for more, as in method.loss.class_weights=[1,20]"
-                if self.config.method.loss.kind == "dice_cross_entropy"
-                else "method.loss=dice_cross_entropy",
-            )
-        scores = summarise(counts, "val") | ({} if own is None else summarise(own, "val/own"))
+        names = self.config.data.class_names
+        if self.progress.step == self.steps and self.runtime.is_main:
+            warn_if_nothing_is_marked(counts, self.config)
+        own_scores = {} if own is None else summarise(own, "val/own", class_names=names)
+        scores = summarise(counts, "val", class_names=names) | own_scores
         recorder.metrics(self.progress.step, scores)
         best = scores["val/dice"] > self.progress.best_dice
         if best:
@@ -345,17 +344,19 @@ class Trainer:
             raise NotSaved(f"{self.folder.checkpoints}: cannot be written to; make room, then --resume")
         seconds = self.clock.seconds
         counts, own = self.score(self.splits.test, own=self.config.data.score_own != "never")
+        names = self.config.data.class_names
         ids = [sample.id for sample in self.splits.test]
         if self.runtime.is_main:
-            write_atomically(self.folder.test_counts, counts_csv(ids, counts))
+            write_atomically(self.folder.test_counts, counts_csv(ids, counts, names))
             if own is not None:
-                write_atomically(self.folder.test_counts_own, counts_csv(ids, own))
-        own_scores = {} if own is None else summarise(own, "test/own")
+                write_atomically(self.folder.test_counts_own, counts_csv(ids, own, names))
+        own_scores = {} if own is None else summarise(own, "test/own", class_names=names)
         result = (
-            summarise(counts, "test")
+            summarise(counts, "test", class_names=names)
             | own_scores
             | {
                 "name": self.config.name,
+                "classes": list(names),
                 "method": self.config.method.name,
                 "steps": self.steps,
                 "images_per_second": self.steps * self.images_per_step / seconds,
@@ -393,6 +394,24 @@ class Trainer:
         samples, cpu = (2 * self.splits.val)[:2], torch.device("cpu")
         [batch] = evaluation_batches(samples, self.config.data, ShardSpec(), 2, cpu, windows=True)
         return network.eval(), batch.images.numpy()
+
+
+def warn_if_nothing_is_marked(counts: np.ndarray, config: Config) -> None:
+    """Say so, with what may mend it, where no validation image has a true or a false positive of a class."""
+    names = config.data.class_names
+    unmarked = never_predicted(counts, names)
+    if not unmarked:
+        return
+    mend = "method.loss=dice_cross_entropy"
+    if config.method.loss.kind == "dice_cross_entropy":
+        mend = f"a lesion that counts for more, as in method.loss.class_weights=[1{',20' * (len(names) - 1)}]"
+    logger.warning(
+        "%s: the network marks no pixel %son any validation image; train longer, at another optim.lr, or, where "
+        "lesions are small or masks miss many of them, with %s",
+        config.name,
+        f"as {' or '.join(unmarked)} " if len(names) > 2 else "",
+        mend,
+    )
 
 
 def has_finished(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> bool:

@@ -29,7 +29,8 @@ def tool(tmp_path: Path) -> Path:
         pixels = np.full((16, 24, 3), 200, np.uint8)
         pixels[4:12, 6:18] = 10 * number  # so that no two images are the same
         Image.fromarray(pixels).save(tmp_path / f"media/{number:02d}.png")
-        box = {"x": 25, "y": 25, "width": 50, "height": 50, "rectanglelabels": ["lesion"]}
+        sides = {"width": 20 + 8 * (number % 5), "height": 25 + 15 * (number // 5)}  # nor two masks
+        box = {"x": 10, "y": 10, **sides, "rectanglelabels": ["lesion"]}
         result = [{"type": "rectanglelabels", "original_width": 24, "original_height": 16, "value": box}]
         annotations = [{"completed_by": {"email": "anna"}, "result": result}]
         if number % 2:
@@ -101,6 +102,18 @@ def test_three_classes_there_and_back_by_the_keys_that_are_printed(
         np.testing.assert_array_equal(one[name], other[name])
 
 
+def test_data_that_cannot_be_trained_on_yet_can_be_exported(tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody has marked anything in it: that is what the tool is for."""
+    (tool / "out/images").mkdir(parents=True)
+    (tool / "out/annotations").mkdir()
+    for number in range(3):
+        (tool / f"out/images/{number}.png").write_bytes((tool / f"media/{number:02d}.png").read_bytes())
+        Image.new("L", (24, 16)).save(tool / f"out/annotations/{number}.png")
+    assert prepare("--config", tool / "config.yaml") == 2
+    assert prepare("--config", tool / "config.yaml", "--export", "cvat", "--to", tool / "exported.zip") == 0
+    assert (tool / "exported.zip").exists()
+
+
 def test_options_are_of_the_import_before_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = (f"coco={FILES / 'coco'}", f"cvat={FILES / 'cvat.zip'}")
     roles = ("reference", "annotation:bob")
@@ -114,15 +127,19 @@ def test_options_are_of_the_import_before_them(tmp_path: Path, capsys: pytest.Ca
     [
         (["--import", "coko=x", "--to", "out"], "FORMAT one of label-studio | cvat | coco | nnunet"),
         (["--import", "coco", "--to", "out"], "FORMAT=PATH"),
-        (["--import", "coco=x"], "need --to PATH"),
-        (["--to", "out"], "--config"),
-        (["--config", "x", "--to", "out"], "is of --import or --export"),
-        (["--config", "x", "--export", "coco", "--images", "x", "--to", "out"], "write it after the --import"),
+        (["--import", "coco=x"], "--import needs --to PATH"),
+        (["--config", "x", "--export", "coco"], "--export needs --to PATH"),
+        (["--to", "out"], "is for --import and --export"),
+        (["--report", "out"], "--config"),
+        (["--config", "x", "--unmarked", "skip"], "is for --import"),
+        (["--config", "x", "--export", "coco", "--images", "x", "--to", "out"], "is for --import"),
+        (["--config", "x", "--export", "coco", "--cache", "x", "--to", "out"], "--export does nothing else"),
         (["--as", "reference", "--import", "coco=x", "--to", "out"], "write it after the --import"),
         (["--import", "coco=x", "--as", "a", "--as", "b", "--to", "out"], "is said twice"),
-        (["--import", "coco=x", "--export", "coco", "--to", "out"], "two commands"),
+        (["--import", "coco=x", "--export", "coco", "--to", "out"], "is another command"),
+        (["--import", "coco=x", "--noisy-masks", "x", "--to", "out"], "--noisy-masks x: is another command"),
         (["--import", "coco=x", "--to", "out", "data.max_pixels=1"], "need --config"),
-        (["--config", "x", "--unmarked", "skip"], "is of --import"),
+        (["--import", "coco=~nobody-of-this-name/x", "--to", "out"], "no such user"),
     ],
 )
 def test_options_that_make_no_sense(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,14 @@ def test_a_part_by_a_word_and_its_keys_go_together_in_any_order(minimal: Path, t
     assert (loss.kind, loss.dice) == ("dice_cross_entropy", 0.8)
 
 
+def test_a_key_over_a_part_that_the_file_names_by_a_word_keeps_the_word(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL + "method: {name: finetune, loss: dice_cross_entropy}\n")
+    assert load_config(path, ["method.dice=0.8"]).method.loss.dice == 0.8
+    assert load_config(path, ["method.loss=generalised_cross_entropy", "method.q=0.3"]).method.loss.q == 0.3
+    assert load_config(path, ["method.loss=t_loss"]).method.loss.kind == "t_loss"
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy"])
 def test_every_class_has_its_weight(minimal: Path, loss: str) -> None:
     overrides = ["method.name=finetune", f"method.loss={loss}"]

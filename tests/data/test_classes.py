@@ -99,7 +99,7 @@ def test_every_coding_becomes_class_ids_and_back(name, format, tmp_path):
     path = tmp_path / f"mask.{format}"
     image.save(path)
     decoding = data(**keys).decoding
-    facts = inspect_mask(path, decoding)
+    facts, _ = inspect_mask(path, decoding)
     actual = read_mask(path, decoding)
     np.testing.assert_array_equal(actual, expected)
     assert actual.dtype == np.uint8

@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 
 
-class FlippedNoise(NoiseKind):
+class FlippedNoise(AnnotatorKind):
     kind: Literal["flipped"] = "flipped"
     rows: Annotated[int, Field(ge=1)] = 2
 
@@ -94,7 +94,7 @@ def tree(tmp_path: Path) -> Path:
     text = layouts.read_text()
     added = text.replace('    "ph2": ph2.read,\n', '    "ph2": ph2.read,\n    "side_by_side": side_by_side.read,\n')
     assert added != text
-    layouts.write_text(added.replace("import folders, isic", "import folders, side_by_side, isic", 1))
+    layouts.write_text(added.replace("import folders,", "import folders, side_by_side,", 1))
     return folder
 
 
@@ -107,7 +107,7 @@ def test_a_new_kind_of_noise_and_a_new_layout_are_a_file_and_a_registry_line(tre
         assert cv2.imwrite(str(data / f"s{number}.png"), np.full((20, 20, 3), 20 * number, np.uint8))
         assert cv2.imwrite(str(data / f"s{number}.truth.png"), mask)
     (data / "x.yaml").write_text(
-        f"name: x\ndata: {{root: {data}, image_size: 16, layout: side_by_side, "
+        f"name: x\ndata: {{root: {data}, image_size: 16, clean_count: 2, layout: side_by_side, "
         "noise: {kind: polygon, vertices: 7}}\nmodel: {depth: 2}\ntrain: {steps: 1}\n"
     )
     done = subprocess.run(

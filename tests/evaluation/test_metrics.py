@@ -5,9 +5,13 @@ import torch
 from distseg.evaluation.intervals import paired_difference
 from distseg.evaluation.metrics import (
     SCORES,
+    class_confusion,
+    class_scores,
     confusion,
+    count_predictions,
     counts_csv,
     image_scores,
+    never_predicted,
     read_counts_csv,
     summarise,
 )
@@ -99,7 +103,7 @@ def test_nothing_to_score_is_an_error():
 
 def test_counts_survive_the_csv():
     counts = np.array([[1, 2, 3, 4], [0, 0, 0, 9]])
-    ids, read = read_counts_csv(counts_csv(["ISIC_1", "with, comma"], counts))
+    ids, read, _ = read_counts_csv(counts_csv(["ISIC_1", "with, comma"], counts))
     assert ids == ["ISIC_1", "with, comma"]
     np.testing.assert_array_equal(read, counts)
 
@@ -140,3 +144,79 @@ def test_paired_difference_of_nothing_is_no_evidence():
 def test_a_table_that_is_no_table_of_counts_is_refused_by_its_row(text: str, said: str):
     with pytest.raises(ValueError, match=said):
         read_counts_csv(text)
+
+
+CLASSES = ("skin", "lesion", "hair", "ruler")
+
+
+def of_classes(seed: int, images: int = 9, side: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted and true class ids; hair is missing from some masks, ruler from most, and some pixels are ignored."""
+    rng = np.random.default_rng(seed)
+    shares = [(0.5, 0.3, 0.15, 0.05), (0.7, 0.3, 0, 0), (1, 0, 0, 0)]
+    truth = np.stack([rng.choice(4, (side, side), p=shares[i % 3]) for i in range(images)]).astype(np.uint8)
+    predicted = np.where(rng.random(truth.shape) < 0.3, rng.integers(0, 4, truth.shape), truth)
+    predicted[2] = 0
+    truth[rng.random(truth.shape) < 0.1] = 255
+    return torch.from_numpy(predicted), torch.from_numpy(truth)
+
+
+def test_scores_of_classes_are_those_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    predicted, truth = of_classes(0)
+    counts = class_confusion(predicted, truth, 4).numpy()
+    actual = class_scores(counts)
+    for image, (p, t) in enumerate(zip(predicted.numpy(), truth.numpy(), strict=True)):
+        p, t = p[t != 255], t[t != 255]
+        labels, kwargs = [1, 2, 3], {"average": None, "zero_division": 1.0}
+        of_each = {
+            "dice": sklearn.f1_score(t, p, labels=labels, **kwargs),
+            "jaccard": sklearn.jaccard_score(t, p, labels=labels, **kwargs),
+            "sensitivity": sklearn.recall_score(t, p, labels=labels, **kwargs),
+            "specificity": [sklearn.recall_score(t != c, p != c, zero_division=1.0) for c in labels],
+            "accuracy": [sklearn.accuracy_score(t == c, p == c) for c in labels],
+        }
+        for name, expected in of_each.items():
+            np.testing.assert_allclose(actual[name][image], expected, atol=1e-12, err_msg=f"{name} of image {image}")
+        table = sklearn.multilabel_confusion_matrix(t, p, labels=labels)
+        cells = [table[:, true, positive] for true, positive in ((1, 1), (0, 1), (1, 0), (0, 0))]
+        np.testing.assert_array_equal(counts[image], np.stack(cells, 1))
+
+
+def test_macro_means_are_over_all_classes_but_background() -> None:
+    counts = class_confusion(*of_classes(1), 4).numpy()
+    scores, summary = class_scores(counts)["dice"], summarise(counts, "test", class_names=CLASSES)
+    assert summary["test/dice"] == pytest.approx(scores.mean(axis=0).mean())
+    assert [summary[f"test/dice/{name}"] for name in CLASSES[1:]] == pytest.approx(scores.mean(axis=0).tolist())
+    assert "test/dice/skin" not in summary and len(summary) == 5 * 3 + 5 * 3
+    np.testing.assert_allclose(image_scores(counts)["dice"], scores.mean(axis=1))
+    assert summary["test/dice_low"] < summary["test/dice"] < summary["test/dice_high"]
+
+
+def test_two_classes_are_counted_as_ever_and_three_logits_by_class() -> None:
+    predicted, truth = of_classes(2)
+    logits = torch.nn.functional.one_hot(predicted.long(), 4).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(count_predictions(logits, truth, 4), class_confusion(predicted, truth, 4))
+    two = count_predictions(logits[:, :2], truth)
+    torch.testing.assert_close(two, confusion(logits[:, :2].argmax(1) > 0, truth))
+    torch.testing.assert_close(count_predictions(logits[:, 1:2] - 0.5, truth), confusion(predicted == 1, truth))
+
+
+def test_classes_that_are_never_predicted_are_named() -> None:
+    predicted, truth = of_classes(3)
+    counts = class_confusion(torch.where(predicted == 2, 0, predicted), truth, 4).numpy()
+    assert never_predicted(counts, CLASSES) == ["hair"]
+    assert never_predicted(np.array([[0, 0, 3, 4], [0, 0, 0, 9]]), CLASSES[:2]) == ["lesion"]
+    assert never_predicted(np.array([[0, 0, 3, 4], [0, 1, 0, 9]]), CLASSES[:2]) == []
+
+
+def test_the_table_of_classes_is_read_back() -> None:
+    counts = class_confusion(*of_classes(4), 4).numpy()
+    ids = [f"with, comma {number}" for number in range(len(counts))]
+    text = counts_csv(ids, counts, CLASSES)
+    assert text.startswith("id,class,tp,fp,fn,tn\nwith, comma 0,lesion,")
+    again, read, names = read_counts_csv(text)
+    assert again == ids and names == list(CLASSES[1:])
+    np.testing.assert_array_equal(read, counts)
+    for damaged in (text.replace("0,hair", "0,lesion", 1), "\n".join(text.split("\n")[:-2]) + "\n"):
+        with pytest.raises(ValueError, match="not every image has a row of every class"):
+            read_counts_csv(damaged)

@@ -36,10 +36,13 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     model = torch.nn.Conv2d(3, 1, 3, padding=1).cuda()
     images = torch.rand(4, 3, 32, 32, device="cuda")
     masks = (images[:, 0] > 0.5).to(torch.uint8)
-    reweighter = PixelReweighter(model)
+    class_weights = torch.tensor([1.0, 5.0], device="cuda")
+    plain, by_class = PixelReweighter(model), PixelReweighter(model, class_weights=class_weights)
 
     def step() -> None:
-        weighted_loss(model(images), masks, reweighter(images, masks, images, masks)).backward()
+        weighted_loss(model(images), masks, plain(images, masks, images, masks)).backward()
+        weights = by_class(images, masks, images, masks)
+        ops.dice_cross_entropy(model(images), masks, weights, class_weights=class_weights).backward()
 
     step()  # compiles
     torch.cuda.synchronize()

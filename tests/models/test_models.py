@@ -259,10 +259,25 @@ def test_batch_norm_on_one_value_is_told_with_the_batch_size() -> None:
     check_network(Pooled(), "own:Net", 16, 2)
 
 
+@pytest.mark.parametrize(("channels", "class_count"), [(1, 3), (4, 3), (3, 2), (2, 254)])
+def test_logits_of_another_number_of_classes_are_told_with_the_key(channels: int, class_count: int) -> None:
+    said = rf"logits of {channels} channels, and {class_count} classes need .*model\.options.*data\.classes"
+    with pytest.raises(UserError, match=said) as raised:
+        check_network(Gives(lambda z: z, channels), "own:Net", 16, 6, class_count)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("channels", "class_count"), [(1, 2), (2, 2), (3, 3), (254, 254)])
+def test_two_classes_take_one_channel_or_two_and_more_one_each(channels: int, class_count: int) -> None:
+    check_network(Gives(lambda z: z, channels), "own:Net", 16, 6, class_count)
+    unet = build_model(model_config(width=4, depth=1), class_count=class_count)
+    assert unet(torch.zeros(1, 3, 8, 8)).shape[1] == (1 if class_count == 2 else class_count)
+
+
 def test_the_trial_changes_nothing() -> None:
     model, unet = Last(nn.LogSoftmax(dim=1), 3), UNet(width=4, depth=2)
     before, streams = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    check_network(model, "own:Net", 16, 6)
+    check_network(model, "own:Net", 16, 6, class_count=3)
     check_network(unet, "unet", 16, 6)
     assert model.calls == 0 and model.training and not model._forward_hooks
     assert all(value.equal(model.state_dict()[name]) for name, value in before.items())

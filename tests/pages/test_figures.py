@@ -239,3 +239,64 @@ def test_a_long_name_fits_over_its_column_and_leaves_the_curves_their_room():
     (_, _, (left, right)), _ = tiles(title)
     written = np.flatnonzero((np.abs(title[:top] - (0x00, 0x72, 0xB2)).sum(axis=2) < 60).any(axis=0))
     assert left - 12 <= written.min() and written.max() <= right + 12
+
+
+CLASSES = ("skin", "lesion", "hair")
+OF_LESION, OF_HAIR = (0x56, 0xB4, 0xE9), (0xE6, 0x9F, 0x00)
+
+
+def classes_of(count: int) -> torch.Tensor:
+    masks = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
+    masks[:, 4:28, 4:28], masks[:, 12:20, 12:20], masks[:, :2] = 1, 2, 255
+    return masks
+
+
+def test_each_class_has_a_colour_in_every_figure_and_a_legend_below() -> None:
+    images, masks = torch.zeros(2, 3, SIDE, SIDE), classes_of(2)
+    logits = torch.nn.functional.one_hot(masks.long() % 255, 3).permute(0, 3, 1, 2).float()
+    weights = torch.rand(2, SIDE, SIDE)
+    array = [image.numpy() for image in masks]
+    pictures = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
+    drawn = {
+        "panel": (
+            panel(images, masks, masks, weights, logits, "c", CLASSES),
+            panel(images, masks, masks, weights, masks.float(), "c"),
+        ),
+        "sheet": (
+            contact_sheet(pictures, array, {"box": array}, CLASSES),
+            contact_sheet(pictures, array, {"box": array}),
+        ),
+        "comparison": (
+            comparison_figure(RUNS, images, masks, masks, dict.fromkeys(RUNS, masks), CLASSES),
+            comparison_figure(RUNS, images, masks, masks, dict.fromkeys(RUNS, masks == 1)),
+        ),
+    }
+    for name, (several, two) in drawn.items():
+        legend, above = np.split(several[::-1], [several.shape[0] - two.shape[0]])
+        assert several.shape[0] > two.shape[0] and several.shape[1] == two.shape[1], name
+        for colour in (OF_LESION, OF_HAIR):
+            assert has_colour(legend, colour) and has_colour(above, colour), (name, colour)
+        assert not has_colour(two, OF_HAIR), name
+
+
+def test_the_prediction_shows_the_most_probable_class() -> None:
+    images, masks = torch.zeros(1, 3, SIDE, SIDE), classes_of(1) % 255
+    images[:, 2] = 1  # blue, as `tiles` wants them
+    probabilities = torch.full((1, 3, SIDE, SIDE), 0.1)
+    probabilities[:, 2] = 0.8
+    picture = panel(images, masks, masks, torch.ones(1, SIDE, SIDE), probabilities, "", CLASSES)
+    columns, (top, bottom) = tiles(picture)
+    (left, right), _, (third, _) = columns[:3]
+    left, right = (round(end + 5 * (third - left) / 2) for end in (left, right))  # the sixth
+    tile = picture[top + 3 : bottom - 3, left + 3 : right - 3].astype(int)
+    filled = np.abs(tile - np.array(OF_HAIR) * 0.45 - np.array(BLUE) * 0.55).sum(axis=2) < 12
+    assert filled.mean() > 0.7
+
+
+def test_a_legend_of_many_classes_takes_several_lines() -> None:
+    masks = classes_of(1)
+    names = ("background", *(f"a rather long class name {number}" for number in range(12)))
+    pictures = [np.zeros((SIDE, SIDE, 3), np.uint8)]
+    many = contact_sheet(pictures, [masks[0].numpy()], {"box": [masks[0].numpy()]}, names)
+    few = contact_sheet(pictures, [masks[0].numpy()], {"box": [masks[0].numpy()]}, CLASSES)
+    assert many.shape[1] == few.shape[1] and many.shape[0] >= few.shape[0] + 4 * 20

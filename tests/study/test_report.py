@@ -340,3 +340,29 @@ def test_a_plan_of_an_older_version_is_read() -> None:
     old = study.plan()
     old["children"] = [{key: value for key, value in row.items() if key != "grid"} for row in old.pop("runs")]
     assert Plan.model_validate(old) == Plan.model_validate(study.plan())
+
+
+class OfClasses(Dictionary):
+    """The same, of three classes: the second foreground class is half as good as the first."""
+
+    def add(self, method, noise, k, seed, dice, **others):
+        super().add(method, noise, k, seed, dice, **others)
+        ids = others.get("ids", IDS)
+        counts = np.stack([counts_of(dice), counts_of(np.asarray(dice) / 2)], axis=1)
+        text = counts_csv(ids, counts, ("skin", "lesion", "hair"))
+        self.children[-1]["texts"] = {"test_counts.csv": text}
+
+
+def test_classes_have_a_table_of_their_own_and_the_scores_are_macro_means(tmp_path: Path) -> None:
+    two, three = rows_of(Dictionary()), rows_of(OfClasses())
+    for place, row in three.items():
+        of_each = [float(row[f"dice_{name}_mean"]) for name in ("lesion", "hair")]
+        assert float(row["dice_mean"]) == pytest.approx(np.mean(of_each))
+        assert of_each[0] == pytest.approx(float(two[place]["dice_mean"]))
+        assert of_each[1] == pytest.approx(of_each[0] / 2, abs=0.01)
+    assert not any(column.startswith("dice_lesion") for column in two["box", "4", "noisy_only"])
+    write_report(OfClasses(), "here", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Dice of each class" in page and "macro means over lesion, hair" in page
+    write_report(Dictionary(), "here", tmp_path)
+    assert "of each class" not in (tmp_path / "report.html").read_text()

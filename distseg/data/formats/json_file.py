@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -35,7 +35,7 @@ def read_json(path: Path, limit: int, model: type[T] | Any) -> T:
     except OSError as error:
         raise BadFileError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        content = json.loads(text, parse_constant=_refuse_constant, object_hook=_packed)
+        content = json.loads(text, object_hook=_packed)
     except RecursionError:
         raise BadFileError(f"{path}: is nested too deeply; export it again") from None
     except (ValueError, TypeError) as error:  # JSONDecodeError, numbers of thousands of digits
@@ -57,10 +57,6 @@ def checked(content: Any, where: Path | str, model: type[T] | Any) -> T:
         raise BadFileError(
             f"{where}: {for_terminal(place[:_SHOWN])}: {_short(message[0].lower() + message[1:])}{for_terminal(shown)}"
         ) from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def _packed(part: dict[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,7 @@ def read_slice(path: Path, decoding: Decoding) -> NDArray[Any]:
             raise BadFileError(f"{path}: unpacks to more than data.max_file_bytes ({most:,}); is it a slice?")
         image = nibabel.Nifti1Image.from_bytes(content)
         shape = image.header.get_data_shape()
-        wide = [side for side in shape if side != 1]
-        if len(shape) < 2 or min(shape) < 1 or len(wide) > 2 or any(side != 1 for side in shape[2:]):
+        if len(shape) < 2 or min(shape) < 1 or any(side != 1 for side in shape[2:]):
             raise BadFileError(f"{path}: is a volume of {shape}; save its slices as files of their own")
         if shape[0] * shape[1] > decoding.max_pixels:
             raise BadFileError(f"{path}: has {shape[0]}×{shape[1]} pixels, above data.max_pixels; reduce it")

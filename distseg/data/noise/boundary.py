@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 from distseg.section import Fraction
 
 
-class BoundaryNoise(NoiseKind):
+class BoundaryNoise(AnnotatorKind):
     kind: Literal["boundary"] = "boundary"
     alpha: Fraction = 0.7
     """The fraction of masks that are drawn wrong."""

@@ -4,10 +4,10 @@ from typing import Literal
 
 import numpy as np
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 
 
-class BoxNoise(NoiseKind):
+class BoxNoise(AnnotatorKind):
     kind: Literal["box"] = "box"
 
     def draw(self, mask: Mask, image: Image | None, rng: np.random.Generator) -> Mask:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 from distseg.data.resize import resize_mask
 from distseg.section import Fraction
 
@@ -14,7 +14,7 @@ _CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
 _WALK_SIDE = 256
 
 
-class MarkovNoise(NoiseKind):
+class MarkovNoise(AnnotatorKind):
     kind: Literal["markov"] = "markov"
     steps: Annotated[int, Field(ge=1, le=10_000)] = 100
     """Steps of the walk, T."""

@@ -2,15 +2,13 @@
 
 from typing import Literal
 
-import numpy as np
-
 from distseg.data.noise.kind import Image, Mask, NoiseKind
 
 
 class NoNoise(NoiseKind):
-    """Takes the manifest's noisy_mask where there is one, and the true mask elsewhere."""
+    """The annotations that the data brings, and the reference where there is none."""
 
     kind: Literal["none"] = "none"
 
-    def draw(self, mask: Mask, image: Image | None, rng: np.random.Generator) -> Mask:
+    def draw_for(self, sample_id: str, mask: Mask, image: Image | None, label: int = 1) -> Mask:
         return mask

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 
 
-class PolygonNoise(NoiseKind):
+class PolygonNoise(AnnotatorKind):
     kind: Literal["polygon"] = "polygon"
     vertices: Annotated[int, Field(ge=3, le=10_000)] = 3
     """Vertices on the true contour; 3 and 7 are the paper's levels."""

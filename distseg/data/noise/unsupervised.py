@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 import cv2
 import numpy as np
 
-from distseg.data.noise.kind import Image, Mask, NoiseKind
+from distseg.data.noise.kind import AnnotatorKind, Image, Mask
 
 
-class UnsupervisedNoise(NoiseKind):
+class UnsupervisedNoise(AnnotatorKind):
     needs_image: ClassVar[bool] = True
 
     kind: Literal["unsupervised"] = "unsupervised"

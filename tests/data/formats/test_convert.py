@@ -193,6 +193,15 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, format: str) -> Non
         export_annotations(samples, first.classes, format, "reference", tmp_path / "out", PLAIN, values, silent)
 
 
+def test_a_mask_of_another_size_is_not_exported(tmp_path: Path) -> None:
+    first = imported(tmp_path / "first", ("coco", FILES / "coco", "reference"))
+    samples = surveyed(tmp_path / "first")
+    assert samples[0].reference is not None
+    Image.new("L", (5, 7)).save(samples[0].reference)
+    with pytest.raises(UserError, match=r"references/.*is for an image of 5×7"):
+        export_annotations(samples, first.classes, "cvat", None, tmp_path / "out", PLAIN, read_mask, silent)
+
+
 def test_which_masks_to_export_must_be_said(tmp_path: Path) -> None:
     first = imported(tmp_path / "first", ("label-studio", *WRITTEN["label-studio"]))
     samples = surveyed(tmp_path / "first")
