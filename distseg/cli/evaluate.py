@@ -73,7 +73,7 @@ def find_samples(config: "Config", split: str) -> "tuple[list[Sample], list[Prob
 def predict_and_count(
     arguments: argparse.Namespace, keys: Sequence[str], config: "Config", samples: "list[Sample]", to: Path
 ) -> "np.ndarray":
-    """Predict into `to`, with probabilities, and count at the network's resolution as training does: (n, 4)."""
+    """Predict into `to`, with probabilities, and count at the network's resolution as training does."""
     from distseg.distributed.runtime import start_runtime, stop_runtime
     from distseg.inference.inputs import Item
     from distseg.inference.job import Job
@@ -104,7 +104,8 @@ def predict_and_count(
         stop_runtime()
     import numpy as np
 
-    return np.array([by_id.get(sample.id, np.full(4, -1)) for sample in samples])
+    nowhere = np.full_like(next(iter(by_id.values()), np.zeros(4, np.int64)), -1)
+    return np.array([by_id.get(sample.id, nowhere) for sample in samples])
 
 
 def evaluated(

@@ -41,7 +41,7 @@ class Evaluation:
     classes: tuple[str, ...]
     scored: Sequence[Scored]
     network: NDArray[np.int64] | None
-    """(n, 4) counts of all classes but background at the network's resolution, of the same images; of a run alone."""
+    """Counts at the network's resolution, as training makes them, of the same images; of a run alone."""
     problems: Sequence[Problem]
     tolerance: float | None
 
@@ -52,8 +52,8 @@ class Evaluation:
 
     @property
     def dice(self) -> NDArray[np.float64]:
-        """(n,) of the foreground."""
-        return image_scores(np.stack([each.foreground for each in self.scored]))["dice"]
+        """(n,); of several classes the mean over all but background."""
+        return image_scores(np.stack([each.counted for each in self.scored]))["dice"]
 
     @property
     def bins(self) -> NDArray[np.float64] | None:
@@ -66,7 +66,7 @@ class Evaluation:
         return {name: class_scores(self.scored, place) for place, name in enumerate(self.classes) if place}
 
     def by_group(self) -> dict[str, tuple[int, float]]:
-        """Images and mean Dice of the foreground, of each group that has a name."""
+        """Images and mean Dice, of each group that has a name."""
         found: dict[str, list[float]] = {}
         for each, dice in zip(self.scored, self.dice, strict=True):
             if each.sample.group:
@@ -87,8 +87,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, Any]:
         content["surface_tolerance_share_of_diagonal"] = evaluation.tolerance
     if not evaluation.scored:
         return content
-    foreground = image_scores(np.stack([each.foreground for each in evaluation.scored]))
-    content["own"] = _with_intervals(foreground, groups)
+    content["own"] = _with_intervals(image_scores(np.stack([each.counted for each in evaluation.scored])), groups)
     if evaluation.network is not None:
         content["network"] = _with_intervals(image_scores(evaluation.network), groups)
     content["classes"] = {name: _with_intervals(each, groups) for name, each in evaluation.by_class().items()}
@@ -188,7 +187,17 @@ def _page(evaluation: Evaluation, content: dict[str, Any], pictures: Sequence[Pi
             f"Expected calibration error over pixels, {BINS} bins: {found['ece']:.4f} "
             f"[{found['low']:.4f}, {found['high']:.4f}]."
         )
-    tables = [_scores_table("All classes but background", content, ("own", "network"))] if count else []
+    tables = (
+        [
+            _scores_table(
+                f"Means over {'images and classes' if len(evaluation.classes) > 2 else 'images'}",
+                content,
+                ("own", "network"),
+            )
+        ]
+        if count
+        else []
+    )
     for name, scores in content.get("classes", {}).items():
         tables.append(_scores_table(f"Class {name}", {"own": scores}, ("own",)))
     if content.get("by_group"):

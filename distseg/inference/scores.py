@@ -32,12 +32,15 @@ class Scored:
     """(height, width)."""
     counts: NDArray[np.int64]
     """(classes, 4): true and false positives, false and true negatives of each class against the others."""
-    foreground: NDArray[np.int64]
-    """(4,): the same of all classes but background together, as training counts."""
     surfaces: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """By name of SURFACES, (classes,); NaN of background. Empty where they were not asked for."""
     calibration: NDArray[np.float64] | None = None
     """(BINS, 3) as from `calibration_bins`; None without probabilities."""
+
+    @property
+    def counted(self) -> NDArray[np.int64]:
+        """What training counts: (4,) of two classes, (classes − 1, 4) of more."""
+        return self.counts[1] if len(self.counts) == 2 else self.counts[1:]
 
 
 def score_masks(
@@ -86,8 +89,7 @@ def _scored(sample: Sample, masks: Path, decoding: Decoding, tolerance: float | 
     calibration = _calibration(masks.parent / "probabilities", sample.id, mask, truth, valid)
     if isinstance(calibration, Problem):
         return calibration
-    foreground = _confusion(mask > 0, truth > 0, valid)
-    return Scored(sample, (truth.shape[0], truth.shape[1]), counts, foreground, surfaces, calibration)
+    return Scored(sample, (truth.shape[0], truth.shape[1]), counts, surfaces, calibration)
 
 
 def _parted(error: str) -> tuple[str, str]:
