@@ -1,7 +1,7 @@
 """Which images a step takes, and when: the training in phases.
 
 noisy   noisy images first as they are (warm_up), then under the method's weights and labels, beside the clean ones
-        if wished (include_clean), and the clean images alone last (clean_phase)
+        if wished (include_clean, after held_out), and the clean images alone last (clean_phase)
 clean   the clean images alone
 union   half noisy, half clean images in each batch
 truth   every training image with its true mask, the noisy stream's too
