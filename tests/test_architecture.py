@@ -24,6 +24,7 @@ ONE_IMPORTER = {
     "nibabel": "distseg/data/formats/nifti.py",
     "pycocotools": "distseg/data/formats/shapes.py",
     "matplotlib": "distseg/pages/figures.py",
+    "surface_distance": "distseg/evaluation/surfaces.py",
     "jinja2": "distseg/pages/html.py",
 }
 

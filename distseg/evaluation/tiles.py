@@ -7,6 +7,9 @@ from torch import Tensor
 
 from distseg.data.geometry import tile_starts, tile_weights
 
+_ROWS = 64
+"""Of a band at most."""
+
 
 def count_tiles(height: int, width: int, size: int, overlap: float) -> int:
     """How many tiles `predict_by_tiles` cuts an image into."""
@@ -55,14 +58,29 @@ def predict_bands(
             sums = torch.zeros(logits.shape[1], size, width, dtype=torch.float64, device=logits.device)
         for (top, left), each in zip(batch, logits, strict=True):
             if top > first:
-                done = top - first
-                yield (sums[:, :done] / down[first:top] / across).to(logits.dtype)
-                sums = torch.cat([sums[:, done:], torch.zeros_like(sums[:, :done])], dim=1)
+                yield from _blended(sums, top - first, down[first:top], across, logits.dtype)
+                _move_up(sums, top - first)
                 first = top
             sums[:, :, left : left + size] += each * along[:, None] * along
     if sums is None:
         raise ValueError("an image has at least one tile")
-    yield (sums / down[first:] / across).to(logits.dtype)
+    yield from _blended(sums, size, down[first:], across, logits.dtype)
+
+
+def _blended(sums: Tensor, count: int, down: Tensor, across: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The first `count` rows, a few at a time: each is a copy or two of what it holds."""
+    for start in range(0, count, _ROWS):
+        rows = slice(start, min(start + _ROWS, count))
+        yield (sums[:, rows] / down[rows] / across).to(dtype)
+
+
+def _move_up(sums: Tensor, count: int) -> None:
+    """Drop the first `count` rows; those at the end are 0 then."""
+    left = sums.shape[1] - count
+    for start in range(0, left, _ROWS):
+        rows = min(_ROWS, left - start)
+        sums[:, start : start + rows] = sums[:, start + count : start + count + rows].clone()
+    sums[:, left:] = 0
 
 
 def _sums(starts: list[int], along: Tensor, length: int) -> Tensor:

@@ -35,7 +35,11 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (run / "config.yaml").write_text(dump_config(config))
         for step in steps:
             torch.manual_seed(seed + step)
-            write_checkpoint(run / "checkpoints" / f"step_{step:08d}", build_model(config.model), step)
+            write_checkpoint(
+                run / "checkpoints" / f"step_{step:08d}",
+                build_model(config.model, class_count=config.data.class_count),
+                step,
+            )
         (run / "checkpoints" / "last").write_text(f"step_{steps[-1]:08d}")
         (run / "checkpoints" / "best").write_text(f"step_{steps[0]:08d}")
         return run

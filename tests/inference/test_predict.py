@@ -195,14 +195,7 @@ def test_several_classes(make_run: Callable, pictures: Path, tmp_path: Path) -> 
     """Values of the config's, one column of the table for each class, probabilities that sum to 1, COCO."""
     classes = 'data.classes={background: [0, "#000000"], mole: [7], vein: [9]}'
     run, to = make_run(classes, "model.width=3"), tmp_path / "out"
-    try:
-        code = predict(run, pictures, "--to", to, "--probabilities", "npz", "--contours", "coco")
-    finally:
-        stop_runtime()
-    outputs = build_model(load_config(run / "config.yaml").model)(torch.zeros(1, 3, 32, 32)).shape[1]
-    if outputs == 1:
-        pytest.skip("networks have one output here")
-    assert code == 0
+    assert predict(run, pictures, "--to", to, "--probabilities", "npz", "--contours", "coco") == 0
     for row in rows_of(to):
         mask = np.asarray(Image.open(to / "masks" / f"{row['id']}.png"))
         assert set(np.unique(mask).tolist()) <= {0, 7, 9}
