@@ -3,7 +3,8 @@
     python benchmarks/prepare.py [--images 10000] [--sample 500] [--rounds 5] [--threads 2] [--json FILE]
 
 Makes its own data: JPEGs of 300×225 pixels, each with a reference and the masks of two annotators, PNG. Contenders take
-turns on the first `--sample` images, round after round, and ratios are of one round; the files are in the page cache:
+turns on the first `--sample` images, round after round, and ratios are of one round. They are of processor time, over
+all threads, which says what the work costs also on a machine that others use. The files are in the page cache:
 
     decoding    each file decoded whole by PIL, as the loaders do, and thrown away
     check       the strict look into every file, statistics and agreement gathered on the way, as before training
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,29 @@ def decode_all(samples: Sequence[Sample], threads: int) -> None:
 def measure_cost(samples: Sequence[Sample], arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("background", "lesion")
     facts = facts_of(samples, inspect_files(samples, PLAIN, arguments.threads), names)
-    seconds = take_turns(
-        {
-            "decoding": lambda: decode_all(samples, arguments.threads),
-            "check": lambda: inspect_files(samples, PLAIN, arguments.threads),
-            "findings": lambda: find(facts),
-        },
-        arguments.rounds,
-        device="cpu",
-    )
+    costs: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            started = time.process_time()
+            work()
+            costs.setdefault(name, []).append(time.process_time() - started)
+
+        return run
+
+    contenders = {
+        "decoding": lambda: decode_all(samples, arguments.threads),
+        "check": lambda: inspect_files(samples, PLAIN, arguments.threads),
+        "findings": lambda: find(facts),
+    }
+    seconds = take_turns({name: timed(name, work) for name, work in contenders.items()}, arguments.rounds, device="cpu")
     rows = {}
     for name, values in seconds.items():
-        ratios = [own / plain for own, plain in zip(values, seconds["decoding"], strict=True)]
+        own, plain = costs[name][1:], costs["decoding"][1:]  # less the round that warms up
+        ratios = [each / decoding for each, decoding in zip(own, plain, strict=True)]
         rows[name] = {
             "milliseconds_an_image": 1e3 * statistics.median(values) / len(samples),
+            "processor_milliseconds": 1e3 * statistics.median(own) / len(samples),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
         }
@@ -129,11 +139,12 @@ def show(result: dict[str, Any]) -> str:
         f"{result['machine']['device']}, {setting['threads']} threads; {WIDTH}×{HEIGHT} JPEG and {1 + len(ANNOTATORS)} "
         f"masks an image, {setting['sample']} images a measurement, {setting['rounds']} rounds",
         "",
-        "           ms an image  × decoding  range",
+        "           ms an image  CPU ms  × decoding  range",
     ]
     for name, row in result["cost"].items():
         low, high = row["ratio_range"]
-        lines.append(f"{name:9s}  {row['milliseconds_an_image']:11.2f}  {row['ratio']:10.2f}  {low:.2f} – {high:.2f}")
+        times = f"{row['milliseconds_an_image']:11.2f}  {row['processor_milliseconds']:6.2f}"
+        lines.append(f"{name:9s}  {times}  {row['ratio']:10.2f}  {low:.2f} – {high:.2f}")
     lines += [
         "",
         f"prepare --report of {whole['images']} images: {whole['seconds']:.0f} s, {whole['processor_seconds']:.0f} s "

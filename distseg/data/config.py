@@ -1,5 +1,6 @@
 """The `data` section of a config."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -33,14 +34,33 @@ def _known_layout(name: str) -> str:
     return name
 
 
-def _in_a_list(values: Any) -> Any:
-    return [values] if isinstance(values, str | int) else values
+def _file_values(given: Any) -> Any:
+    """One value or a list of them as a list, colours in lower case. Raises ValueError for what no mask holds."""
+    values = [given] if isinstance(given, str | int | float) else given
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"give a value or a list of values, for instance [1, 2]{_VALUES}")
+    for value in values:
+        is_number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535
+        if not (is_number or (isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value))):
+            raise ValueError(f"{value!r} is no value of a mask{_VALUES}")
+    return [value.lower() if isinstance(value, str) else value for value in values]
 
 
-_Number = Annotated[int, Field(strict=True, ge=0, le=65535)]
-_Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AfterValidator(str.lower)]
-_Values = Annotated[tuple[_Number | _Colour, ...], BeforeValidator(_in_a_list)]
-_ClassName = Annotated[str, Field(pattern=r"^\w([\w. -]{0,62}\w)?$")]
+def _named_classes(given: Any) -> Any:
+    """Without the classes whose values are null, which takes back what a file names."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError("give a mapping from names to values, for instance {background: 0, lesion: [1, 2]}")
+    for name in given:
+        if not (isinstance(name, str) and re.fullmatch(r"\w([\w. -]{0,62}\w)?", name)):
+            raise ValueError(f"the name {name!r}: take letters and digits, between them blanks, . _ and -, up to 64")
+    return {name: values for name, values in given.items() if values is not None}
+
+
+_VALUES = '; values are numbers from 0 to 65535 as a file stores them, or colours in quotes, "#rrggbb"'
+_FileValues = Annotated[tuple[int | str, ...], BeforeValidator(_file_values)]
+_Classes = Annotated[dict[str, _FileValues] | None, BeforeValidator(_named_classes)]
 
 
 class AugmentConfig(Section):
@@ -107,10 +127,10 @@ class DataConfig(Section):
     annotators: Literal["drawn", "majority", "staple"] = "drawn"
     """What is learned from where an image has several annotations: one drawn by seed each time, the class that most of
     them mark, or STAPLE's estimate (Warfield et al. 2004; needs SimpleITK)."""
-    classes: dict[_ClassName, _Values] | None = None
+    classes: _Classes = None
     """The classes and the values that mean each in a mask's file, background first: numbers as they are stored (greys
     of 1 to 16 bits, indices of a palette) or colours, "#rrggbb". null: background is 0, lesion 1 or 255."""
-    ignore: _Values = ()
+    ignore: _FileValues = ()
     """Values of pixels that nobody vouches for: nothing is learned from them, and nothing scored on them."""
     threshold: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Of grey masks: from this value on a pixel is lesion. For two classes, in place of `classes`."""

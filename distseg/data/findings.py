@@ -183,14 +183,13 @@ def _inverted(facts: DataFacts) -> list[Finding]:
 
 
 def _absent(facts: DataFacts) -> list[Finding]:
-    """Splits that have some of several classes and not all."""
+    """Splits that have some of several classes and not all; background may be marked nowhere."""
+    objects = facts.class_names[1:]
     findings = []
     for split in SPLITS:
-        shares = [mask.shares for s in facts.of_split(split) for mask in facts.masks[s.id].values()]
-        absent = [
-            name for name, each in zip(facts.class_names, zip(*shares, strict=True), strict=False) if not any(each)
-        ]
-        if len(facts.class_names) > 2 and 0 < len(absent) < len(facts.class_names) - 1:
+        shares = [mask.shares[1:] for s in facts.of_split(split) for mask in facts.masks[s.id].values()]
+        absent = [name for name, each in zip(objects, zip(*shares, strict=True), strict=False) if not any(each)]
+        if 0 < len(absent) < len(objects):
             text = f"no mask of the {split} split marks {', '.join(absent)}"
             findings.append(Finding("absent_classes", "warn", text))
     return findings

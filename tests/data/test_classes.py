@@ -182,8 +182,13 @@ def test_a_jpeg_keeps_no_values_and_a_threshold_parts_its_greys(keys, tmp_path):
         ({"classes": {"a": 0, "b": 1}, "threshold": 3}, "remove one of the two"),
         ({"classes": {"a": 0, "b": "#ff0000"}}, "needs a number .* or each of them a colour"),
         ({"classes": {"a": 0, "b": 65536}}, "65535"),
-        ({"classes": {"a": 0, "b": "red"}}, "#"),
-        ({"classes": {"a/b": 0, "b": 1}}, "pattern"),
+        ({"classes": {"a": 0, "b": "red"}}, "'red' is no value of a mask; .*#rrggbb"),
+        ({"classes": {"a": 0, "b": [1, True]}}, "True is no value"),
+        ({"classes": {"a": 0, "b": 1.5}}, "1.5 is no value"),
+        ({"classes": {0: 0, 1: 1}}, "the name 0: take letters and digits"),
+        ({"classes": ["a", "b"]}, "give a mapping"),
+        ({"ignore": {"a": 1}}, "give a value or a list"),
+        ({"classes": {"a/b": 0, "b": 1}}, "the name 'a/b': take letters"),
         ({"ignore": 0}, "takes all of background or lesion"),
         ({"ignore": [1, 255, "#ffffff"]}, "takes all of background or lesion"),
         ({"classes": VALUES, "noise": "unsupervised", "clean_count": 1}, r"unsupervised: .*noise\.kind=boundary"),
@@ -205,6 +210,8 @@ def test_keys_come_from_yaml_and_the_command_line_and_their_order_counts(tmp_pat
     assert three.data.class_names == ("skin", "lesion", "hair") and three.data.ignore == (255,)
     swapped = load_config(path, ["data.classes={skin: 0, hair: 2, lesion: [1, 3]}", "data.ignore=255"])
     assert changed_keys(three, swapped) and config_hash(three) != config_hash(swapped)
+    fewer = load_config(path, ["data.classes={a: 0, b: 1, c: 2}", "data.classes.b=null"])
+    assert fewer.data.classes == {"a": (0,), "c": (2,)}
     (tmp_path / "again.yaml").write_text(dump_config(three))
     again = load_config(tmp_path / "again.yaml")
     assert again == three and not changed_keys(three, again)

@@ -192,9 +192,10 @@ def test_a_changed_copy_in_another_split_is_found(tmp_path, change):
 
 
 def test_many_pairs_are_found_across_the_blocks_of_the_search():
-    thumbnails = np.stack([scene(seed, 16) for seed in range(700)] + [scene(seed, 16)[::-1] for seed in range(100)])
+    copied = [*range(50), *range(600, 650)]
+    thumbnails = np.stack([scene(seed, 16) for seed in range(700)] + [scene(seed, 16)[::-1] for seed in copied])
     pairs = find_twins(thumbnails)
-    assert {(pair.first, pair.second) for pair in pairs} == {(n, 700 + n) for n in range(100)}
+    assert {(pair.first, pair.second) for pair in pairs} == {(n, 700 + place) for place, n in enumerate(copied)}
     assert find_twins(np.zeros((0, 16, 16, 3), np.uint8)) == []
     assert find_twins(np.full((5, 16, 16, 3), 80, np.uint8)) == []  # blank images show nothing that is the same
 
@@ -247,6 +248,24 @@ def test_masks_that_cannot_be_meant(tmp_path, change, name, severity, said):
         with pytest.raises(UserError, match=rf"data\.allow=\[.*{name}.*\]"):
             check_findings(find(facts))
     check_findings(find(facts, FINDING_NAMES))
+
+
+def test_of_several_classes_one_that_a_split_lacks_is_named_and_a_full_frame_is_no_fault(tmp_path):
+    samples = write_samples(tmp_path, 24)
+    for sample in samples:
+        mask = 1 + (np.array(Image.open(sample.truth)) > 0) * (sample.split != "val")
+        Image.fromarray(mask.astype(np.uint8)).save(sample.truth)
+    config = DataConfig(root=tmp_path, classes={"background": 0, "rim": 1, "core": 2})
+    inspection = inspect_files(samples, config.decoding, 2)
+    facts = facts_of(samples, inspection, config.class_names)
+    assert inspection.problems == []
+    findings = {(each.name, each.severity): each.text for each in find(facts)}
+    assert findings["absent_classes", "warn"] == "no mask of the val split marks core"
+    assert not {name for name, severity in findings} & {"inverted_masks"}
+    check_findings(find(facts))
+    write_report(tmp_path / "report", "classes", facts, find(facts), [], config.decoding)
+    shares = json.loads((tmp_path / "report" / "report.json").read_text())["splits"]["train"]["class_shares"]
+    assert shares["background"] == 0 and shares["rim"] + shares["core"] == pytest.approx(1)
 
 
 def test_annotations_that_are_the_reference_or_far_from_it(tmp_path):

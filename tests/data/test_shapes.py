@@ -176,7 +176,7 @@ def test_crops_are_never_kept_on_a_device(tmp_path):
 
 
 def open_stream(samples: list[Sample], root: Path, shard: ShardSpec = ONE_RANK, seed: int = 0, **keys) -> Stream:
-    config = DataConfig(root=root, image_size=48, pipeline="torch", augment=GEOMETRY, **keys)
+    config = DataConfig(root=root, image_size=48, pipeline="torch", **{"augment": GEOMETRY} | keys)
     return Stream(samples, "noisy", "noisy", config, seed, shard, 6 // shard.world_size, 1, CPU)
 
 
@@ -197,10 +197,9 @@ def test_a_step_is_the_same_resumed_on_other_ranks_and_from_memory(tmp_path, sha
 
 def test_windows_change_from_epoch_to_epoch_and_with_the_seed(tmp_path):
     samples = write(tmp_path, [np.random.default_rng(n).integers(0, 2, (200, 300), np.uint8) for n in range(2)])
-    config = {"shape": "crop"}
     of_seed = []
     for seed in (0, 1):
-        stream = open_stream(samples, tmp_path, seed=seed, **config)
+        stream = open_stream(samples, tmp_path, seed=seed, shape="crop", augment=AugmentConfig())
         batch = stream.batch(0, 0)
         stream.close()
         of_seed.append(batch.masks)

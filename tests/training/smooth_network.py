@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class SmoothNetwork(nn.Module):
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, outputs: int = 1) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
@@ -14,7 +14,7 @@ class SmoothNetwork(nn.Module):
             nn.Conv2d(width, width, 3, padding=1),
             nn.Tanh(),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
-            nn.Conv2d(width, 1, 3, padding=1),
+            nn.Conv2d(width, outputs, 3, padding=1),
         )
 
     def forward(self, images: Tensor) -> Tensor:
