@@ -49,7 +49,7 @@ def own_strips(bands: Iterator[Tensor], place: Placement, height: int, width: in
             above, below = (slab[:, (taps[start:stop] - low).to(slab.device)] for taps in (before, after))
             yield torch.lerp(above.float(), below.float(), share[start:stop, None].to(slab.device))
         done = ready
-        needed = int(before[done]) if done < height else reached
+        needed = min(int(before[done]), reached) if done < height else reached
         kept, first = kept[:, needed - first :], needed
 
 

@@ -14,6 +14,7 @@ others: N ranks and any restart give the bits of one.
 
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,7 +24,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from distseg.data.checks import problems_table
@@ -36,15 +36,13 @@ from distseg.files import read_regular, write_atomically
 from distseg.inference.canvas import Canvas
 from distseg.inference.inputs import Item
 from distseg.inference.outputs import Outputs, Record, record_line, table
-from distseg.inference.predictor import Prediction, Predictor
+from distseg.inference.predictor import LARGE, Prediction, Predictor
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 _LARGEST_JSON = 2**20
 _LARGEST_LINES = 2**32
-_LARGE = 2**24
-"""Pixels of an image from which on nothing is read ahead of it, and nothing is predicted before its mask is written."""
 
 
 class Job:
@@ -165,7 +163,7 @@ class Job:
         started = time.perf_counter()
         data = self.predictor.data
         try:
-            if not now and data.shape == "crop" and stored_pixels(item.path, data.decoding) >= _LARGE:
+            if not now and data.shape == "crop" and stored_pixels(item.path, data.decoding) >= LARGE:
                 return _Read(None, None, 0.0, waits=True)
             canvas = self.predictor.read(item.path)
         except BadFileError as error:
@@ -256,7 +254,7 @@ class _Writer:
 
     def add(self, item: Item, prediction: Prediction, seconds: float) -> None:
         self._pending.append(self._pool.submit(self._outputs.write, item, prediction, seconds))
-        self._take(0 if np.size(prediction.mask) >= _LARGE else 2 * self._threads)
+        self._take(0 if math.prod(prediction.size) >= LARGE else 2 * self._threads)
 
     def _take(self, leave: int) -> None:
         while len(self._pending) > leave:

@@ -8,7 +8,7 @@ of tiles and a strip of the result.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from zlib_ng import zlib_ng
 
 from distseg.data.config import DataConfig
 from distseg.data.geometry import Placement
@@ -26,6 +27,8 @@ from distseg.inference.canvas import Canvas
 from distseg.training.checkpoint import chosen_checkpoint, digest_of_network, load_network
 
 Probabilities = Literal["none", "png", "npz"]
+LARGE = 2**24
+"""Pixels of an image from which on memory is spared at the cost of time."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class Settings:
 class Prediction:
     """What the network says of one image of height×width."""
 
-    mask: NDArray[np.uint8]
-    """(height, width) class ids: probability above 0.5 of two classes, the most probable of several."""
+    size: tuple[int, int]
+    """(height, width)."""
+    strips: tuple[NDArray[np.uint8] | bytes, ...]
+    """The mask's, from top to bottom; of a large image deflated, as long as the image itself is in memory."""
     areas: tuple[int, ...]
     """Pixels of each class."""
     confidence: float
@@ -54,6 +59,18 @@ class Prediction:
     probabilities: NDArray[Any] | None
     """None unless asked for. png: (height, width) uint16, 65535 · P(not background). npz: (C, height, width) float16 of
     each class."""
+
+    @cached_property
+    def mask(self) -> NDArray[np.uint8]:
+        """(height, width) class ids: probability above 0.5 of two classes, the most probable of several."""
+        mask = np.empty(self.size, np.uint8)
+        row = 0
+        for strip in self.strips:
+            rows = np.frombuffer(zlib_ng.decompress(strip), np.uint8) if isinstance(strip, bytes) else strip
+            rows = rows.reshape(-1, mask.shape[1])
+            mask[row : row + len(rows)] = rows
+            row += len(rows)
+        return mask
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ class Predictor:
     @torch.inference_mode()
     def _assembled(self, canvas: Canvas, bands: Iterator[Tensor], probabilities: Probabilities) -> Prediction:
         height, width = canvas.height, canvas.width
-        mask = np.empty((height, width), np.uint8)
+        strips: list[NDArray[np.uint8] | bytes] = []
         confidence = _Confidence(canvas.place)
         areas = np.zeros(self.data.class_count, np.int64)
         kept: NDArray[Any] | None = None
@@ -150,8 +167,9 @@ class Predictor:
         for strip in own_strips(confidence.watched(bands), canvas.place, height, width):
             ids = (strip[0] > 0).byte() if len(strip) == 1 else strip.argmax(dim=0).byte()
             rows = slice(row, row + strip.shape[1])
-            mask[rows] = ids.cpu().numpy()
-            areas += _histogram(mask[rows], len(areas))
+            mask = ids.cpu().numpy()
+            strips.append(zlib_ng.compress(mask.tobytes(), 1) if height * width >= LARGE else mask)
+            areas += _histogram(mask, len(areas))
             if probabilities == "png":
                 kept = np.empty((height, width), np.uint16) if kept is None else kept
                 kept[rows] = (_foreground(strip).double() * 65535).round().int().cpu().numpy()
@@ -160,7 +178,7 @@ class Predictor:
                 kept = np.empty((len(each), height, width), np.float16) if kept is None else kept
                 kept[:, rows] = each
             row = rows.stop
-        return Prediction(mask, tuple(areas.tolist()), confidence.mean, kept)
+        return Prediction((height, width), tuple(strips), tuple(areas.tolist()), confidence.mean, kept)
 
 
 class _Confidence:

@@ -187,17 +187,8 @@ def _page(evaluation: Evaluation, content: dict[str, Any], pictures: Sequence[Pi
             f"Expected calibration error over pixels, {BINS} bins: {found['ece']:.4f} "
             f"[{found['low']:.4f}, {found['high']:.4f}]."
         )
-    tables = (
-        [
-            _scores_table(
-                f"Means over {'images and classes' if len(evaluation.classes) > 2 else 'images'}",
-                content,
-                ("own", "network"),
-            )
-        ]
-        if count
-        else []
-    )
+    over = "images and classes" if len(evaluation.classes) > 2 else "images"
+    tables = [_scores_table(f"Means over {over}", content, ("own", "network"))] if count else []
     for name, scores in content.get("classes", {}).items():
         tables.append(_scores_table(f"Class {name}", {"own": scores}, ("own",)))
     if content.get("by_group"):
