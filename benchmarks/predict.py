@@ -3,8 +3,8 @@
     python benchmarks/predict.py RUN FOLDER [--rounds 3] [--threads 2] [--json FILE]
 
 Both read every image of FOLDER, squash it to the network's input, predict, bring the mask to the image's size and write
-it as PNG. The plain loop is what one writes first: PIL, one image at a time, torch.no_grad, no threads of its own. Loading
-the network is in neither time.
+it as PNG. The plain loop is what one writes first: PIL, one image at a time, torch.no_grad, no threads of its own.
+Loading the network is in neither time.
 """
 
 import argparse
