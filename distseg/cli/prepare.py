@@ -114,6 +114,9 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
 def summary(good: list[Sample], problems: list[Problem]) -> list[str]:
     splits = Counter(sample.split for sample in good)
     counts = ", ".join(f"{splits[split]} {split}" for split in SPLITS)
+    known = sum(sample.split == "train" and sample.reference is not None for sample in good)
+    if known < splits["train"]:
+        counts += f"; of the training images {known} have a reference, the others annotations alone"
     bad = {problem.id or problem.file for problem in problems}
     found = f"{len(problems)} problems in {len(bad)} samples" if problems else "no problems"
     return [f"{len(good)} good samples: {counts}", found, *(str(problem) for problem in problems)]
