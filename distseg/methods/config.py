@@ -65,6 +65,11 @@ class MethodConfig(Section):
             )
         if not phases.takes_noisy and self.labels.kind != "drawn":
             raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set .labels.kind=drawn")
+        if self.labels.kind == "corrected" and not phases.holds_out_clean:
+            raise ValueError(
+                "labels corrected: are calibrated on clean images before these are learned from; set "
+                ".phases.kind=noisy and .phases.held_out above 0, or .labels.kind=drawn"
+            )
         main_phase_differs = weighting.kind != "uniform" or self.labels.kind != "drawn"
         if phases.kind == "noisy" and phases.warm_up and not (main_phase_differs or phases.include_clean):
             raise ValueError(
@@ -79,7 +84,7 @@ class MethodConfig(Section):
 
     @property
     def needs_clean(self) -> bool:
-        return self.phases.takes_clean or self.weighting.needs_clean
+        return self.phases.takes_clean or self.weighting.needs_clean or self.labels.needs_clean
 
     @property
     def needs_noisy(self) -> bool:

@@ -38,6 +38,8 @@ class Context:
     placement: Placement
     reduction: Reduction
     device: torch.device
+    classes: int = 2
+    """Of the masks; the network has as many channels, or one for two classes."""
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)
 
     def noisy_stream(self, size: int | None = None) -> Stream:

@@ -11,7 +11,7 @@ from distseg.meta.reduction import Reduction
 from distseg.meta.weights import WeightMap, joined, uniform_weights
 from distseg.methods.config import MethodConfig
 from distseg.methods.context import Context
-from distseg.methods.part import LabelModel, Loss, Part, Weighed, Weighting
+from distseg.methods.part import HeldOut, LabelModel, Loss, Part, Weighed, Weighting
 from distseg.methods.phases import Phases
 from distseg.methods.step import Drawn, MicroBatch, Step
 
@@ -19,13 +19,14 @@ from distseg.methods.step import Drawn, MicroBatch, Step
 def build_method(config: MethodConfig, context: Context) -> "Method":
     loss = config.loss.build(context)
     return Method(
-        phases=config.phases.build(context, config.weighting.needs_clean),
+        phases=config.phases.build(context, config.weighting.needs_clean or config.labels.needs_clean),
         weighting=config.weighting.build(context, loss.class_weights),
         loss=loss,
         label_model=config.labels.build(context),
         accumulation=context.accumulation,
         reduction=context.reduction,
-        logits_of=context.logits if config.weighting.needs_clean else None,
+        logits_of=context.logits,
+        labels_first=config.weighting.needs_clean,
     )
 
 
@@ -39,15 +40,20 @@ class Method:
     label_model: LabelModel | None
     accumulation: int
     reduction: Reduction
-    logits_of: Callable[[Tensor], Tensor] | None = None
-    """Of images, by the network as it is; None where weights do not depend on labels, which then follow the pass."""
+    logits_of: Callable[[Tensor], Tensor]
+    """Of images, by the network as it is."""
+    labels_first: bool
+    """Whether weights depend on labels, which otherwise follow from the logits of the weighted pass."""
 
     def begin(self, index: int, diagnose: bool) -> Step:
         """Step `index` (0-based); every rank makes it. `diagnose` adds diagnostics and changes nothing else."""
         phase = self.phases.at(index)
         noisy, clean = phase.batches(index, self.accumulation)
-        model = self.label_model if noisy else None
-        drawn = [self._drawn(model, batch, phase.main) for batch in noisy] if model else [None] * self.accumulation
+        model = self.label_model if noisy and phase.main else None
+        held_out = clean if clean and phase.clean_share == 0 else [None] * self.accumulation
+        drawn: Sequence[Drawn | None] = [None] * self.accumulation
+        if model:
+            drawn = [self._drawn(model, *each) for each in zip(noisy, held_out, strict=True)]
         weighed = None
         if phase.clean_share is None:
             batches = _joined(noisy, clean)
@@ -65,7 +71,6 @@ class Method:
             weighting=self.weighting,
             weighed=weighed,
             label_model=model,
-            correct=phase.main,
             diagnose=diagnose,
         )
 
@@ -86,12 +91,11 @@ class Method:
     def _uniform(self, batches: Sequence[Batch]) -> list[WeightMap]:
         return uniform_weights([batch.masks for batch in batches], self.reduction, batches[0].images.dtype)
 
-    def _drawn(self, model: LabelModel, batch: Batch, correct: bool) -> Drawn:
+    def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None) -> Drawn:
         bins = model.bins(batch.masks)
-        labels = None
-        if correct and self.logits_of:
-            labels = model.labels(self.logits_of(batch.images), batch.masks, bins)
-        return Drawn(len(batch.ids), bins, labels, batch.true_masks)
+        labels = model.labels(self.logits_of(batch.images), batch.masks, bins) if self.labels_first else None
+        held_out = HeldOut(self.logits_of(clean.images), clean.masks) if clean else None
+        return Drawn(len(batch.ids), bins, labels, held_out, batch.true_masks)
 
     def _weigh(
         self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool

@@ -66,6 +66,13 @@ class Loss(Part, ABC):
         """
 
 
+class HeldOut(NamedTuple):
+    """Clean images that the network has not learned from: its logits (B, C, H, W) and their masks (B, H, W)."""
+
+    logits: Tensor
+    masks: Tensor
+
+
 class LabelModel(Part, ABC):
     @abstractmethod
     def bins(self, masks: Tensor) -> Tensor:
@@ -76,5 +83,5 @@ class LabelModel(Part, ABC):
         """The label of each pixel, (B, H, W) like `masks`; 255 = ignore."""
 
     @abstractmethod
-    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
+    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
         """What the model learns from: a float64 vector that adds up over images, micro-batches and ranks."""

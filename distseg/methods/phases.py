@@ -1,13 +1,13 @@
 """Which images a step takes, and when: the training in phases.
 
 noisy   noisy images first as they are (warm_up), then under the method's weights and labels, beside the clean ones
-        if wished (include_clean), and the clean images alone last (clean_phase)
+        if wished (include_clean, after held_out), and the clean images alone last (clean_phase)
 clean   the clean images alone
 union   half noisy, half clean images in each batch
 truth   every training image with its true mask, the noisy stream's too
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -56,10 +56,18 @@ class NoisyConfig(Section):
     """The last part of the steps, spent on the clean images alone."""
     include_clean: bool = False
     """Between the two, also learn from a clean batch."""
+    held_out: Fraction = 0.0
+    """include_clean: the part of the steps after warm_up in which the clean images are not learned from yet. Labels of
+    kind corrected are calibrated on them as long."""
     clean_share: Fraction | None = None
     """include_clean: how much of the loss is the mean clean one, 0.5 unless set; the rest is the noisy one."""
 
     takes_noisy: ClassVar[bool] = True
+
+    @property
+    def holds_out_clean(self) -> bool:
+        """Whether there is a part after warm_up in which the clean images are not learned from."""
+        return not self.include_clean or self.held_out > 0
 
     @model_validator(mode="before")
     @classmethod
@@ -70,8 +78,11 @@ class NoisyConfig(Section):
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if self.warm_up + self.clean_phase > 1:
-            raise ValueError(f"warm_up {self.warm_up} and clean_phase {self.clean_phase} are more than all steps")
+        if self.warm_up + self.held_out + self.clean_phase > 1:
+            parts = f"warm_up {self.warm_up}, held_out {self.held_out} and clean_phase {self.clean_phase}"
+            raise ValueError(f"{parts} are more than all steps")
+        if self.held_out and not self.include_clean:
+            raise ValueError("held_out applies where .include_clean=true; set that, or .held_out=0")
         if self.clean_share is not None and not self.include_clean:
             raise ValueError("clean_share applies where .include_clean=true; set that, or .clean_share=null")
         return self
@@ -80,16 +91,18 @@ class NoisyConfig(Section):
     def takes_clean(self) -> bool:
         return self.include_clean or self.clean_phase > 0
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         noisy = context.noisy_stream()
-        beside = self.include_clean or weights_need_clean
+        beside = self.include_clean or needs_clean
         main = Phase(
             noisy,
             context.clean_stream(context.clean_batch_size) if beside else None,
             self.clean_share or 0.0,
             main=True,
         )
-        schedule = [(0, Phase(noisy)), (round(context.steps * self.warm_up), main)]
+        first = round(context.steps * self.warm_up)
+        schedule = [(0, Phase(noisy)), (first, replace(main, clean_share=0.0))]
+        schedule.append((first + round(context.steps * self.held_out), main))
         if self.clean_phase:
             clean = Phase(clean=context.clean_stream(context.batch_size))
             schedule.append((round(context.steps * (1 - self.clean_phase)), clean))
@@ -101,8 +114,9 @@ class CleanConfig(Section):
 
     takes_noisy: ClassVar[bool] = False
     takes_clean: ClassVar[bool] = True
+    holds_out_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         return Phases(((0, Phase(clean=context.clean_stream(context.batch_size))),))
 
 
@@ -111,8 +125,9 @@ class UnionConfig(Section):
 
     takes_noisy: ClassVar[bool] = True
     takes_clean: ClassVar[bool] = True
+    holds_out_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         half = context.batch_size // 2
         return Phases(((0, Phase(context.noisy_stream(half), context.clean_stream(half), main=True)),))
 
@@ -122,8 +137,9 @@ class TruthConfig(Section):
 
     takes_noisy: ClassVar[bool] = False
     takes_clean: ClassVar[bool] = False
+    holds_out_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, weights_need_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool) -> Phases:
         return Phases(((0, Phase(clean=context.true_stream())),))
 
 

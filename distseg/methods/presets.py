@@ -20,9 +20,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "image_reweight": {"weighting": {"kind": "aligned", "granularity": "image"}},
     # Mirikharaji, Yan, Hamarneh 2019: one weight a pixel.
     "pixel_reweight": {"weighting": {"kind": "aligned"}},
-    # Dawid and Skene 1979 by distance to the drawn contour, beside the clean images, which come alone last.
+    # Dawid and Skene 1979 by distance to the drawn contour, calibrated on clean images that are learned from later.
     "label_correction": {
-        "phases": {"kind": "noisy", "warm_up": 0.3, "clean_phase": 0.2, "include_clean": True},
+        "phases": {"kind": "noisy", "warm_up": 0.3, "include_clean": True, "held_out": 0.3},
         "labels": {"kind": "corrected"},
     },
     # Shu et al. 2019: weights as a learned function of the loss.

@@ -9,7 +9,7 @@ from torch import Tensor
 from distseg.data.batch import Batch
 from distseg.meta.reduction import Reduction
 from distseg.meta.weights import Diagnostics, WeightMap
-from distseg.methods.part import LabelModel, Loss, Weighed, Weighting
+from distseg.methods.part import HeldOut, LabelModel, Loss, Weighed, Weighting
 from distseg.ops import valid_pixels
 
 
@@ -22,6 +22,8 @@ class Drawn:
     """(count, H, W) of their masks: `LabelModel.bins`."""
     labels: Tensor | None = None
     """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
+    held_out: HeldOut | None = None
+    """Clean images beside them, as long as the network has not learned from any."""
     truth: Tensor | None = None
     """(count, H, W) their true masks, where there are any, for diagnostics."""
 
@@ -50,13 +52,12 @@ class Step:
         weighting: Weighting | None = None,
         weighed: Weighed | None = None,
         label_model: LabelModel | None = None,
-        correct: bool = False,
         diagnose: bool = False,
     ) -> None:
         self.micro_batches = micro_batches
         self._loss, self._reduction = loss, reduction
         self._weighting, self._weighed = weighting, weighed
-        self._label_model, self._correct, self._diagnose = label_model, correct, diagnose
+        self._label_model, self._diagnose = label_model, diagnose
         # By micro-batch, so that a second call of `loss` replaces what the first one found.
         self._loss_evidence: dict[int, Tensor] = {}
         self._label_evidence: dict[int, Tensor] = {}
@@ -106,12 +107,9 @@ class Step:
     def _labels(self, index: int, model: LabelModel, batch: Batch, drawn: Drawn, logits: Tensor) -> Tensor:
         """What to learn from, (B, H, W): the noisy images' labels by the label model, the clean ones' as they are."""
         masks, rest = batch.masks[: drawn.count], batch.masks[drawn.count :]
-        self._label_evidence[index] = model.evidence(logits[: drawn.count], masks, drawn.bins)
-        if not self._correct:
-            labels = masks
-        elif drawn.labels is not None:
-            labels = drawn.labels
-        else:
+        self._label_evidence[index] = model.evidence(logits[: drawn.count], masks, drawn.bins, drawn.held_out)
+        labels = drawn.labels
+        if labels is None:
             labels = model.labels(logits[: drawn.count], masks, drawn.bins)
         if self._diagnose and drawn.truth is not None:
             self._wrong[index] = _wrong_pixels(masks, labels, drawn.truth)

@@ -163,6 +163,7 @@ class Trainer:
             placement=sharded_parameters(shadow) if self.sharded else Whole(shadow),
             reduction=AllReduce(self.sharded),
             device=runtime.device,
+            classes=config.data.class_count,
         )
         self.method = build_method(config.method, context)
 
@@ -297,7 +298,8 @@ class Trainer:
         metrics = {"train/loss": loss, "train/lr": self._learning_rate(done - 1), "train/images_per_second": speed}
         metrics["train/skipped_steps"] = self.guard.skipped
         metrics["train/seconds_waiting_for_data"] = sum(stream.waited for stream in self.streams)
-        metrics |= {f"meta/{name}": value.item() for name, value in outcome.diagnostics.items()}
+        found = {name: value.item() for name, value in outcome.diagnostics.items()}
+        metrics |= {name if "/" in name else f"meta/{name}": value for name, value in found.items()}
         if "zero_maps" in outcome.diagnostics:
             metrics["meta/zero_maps"] = self.zero_maps.item()
         recorder.metrics(done, metrics)

@@ -1,6 +1,7 @@
 """Which masks are experts' and which are cheap, whose they are, and what follows for the streams and the splits."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,12 @@ def test_a_mask_of_no_image_is_told(tmp_path, caplog):
     write_mask(tmp_path / "masks" / "stranger.png", draw(0))
     assert found(config) == {"a": (True, [])}
     assert "1 masks belong to no image, the first is stranger.png" in caplog.text
+    caplog.clear()
+    for folder in ("images", "masks"):  # which is refused with its own reason
+        write_mask(tmp_path / folder / os.fsdecode(b"l\xe4sion.png"), draw(0))
+    (tmp_path / "masks" / "stranger.png").rename(tmp_path / "masks" / os.fsdecode(b"\xe4.png"))
+    survey(config)
+    assert "1 masks belong to no image, the first is \\xe4.png" in caplog.text and caplog.text.encode()
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

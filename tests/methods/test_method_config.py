@@ -49,10 +49,10 @@ def test_any_combination_can_be_written() -> None:
     config = method(name="pixel_reweight", loss="dice_cross_entropy", dice=0.7, class_weights=[1, 20])
     assert (config.loss.kind, config.loss.dice, config.loss.class_weights) == ("dice_cross_entropy", 0.7, (1.0, 20.0))
     assert method(name="finetune", class_weights=[1, 20]).loss.kind == "cross_entropy"
-    config = method(name="pixel_reweight", labels="corrected", include_clean=True)
+    config = method(name="pixel_reweight", labels="corrected", include_clean=True, held_out=0.5)
     assert (config.weighting.kind, config.labels.kind, config.phases.clean_share) == ("aligned", "corrected", 0.5)
     config = method(name="label_correction", weighting={"kind": "aligned", "estimator": "reverse"}, warm_up=0.1)
-    assert (config.weighting.estimator, config.phases.warm_up, config.phases.clean_phase) == ("reverse", 0.1, 0.2)
+    assert (config.weighting.estimator, config.phases.warm_up, config.phases.held_out) == ("reverse", 0.1, 0.3)
 
 
 def test_a_key_needs_no_part_before_it() -> None:
@@ -83,6 +83,13 @@ def test_a_key_needs_no_part_before_it() -> None:
         ({"name": "clean_only", "clean_phase": 0.5}, "clean_phase is no key of clean"),
         ({"name": "t_loss", "weighting": "aligned"}, "t_loss: takes one weight an image"),
         ({"name": "clean_only", "labels": "corrected"}, "there are no noisy images to correct"),
+        ({"name": "union", "labels": "corrected"}, "are calibrated on clean images before these are learned from"),
+        ({"name": "label_correction", "held_out": 0}, ".phases.held_out above 0"),
+        ({"name": "finetune", "held_out": 0.2}, "held_out applies where .include_clean=true"),
+        (
+            {"name": "label_correction", "held_out": 0.5, "clean_phase": 0.3},
+            "held_out 0.5 and clean_phase 0.3 are more",
+        ),
         ({"name": "union", "weighting": "aligned"}, "set .phases.kind=noisy or .weighting.kind=uniform"),
         ({"name": "noisy_only", "warm_up": 0.2}, "nothing would change after it"),
         ({"name": "noisy_only", "clean_share": 0.2}, "clean_share applies where .include_clean=true"),

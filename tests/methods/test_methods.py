@@ -143,39 +143,48 @@ def test_weights_may_be_framed_by_two_uniform_phases(build: Callable, name: str)
 
 
 def test_corrected_labels_are_learned_from_and_the_clean_ones_stay(build: Callable) -> None:
-    """To a network that is sure of lesion everywhere drawn background means nothing: all of it becomes lesion."""
-    built = build("label_correction", warm_up=0.2, clean_phase=0.1, clean_share=0.4)
+    """Of 10 steps 0 and 1 are warm-up, 2 to 4 hold the clean images out, and 9 has them alone."""
+    built = build("label_correction", warm_up=0.2, held_out=0.3, clean_phase=0.1, clean_share=0.4)
+    model = built.method.label_model
+    model.corrects.fill_(1)
+    changed = 0
     for index in range(STEPS):
         step = built.method.begin(index, diagnose=True)
         ids = {i for micro in step.micro_batches for i in micro.batch.ids}
-        assert (bool(ids & built.noisy), bool(ids & built.clean)) == (index < 9, index >= 2)
+        assert (bool(ids & built.noisy), bool(ids & built.clean)) == (index < 9, index >= 5)
         assert sum(full(micro).sum().item() for micro in step.micro_batches) == pytest.approx(1, abs=1e-5)
         drawn_wrong = left_wrong = count = 0
         for k, micro in enumerate(step.micro_batches):
             masks, truth = micro.batch.masks, micro.batch.true_masks
-            logits = torch.full((len(masks), 1, 16, 16), 3.0)
+            logits = 3 * micro.batch.images[:, :1]
             labels = masks.clone()
             if 2 <= index < 9:
+                labels[:4] = model.labels(logits[:4], masks[:4], micro.drawn.bins)
+                changed += (labels != masks).sum().item()
+            if 5 <= index < 9:
                 assert full(micro)[4:].sum() / full(micro).sum() == pytest.approx(0.4, abs=1e-5)
-                labels[:4] = 1
             torch.testing.assert_close(step.loss(k, logits), weighted_loss(logits, labels, *micro.weights))
-            if index < 9:
+            if 2 <= index < 9:
                 drawn_wrong += (masks != truth)[:4].sum().item()
                 left_wrong += (labels != truth)[:4].sum().item()
                 count += masks[:4].numel()
         diagnostics = step.finish(NO, 0.1)
-        if index < 9:
+        if 2 <= index < 9:
             assert diagnostics["noise_rate"].item() == pytest.approx(drawn_wrong / count)
             assert diagnostics["corrected_noise_rate"].item() == pytest.approx(left_wrong / count)
         else:
             assert diagnostics == {}
+    assert changed > 0, "nothing was corrected, so nothing was tested"
+    assert model.known == 3
 
 
 def test_weights_on_corrected_labels_are_those_of_the_corrected_labels(build: Callable) -> None:
     """The labels that the weights were computed with are the ones that the loss takes."""
     built = build("pixel_reweight", labels="corrected")
     drawn = build("pixel_reweight")
+    built.method.label_model.corrects.fill_(1)
     run(built.method.begin(0, diagnose=False), lambda images: torch.full((len(images), 1, 16, 16), 3.0))
+    built.method.label_model.counts.fill_(1)  # masks say nothing
     step, plain = (each.method.begin(1, diagnose=False) for each in (built, drawn))
     changed = 0
     for k, micro in enumerate(step.micro_batches):
@@ -263,7 +272,8 @@ def test_state_is_loaded_onto_the_device_that_the_method_is_on(build: Callable, 
         moved = part.module.to("meta")
         part.__init__(moved, lr=0.1)
     else:
-        part.counts = part.counts.to("meta")
+        for key in part.state_dict():
+            setattr(part, key, getattr(part, key).to("meta"))
     method.load_state_dict(state)
     assert {value.device.type for value in method.state_dict().values()} == {"meta"}
 

@@ -48,14 +48,15 @@ def _listing(parts: list[tuple[str, Path, Path, str]]) -> Listing | None:
     problems: list[Problem] = []
     for split, folder, beside, inner in parts:
         images, odd = images_by_id(folder)
-        masks = _masks(beside, inner, images)
+        masks = Masks(refused=frozenset(problem.id for problem in odd))
+        _add_all_masks(masks, beside, inner, images)
         found, bare = paired(split, images, masks)
         samples += found
         problems += [*odd, *bare]
     return Listing(samples, problems, frozenset(split for split, *_ in parts))
 
 
-def _masks(beside: Path, inner: str, images: dict[str, Path]) -> Masks:
+def _add_all_masks(masks: Masks, beside: Path, inner: str, images: dict[str, Path]) -> None:
     references, annotations, unsaid = (_folder(beside, names) for names in (REFERENCES, ANNOTATIONS, MASKS))
     if references and annotations and unsaid:
         raise UserError(
@@ -66,7 +67,6 @@ def _masks(beside: Path, inner: str, images: dict[str, Path]) -> Masks:
         references or (unsaid if annotations else None),
         annotations or (unsaid if references else None),
     )
-    masks = Masks()
     if references:
         add_masks(masks, references / inner, images, "reference")
     if annotations:
@@ -74,7 +74,6 @@ def _masks(beside: Path, inner: str, images: dict[str, Path]) -> Masks:
             add_masks(masks, folder, images, "annotation", annotator)
     if not masks.folders and unsaid:
         add_masks(masks, unsaid / inner, images, None)
-    return masks
 
 
 def _annotators(folder: Path) -> dict[str, Path]:

@@ -5,12 +5,13 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from distseg.data.sample import Annotation, Problem, Sample, fault_of_id
 from distseg.errors import UserError
+from distseg.text import for_terminal
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 _MASK_ENDING = re.compile(r"_(segmentation|mask)$", re.IGNORECASE)
@@ -27,6 +28,8 @@ class Masks:
     annotations: dict[str, list[Annotation]] = field(default_factory=lambda: defaultdict(list))
     problems: list[Problem] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    refused: frozenset[str] = frozenset()
+    """Ids whose image is refused: their masks are no strangers."""
 
 
 def pair(split: str, image_folder: Path, mask_folder: Path) -> tuple[list[Sample], list[Problem]]:
@@ -37,7 +40,7 @@ def pair(split: str, image_folder: Path, mask_folder: Path) -> tuple[list[Sample
     if not mask_folder.is_dir():
         raise UserError(f"{image_folder}: its masks are missing; expected them in {mask_folder}")
     images, problems = images_by_id(image_folder)
-    masks = Masks()
+    masks = Masks(refused=frozenset(problem.id for problem in problems))
     add_masks(masks, mask_folder, images, role=None)
     samples, bare = paired(split, images, masks)
     return samples, [*problems, *bare]
@@ -73,11 +76,13 @@ def add_masks(masks: Masks, folder: Path, images: dict[str, Path], role: str | N
     for path in image_files(folder):
         owner = _owner(path.stem, images)
         if owner is None:
-            strangers.append(path)
+            if _owner(path.stem, masks.refused) is None:
+                strangers.append(path)
         else:
             found[owner[0]][annotator or owner[1]].append(path)
     if strangers:
-        _log.warning("%s: %d masks belong to no image, the first is %s", folder, len(strangers), strangers[0].name)
+        first = for_terminal(strangers[0].name)
+        _log.warning("%s: %d masks belong to no image, the first is %s", folder, len(strangers), first)
     for id, by_annotator in found.items():
         problem = _fault(by_annotator, role)
         if problem is not None:
@@ -122,7 +127,7 @@ def is_of_the_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
-def _owner(stem: str, images: dict[str, Path]) -> tuple[str, str] | None:
+def _owner(stem: str, images: Collection[str]) -> tuple[str, str] | None:
     """(id, annotator) of a mask's name: the longest id that it is, or begins with, before `_`."""
     plain = _MASK_ENDING.sub("", _composed(stem))
     if plain in images:

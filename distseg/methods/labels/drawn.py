@@ -1,6 +1,6 @@
 """The labels of the noisy images as they were drawn."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from distseg.methods.context import Context
 from distseg.section import Section
@@ -8,6 +8,8 @@ from distseg.section import Section
 
 class DrawnConfig(Section):
     kind: Literal["drawn"] = "drawn"
+
+    needs_clean: ClassVar[bool] = False
 
     def build(self, context: Context) -> None:
         """No label model: the masks are the labels."""

@@ -1,0 +1,126 @@
+"""How far a network's probabilities can be believed, measured on clean images that it has not learned from.
+
+    log P(c | x) = a·z_c + b_c − log Σ_k exp(a·z_k + b_k),        b_0 = 0
+
+One scale a for all classes and a shift b_c for each but the first ("Platt scaling", Platt 1999, "Probabilistic Outputs
+for Support Vector Machines"; for networks Guo, Pleiss, Sun, Weinberger 2017, "On Calibration of Modern Neural
+Networks"), by maximum likelihood. Two classes have two numbers. A network that has learned from the masks of annotators
+who miss the rim misses it too, and is sure of it: its b then says by how much.
+
+The likelihood is maximised by Newton steps on sums over pixels that are averaged over training steps. At parameters
+θ = (a, b) with gradient g and Hessian H of the negative log-likelihood, its second-order model in φ is
+½ φᵀHφ − (Hθ − g)ᵀφ: H and Hθ − g add up over images, ranks and steps, whatever θ each of them was taken at.
+
+Relative logits (B, C, H, W) float, those of class 0 are zero; masks (B, H, W) class ids, 255 = ignore; θ (C,) float64.
+"""
+
+import torch
+from torch import Tensor
+
+from distseg.ops import valid_pixels
+
+PRIOR = 1e-3
+"""Weight of the prior θ = (1, 0), in pixels a pixel: it decides only what the pixels leave open, for instance where
+they are separated without error, which no finite scale is enough for."""
+LONGEST_STEP = 1.0
+"""Of a or a b at once. Far from the maximum, where most pixels are sure and wrong, Newton's step is too long."""
+
+
+def relative_logits(logits: Tensor) -> Tensor:
+    """(B, C, H, W) of logits (B, C, H, W), or of those of one channel (B, 1, H, W), which are of two classes."""
+    if logits.shape[1] == 1:
+        return torch.cat([torch.zeros_like(logits), logits], 1)
+    return logits - logits[:, :1]
+
+
+def identity(classes: int, device: torch.device) -> Tensor:
+    """θ of a network that is believed as it is."""
+    theta = torch.zeros(classes, dtype=torch.float64, device=device)
+    theta[0] = 1
+    return theta
+
+
+def calibrated(relative: Tensor, theta: Tensor) -> Tensor:
+    """a·z + b, (B, C, H, W): logits whose softmax is P(c | x)."""
+    scale, shift = theta[0].to(relative.dtype), _shift(theta).to(relative.dtype)
+    return scale * relative + shift[:, None, None]
+
+
+def calibration_sums(relative: Tensor, masks: Tensor, theta: Tensor) -> Tensor:
+    """(1 + C + C²,) float64: valid pixels n, Σ (Hθ − g) and Σ H of them at θ."""
+    classes = relative.shape[1]
+    valid = valid_pixels(masks)
+    z = torch.where(valid[:, None], relative, 0.0).movedim(1, -1).reshape(-1, classes).double()
+    p = (theta[0] * z + _shift(theta)).softmax(1)
+    labels = torch.where(valid, masks, 0).flatten().long()
+    residual = p - torch.nn.functional.one_hot(labels, classes)
+    seen = valid.flatten().double()
+    # dθ of the logits: z for a, the unit vectors for b. Rows of the Jacobian J: a, then b_1 …
+    mean_z = (p * z).sum(1)
+    gradient = torch.cat([((residual * z).sum(1) * seen).sum()[None], (residual[:, 1:] * seen[:, None]).sum(0)])
+    with_scale = p * (z - mean_z[:, None])  # J H_z of a, H_z = diag(p) − p pᵀ
+    of_scale = ((with_scale * z).sum(1) * seen).sum()
+    mixed = (with_scale[:, 1:] * seen[:, None]).sum(0)
+    weighted = p[:, 1:] * seen[:, None]
+    of_shift = torch.diag(weighted.sum(0)) - p[:, 1:].T @ weighted
+    hessian = torch.cat(
+        [torch.cat([of_scale[None], mixed])[None], torch.cat([mixed[:, None], of_shift], 1)],
+    )
+    return torch.cat([seen.sum()[None], hessian @ theta - gradient, hessian.flatten()])
+
+
+def newton_step(theta: Tensor, sums: Tensor, shifts: bool = True) -> Tensor:
+    """The next θ from averaged `calibration_sums`; θ itself where they are of no pixel. The scale stays above zero.
+
+    shifts: whether b may differ from 0.
+    """
+    classes = len(theta)
+    count, linear, hessian = sums[0], sums[1 : 1 + classes], sums[1 + classes :].view(classes, classes)
+    known = count > 0
+    free = torch.ones_like(theta)
+    free[1:] = float(shifts)
+    weight = PRIOR * torch.where(known, count, 1.0)
+    # What is not free has a row and a column of the unit matrix, and b = 0.
+    matrix = (hessian + weight * torch.eye(classes, dtype=theta.dtype, device=theta.device)) * free * free[:, None]
+    matrix = matrix + torch.diag(1 - free)
+    best = torch.linalg.solve_ex(matrix, (linear + weight * identity(classes, theta.device)) * free)[0]
+    ahead = theta + (best - theta).clamp(-LONGEST_STEP, LONGEST_STEP)
+    ahead = torch.cat([ahead[:1].clamp(min=0), ahead[1:]])
+    return torch.where(known, ahead, theta)
+
+
+def gain_sums(relative: Tensor, masks: Tensor, theta: Tensor, theta_of_scale: Tensor) -> Tensor:
+    """(4,) float64: images n, Σ ℓ₀, Σ d and Σ d² over them.
+
+    ℓ is an image's mean negative log-likelihood at θ, ℓ₀ at a θ that has no shift, and d = ℓ₀ − ℓ.
+    """
+    with_shift, without = (_image_losses(relative, masks, each) for each in (theta, theta_of_scale))
+    gain = without - with_shift
+    seen = valid_pixels(masks).any(2).any(1).double()
+    return torch.stack([seen.sum(), without.sum(), gain.sum(), gain.square().sum()])
+
+
+def relative_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """The share of the loss on clean images that the shift takes away, and its standard error, 0-dim float64.
+
+    sums: averaged `gain_sums`; images: how many different ones they are of.
+    """
+    count = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
+    loss, gain, square = sums[1] / count, sums[2] / count, sums[3] / count
+    error = ((square - gain.square()).clamp(min=0) / max(images - 1, 1)).sqrt()
+    known = loss > 0
+    return torch.where(known, gain / loss, 0.0), torch.where(known, error / loss, 0.0)
+
+
+def _image_losses(relative: Tensor, masks: Tensor, theta: Tensor) -> Tensor:
+    """(B,) float64, 0 for an image without a valid pixel."""
+    valid = valid_pixels(masks)
+    log_p = calibrated(torch.where(valid[:, None], relative, 0.0), theta).log_softmax(1)
+    of_label = log_p.gather(1, torch.where(valid, masks, 0).long()[:, None])[:, 0]
+    sums = torch.where(valid, -of_label, 0.0).sum((1, 2), dtype=torch.float64)
+    return sums / valid.sum((1, 2)).clamp(min=1)
+
+
+def _shift(theta: Tensor) -> Tensor:
+    """(C,): b, with b_0 = 0."""
+    return torch.cat([torch.zeros_like(theta[:1]), theta[1:]])

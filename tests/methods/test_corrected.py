@@ -1,0 +1,155 @@
+"""When labels are corrected and when they are left alone, and that C classes follow their formula."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distseg.labels.annotators import SMOOTHING
+from distseg.labels.distances import signed_distance_bins
+from distseg.methods.labels.corrected import LEAST_STEPS, Corrected
+from distseg.methods.part import HeldOut
+
+NO, YES = torch.tensor(False), torch.tensor(True)
+SIDE = 24
+
+
+def truth_and_logits(seed: int, shift: float, classes: int = 2, images: int = 8) -> tuple[Tensor, Tensor]:
+    """Discs of each class, and logits of a network whose scale is 0.75 and whose shift is 0.75·shift."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    truth = torch.zeros(images, SIDE, SIDE, dtype=torch.uint8)
+    for index in range(1, classes):
+        centre = torch.rand(images, 2, 1, 1, generator=generator) * 12 + 6
+        distance = ((rows - centre[:, 0]) ** 2 + (columns - centre[:, 1]) ** 2).sqrt()
+        truth[distance < 5] = index
+    right = 3 * torch.nn.functional.one_hot(truth.long(), classes).movedim(-1, 1).double()
+    right += 2 * torch.randn(right.shape, generator=generator, dtype=torch.float64)
+    right[:, 1:] -= 2.5 + shift  # the classes are rare: about e^−1.9 of the pixels, at a scale of 0.75
+    return truth, right
+
+
+def model_of(classes: int = 2, least_gain: float = 0.05) -> Corrected:
+    return Corrected(torch.device("cpu"), classes, 8, least_gain, LEAST_STEPS)
+
+
+def learn(
+    model: Corrected, steps: range, shift: float, held_out: bool = True, skipped: Tensor = NO
+) -> dict[str, Tensor]:
+    found = {}
+    for seed in steps:
+        masks, logits = truth_and_logits(seed, shift, model.classes)
+        clean, clean_logits = truth_and_logits(seed + 100, shift, model.classes)
+        beside = HeldOut(clean_logits, clean) if held_out else None
+        found = model.learn(model.evidence(logits, masks, model.bins(masks), beside), skipped, 0.1)
+    return found
+
+
+def relabelled(model: Corrected, shift: float) -> tuple[Tensor, Tensor]:
+    masks, logits = truth_and_logits(1000, shift, model.classes)
+    return model.labels(logits, masks, model.bins(masks)), masks
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_labels_are_corrected_where_the_clean_images_show_a_shift_and_only_there(classes: int) -> None:
+    for shift, corrects in ((4.0, 1), (0.0, 0)):
+        model = model_of(classes)
+        found = learn(model, range(LEAST_STEPS + 5), shift)
+        assert found["labels/corrects"] == corrects
+        assert (found["labels/gain"] - found["labels/gain_error"] > 0.05) == bool(corrects)
+        assert found["labels/shift"].item() == pytest.approx(0.75 * shift, abs=0.8)
+        labels, masks = relabelled(model, shift)
+        assert torch.equal(labels, masks) != bool(corrects)
+
+
+def test_it_is_decided_after_so_many_steps_and_for_good() -> None:
+    model = model_of()
+    assert learn(model, range(LEAST_STEPS - 1), 4.0)["labels/corrects"] == 0
+    assert torch.equal(*relabelled(model, 4.0))
+    assert learn(model, range(50, 51), 4.0)["labels/corrects"] == 1
+    assert learn(model, range(60, 100), 0.0)["labels/corrects"] == 1, (
+        "corrected labels take the shift away; that is no reason"
+    )
+    other = model_of()
+    assert learn(other, range(LEAST_STEPS + 10), 0.0)["labels/corrects"] == 0
+    assert learn(other, range(60, 100), 4.0)["labels/corrects"] == 1, "a shift may show later"
+
+
+def test_without_held_out_images_the_calibration_stays_and_nothing_is_decided() -> None:
+    model = model_of()
+    learn(model, range(3), 4.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learn(model, range(3, 40), 4.0, held_out=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed == {"counts"}
+
+
+@pytest.mark.parametrize("fault", ["skipped", "noisy", "clean"])
+def test_a_step_that_is_skipped_or_not_finite_leaves_all_of_the_state(fault: str) -> None:
+    model = model_of()
+    learn(model, range(LEAST_STEPS - 1), 4.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks, logits = truth_and_logits(1, 4.0)
+    clean_logits = logits.clone()
+    {"skipped": logits, "noisy": logits, "clean": clean_logits}[fault][0, 0, 0, 0] = torch.nan
+    evidence = model.evidence(logits, masks, model.bins(masks), HeldOut(clean_logits, masks))
+    if fault == "skipped":
+        evidence = torch.zeros_like(evidence)
+    model.learn(evidence, YES if fault == "skipped" else NO, 0.1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_two_classes_as_one_and_as_two_logits_are_equal() -> None:
+    models = model_of(), model_of()
+    for seed in range(LEAST_STEPS + 3):
+        masks, logits = truth_and_logits(seed, 4.0)
+        clean, clean_logits = truth_and_logits(seed + 100, 4.0)
+        for model, channels in zip(models, ("two", "one"), strict=True):
+            z, clean_z = (
+                each if channels == "two" else (each[:, 1] - each[:, 0])[:, None] for each in (logits, clean_logits)
+            )
+            bins = model.bins(masks)
+            model.labels(z, masks, bins)
+            model.learn(model.evidence(z, masks, bins, HeldOut(clean_z, clean)), NO, 0.1)
+    assert models[0].corrects == 1
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    masks, logits = truth_and_logits(1000, 4.0)
+    bins = models[0].bins(masks)
+    labels = [
+        models[0].labels(logits, masks, bins),
+        models[1].labels((logits[:, 1] - logits[:, 0])[:, None], masks, bins),
+    ]
+    assert torch.equal(*labels) and not torch.equal(labels[0], masks)
+
+
+def test_three_classes_by_their_formula() -> None:
+    """argmax of a·z + b + log P(m | c), written out; P(m | c) from counts of what is expected of each bin."""
+    model = model_of(3)
+    learn(model, range(LEAST_STEPS), 4.0)
+    masks, logits = truth_and_logits(1000, 4.0, 3)
+    masks[0, :2] = 255
+    bins = signed_distance_bins(masks, 3).numpy()
+    a, *b = model.theta[0].numpy()
+    z = logits.numpy() - logits.numpy()[:, :1]
+    calibrated = a * z + np.array([0, *b])[:, None, None]
+    counts = model.counts.numpy()
+    smoothed = counts + SMOOTHING * counts.sum(1, keepdims=True) / counts.shape[1]
+    likelihood = np.log(smoothed / smoothed.sum(1, keepdims=True))
+    expected = masks.numpy().copy()
+    posterior = np.zeros_like(z)
+    for image, row, column in np.ndindex(*masks.shape):
+        joint = calibrated[image, :, row, column] + likelihood[:, bins[image, row, column]]
+        posterior[image, :, row, column] = np.exp(joint) / np.exp(joint).sum()
+        if expected[image, row, column] != 255:
+            expected[image, row, column] = joint.argmax()
+    actual = model.labels(logits, masks, torch.as_tensor(bins))
+    assert torch.equal(actual, torch.as_tensor(expected)) and 0 < (actual != masks).double().mean() < 0.5
+
+    size = counts.shape[1]
+    wanted = np.zeros((3, size))
+    for image, row, column in np.argwhere(masks.numpy() != 255):
+        wanted[:, bins[image, row, column]] += posterior[image, :, row, column]
+    evidence = model.evidence(logits, masks, torch.as_tensor(bins), None)
+    np.testing.assert_allclose(evidence[: 3 * size].view(3, size), wanted, rtol=1e-9, atol=1e-9)
+    assert not evidence[3 * size :].any()
