@@ -92,7 +92,7 @@ def _take(descriptor: int, folder: Path, doing: str) -> None:
         if error.errno not in _NO_LOCKS:
             raise StorageError.of(RunFolder(folder).lock, error) from error
         logger.warning(
-            "%s: this file system has no locks (%s); make sure that %s is not at it any more",
+            "%s: this file system has no locks (%s); make sure that %s does not work on it any more",
             folder,
             error.strerror,
             holder,

@@ -12,6 +12,7 @@ Exit codes: 0 done; 1 some images could not be scored, which the page lists; 2 b
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def track(content: dict[str, Any], files: Sequence[Path], run: Path, config: "Co
         return
     try:
         tracked = Study(store_of(config), id_file.read_text().strip())
-        tracked.log_metrics(flat_metrics(content, f"evaluate/{config.data.root.name}/{split}"))
+        data = re.sub(r"[^A-Za-z0-9_.-]", "_", config.data.root.name)  # names of metrics take no others
+        tracked.log_metrics(flat_metrics(content, f"evaluate/{data}/{split}"))
         for file in files:
             tracked.log_file(file, "evaluation")
     except UserError as error:

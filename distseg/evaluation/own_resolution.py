@@ -14,6 +14,8 @@ from distseg.evaluation.metrics import count_predictions
 
 _STRIP = 2**22
 """Numbers in what `own_strips` gives at once, about."""
+_WHOLE = 2**24
+"""The same of a picture that comes in one band."""
 
 
 def at_own_resolution(logits: Tensor, place: Placement, height: int, width: int) -> Tensor:
@@ -33,6 +35,9 @@ def own_strips(bands: Iterator[Tensor], place: Placement, height: int, width: in
     for band in bands:
         part = band[:, max(rows.start - canvas_row, 0) : max(rows.stop - canvas_row, 0), columns]
         canvas_row += band.shape[1]
+        if part.shape[1] == place.height and len(band) * height * width <= _WHOLE:
+            yield _enlarged(part, height, width)  # one pass where the steps below take four
+            return
         kept = part if kept is None else torch.cat([kept, part], dim=1)
         reached += part.shape[1]
         ready = int(torch.searchsorted(after, reached))
@@ -45,12 +50,18 @@ def own_strips(bands: Iterator[Tensor], place: Placement, height: int, width: in
                 yield slab
                 continue
             if place.width != width:
-                slab = interpolate(slab[None].float(), (high - low, width), mode="bilinear", align_corners=False)[0]
+                slab = _enlarged(slab, high - low, width)
             above, below = (slab[:, (taps[start:stop] - low).to(slab.device)] for taps in (before, after))
             yield torch.lerp(above.float(), below.float(), share[start:stop, None].to(slab.device))
         done = ready
         needed = min(int(before[done]), reached) if done < height else reached
         kept, first = kept[:, needed - first :], needed
+
+
+def _enlarged(picture: Tensor, height: int, width: int) -> Tensor:
+    if picture.shape[1:] == (height, width):
+        return picture
+    return interpolate(picture[None].float(), (height, width), mode="bilinear", align_corners=False)[0]
 
 
 def _taps(source: int, output: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -188,17 +188,19 @@ def _page(evaluation: Evaluation, content: dict[str, Any], pictures: Sequence[Pi
             f"[{found['low']:.4f}, {found['high']:.4f}]."
         )
     over = "images and classes" if len(evaluation.classes) > 2 else "images"
-    tables = [_scores_table(f"Means over {over}", content, ("own", "network"))] if count else []
-    for name, scores in content.get("classes", {}).items():
-        tables.append(_scores_table(f"Class {name}", {"own": scores}, ("own",)))
+    tables = []
+    if count:
+        columns = {"own": "at the files' own resolution", "network": "at the network's resolution"}
+        shown = {title: content[part] for part, title in columns.items() if part in content}
+        tables = [_scores_table(f"Means over {over}", shown), _scores_table("Classes", content["classes"])]
     if content.get("by_group"):
         worst = sorted(content["by_group"].items(), key=lambda item: item[1]["dice"])[:_SHOWN_GROUPS]
-        shown = [Row([name, str(each["images"]), f"{each['dice']:.3f}"]) for name, each in worst]
-        tables.append(Table("Groups, the worst first", ["group", "images", "Dice"], shown))
+        groups_shown = [Row([name, str(each["images"]), f"{each['dice']:.3f}"]) for name, each in worst]
+        tables.append(Table("Groups, the worst first", ["group", "images", "Dice"], groups_shown))
     if count:
         order = np.argsort(evaluation.dice, kind="stable")[: 4 * _SHOWN_CASES]
-        rows = [Row([evaluation.scored[n].sample.id, f"{evaluation.dice[n]:.3f}"]) for n in order]
-        tables.append(Table("Images, the worst first", ["image", "Dice"], rows))
+        worst_images = [Row([evaluation.scored[n].sample.id, f"{evaluation.dice[n]:.3f}"]) for n in order]
+        tables.append(Table("Images, the worst first", ["image", "Dice"], worst_images))
     if evaluation.problems:
         rows = [Row([problem.id, problem.file, problem.reason]) for problem in evaluation.problems]
         tables.append(Table("Not scored", ["id", "file", "reason"], rows))
@@ -206,22 +208,17 @@ def _page(evaluation: Evaluation, content: dict[str, Any], pictures: Sequence[Pi
     return StudyPage(evaluation.title, paragraphs, warning, tables, pictures)
 
 
-def _scores_table(title: str, content: dict[str, Any], parts: Sequence[str]) -> Table:
-    """Scores in columns, a row a resolution."""
-    parts = [part for part in parts if part in content]
-    names = list(dict.fromkeys(name for part in parts for name in content[part]))
+def _scores_table(title: str, columns: dict[str, dict[str, Any]]) -> Table:
+    """A row a score."""
     rows = []
-    for part in parts:
-        cells = [f"{part} resolution" if part == "network" else "the files' own resolution"]
-        for name in names:
-            value = content[part].get(name)
-            factor = 100 if name.endswith("_share") else 1
-            cells.append(
-                "–" if value is None else
-                f"{factor * value['mean']:.3f} [{factor * value['low']:.3f}, {factor * value['high']:.3f}]"
-            )  # fmt: skip
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        factor = 100 if name.endswith("_share") else 1
+        cells = [_TITLES.get(name, name.capitalize())]
+        for column in columns.values():
+            mean, low, high = (factor * column[name][part] for part in ("mean", "low", "high"))
+            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
         rows.append(Row(cells))
-    return Table(title, ["", *(_TITLES.get(name, name.capitalize()) for name in names)], rows)
+    return Table(title, ["", *columns], rows)
 
 
 def _case_pictures(evaluation: Evaluation, mask_of: Callable[[Sample], Path], decoding: Decoding) -> list[Picture]:

@@ -88,6 +88,24 @@ def test_a_run_scores_as_its_masks_do_by_hand(make_run: Callable, data: Path, tm
     assert other["own"]["dice"] == content["own"]["dice"] and "network" not in other and "calibration" not in other
 
 
+def test_the_means_and_the_page_are_beside_the_run_in_mlflow(make_run: Callable, data: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/store.db"
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
+    tracked = client.create_run(experiment).info.run_id
+    run = make_run(f"data.root={data}", f"tracking.uri={uri}")
+    (run / "mlflow_run_id").write_text(tracked + "\n")
+    assert evaluate(run, "--to", tmp_path / "report", "--no-surfaces") == 0
+    content = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    found = client.get_run(tracked).data.metrics
+    assert found["evaluate/drawn/test/own/dice"] == pytest.approx(content["own"]["dice"]["mean"])
+    assert found["evaluate/drawn/test/ece"] == pytest.approx(content["calibration"]["ece"])
+    names = {file.path for file in client.list_artifacts(tracked, "evaluation")}
+    assert names == {"evaluation/report.html", "evaluation/evaluation.json", "evaluation/scores.csv"}
+
+
 def test_what_cannot_be_scored_is_listed(make_run: Callable, data: Path, tmp_path: Path) -> None:
     run, masks = make_run(f"data.root={data}", "tracking.mlflow=false"), tmp_path / "masks"
     masks.mkdir()

@@ -24,7 +24,7 @@ ORIGINALS = DATA / "isic_original"
 ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CONFIG = """
 name: trained
-data: {root: ROOT, image_size: 64, clean_count: 30, pipeline: torch, threads: 2}
+data: {root: ROOT, image_size: 64, clean_count: 20, pipeline: torch, threads: 2}
 model: {width: 8, depth: 3, norm: group}
 method: {name: clean_only}
 optim: {name: adam, lr: 3e-3}

@@ -27,9 +27,9 @@ def test_strips_of_bands_are_torchs_interpolation(frame: Frame, size: tuple[int,
     # Torch computes positions in float32, 1e-6 off for each pixel of a side; neighbours differ by about 1.
     expected = interpolate(logits[None, :, rows, columns], size, mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(at_own_resolution(logits, place, *size), expected, rtol=0, atol=2e-4)
-    for cut in (1, 5, 1000):
+    for cut in (1, 5, place.canvas[0] - 1):
         strips = list(own_strips(iter(logits.split(cut, dim=1)), place, *size))
-        assert torch.equal(torch.cat(strips, dim=1), at_own_resolution(logits, place, *size))
+        torch.testing.assert_close(torch.cat(strips, dim=1), expected, rtol=0, atol=2e-4)
 
 
 def write_picture(path: Path, height: int, width: int) -> Path:
@@ -56,7 +56,7 @@ def test_crops_equal_the_whole_canvas_by_tiles(
         whole = predict_by_tiles(predictor.network, image[None].contiguous(), 32, 0.25, 3)[0]
     expected = at_own_resolution(whole, frame.place(*size), *size)
     assert actual.shape == (1, *size)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)  # torch enlarges by float32 positions
 
 
 @pytest.mark.parametrize(("flips", "right_angles", "count"), [(True, False, 4), (False, True, 4), (True, True, 8)])
