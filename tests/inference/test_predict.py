@@ -262,7 +262,7 @@ def test_killed_and_started_again_gives_the_same_files(make_run: Callable, pictu
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # minutes, and close to its limit on some processors
 def test_an_image_of_20000_by_15000_takes_less_than_2_gib(make_run: Callable, tmp_path: Path) -> None:
     run, path = make_run("data.shape=crop", "data.image_size=512", "model.width=1", "model.depth=1"), tmp_path / "l.png"
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8))
