@@ -561,8 +561,10 @@ def _params(config: Config) -> dict[str, Any]:
 
 def _description(config: Config) -> str:
     tags = _tags(config)
+    study = f"noise *{tags['noise']}*, K = {tags['clean_count']}"
     return (
-        f"**{tags['method']}** on noise *{tags['noise']}*, K = {tags['clean_count']}, seed {tags['seed']}. "
+        f"**{tags['method']}** on {study if config.data.clean_count is not None else 'real annotations'}, "
+        f"seed {tags['seed']}. "
         f"{config.model.name}, {config.data.image_size}×{config.data.image_size}, "
         f"{config.optim.name} at {config.optim.lr:g}."
     )
@@ -572,7 +574,7 @@ def _tags(config: Config) -> dict[str, str]:
     tags = {
         "method": config.method.name,
         "noise": config.data.noise.level,
-        "clean_count": str(config.data.clean_count),
+        "clean_count": "given" if config.data.clean_count is None else str(config.data.clean_count),
         "seed": str(config.seed),
     }
     tags |= config.tracking.tags

@@ -25,7 +25,7 @@ def make_config(uri, tracking=None, **values):
         {
             "name": "triangles-k50",
             "seed": 7,
-            "data": {"root": "sample", "noise": {"kind": "polygon", "vertices": 3}},
+            "data": {"root": "sample", "clean_count": 50, "noise": {"kind": "polygon", "vertices": 3}},
             "train": {"steps": 10},
             "tracking": {
                 "uri": uri,
