@@ -32,6 +32,8 @@ def find_items(inputs: Sequence[str], listed: Sequence[str], to: Path) -> tuple[
     for given in inputs:
         path = Path(given)
         if path.is_dir():
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(to)):
+                raise UserError(f"{given}: is in the folder that --to names, where nothing is read; choose another")
             found = image_files(path)
             _add_files(found, path, to, items, problems)
         elif path.suffix.lower() == ".csv":

@@ -171,7 +171,7 @@ def test_a_row_an_annotation(tmp_path, column):
     [
         (["a,a.jpg,1.png,Bo", "a,a.jpg,2.png,Bo"], "id a is twice in train"),
         (["a,a.jpg,1.png,Bo", "a,b.jpg,2.png,Ann"], "id a is twice in train"),
-        (["a,a.jpg,1.png,", "a,a.jpg,2.png,"], "several annotators of an image named"),
+        (["a,a.jpg,1.png,", "a,a.jpg,2.png,"], "rows of several annotators name each"),
         (["a,a.jpg,1.png,=Bo"], "annotator '=Bo' must begin with none of"),
         (["a,a.jpg,,Bo"], "has neither a reference nor an annotation"),
     ],
