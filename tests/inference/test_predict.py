@@ -176,6 +176,7 @@ def test_refused(make_run: Callable, pictures: Path, tmp_path: Path, capsys: pyt
     for arguments, said in (
         ([run, pictures, "--to", tmp_path / "out"], f"{pictures}/a.png and {pictures}/below/a.png: their outputs"),
         ([run, tmp_path / "none", "--to", tmp_path / "out"], "none: no such file or folder"),
+        ([run, tmp_path / "none.csv", "--to", tmp_path / "out"], "none.csv: no such file or folder"),
         (
             [tmp_path / "norun", pictures / "a.png", "--to", tmp_path / "out"],
             "norun: has no checkpoint last; there is no",
