@@ -39,6 +39,9 @@ _READERS: dict[Kind, Callable[[Path, Frame, Decoding], NDArray[np.uint8]]] = {
     "masks": read_resized_mask,
 }
 
+# Written over, the folder would be lost to the runs that it was made for.
+_ANOTHER = "make another with launch/prepare.py --cache and the name of a new folder"
+
 
 Stamp = tuple[int, int]
 """A file's size in bytes and time of change in nanoseconds."""
@@ -182,13 +185,13 @@ def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: st
     except (OSError, ValueError):
         raise _refusal(folder, "is no finished cache") from None
     if index.image_size != image_size:
-        raise _refusal(folder, f"was made at data.image_size {index.image_size}, not {image_size}")
+        raise _refusal(folder, f"was made at data.image_size {index.image_size}, not {image_size}", _ANOTHER)
     if index.shape != shape:
-        raise _refusal(folder, f"was made with data.shape {index.shape}, not {shape}")
+        raise _refusal(folder, f"was made with data.shape {index.shape}, not {shape}", _ANOTHER)
     if index.orientation != orientation:
-        raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}")
+        raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}", _ANOTHER)
     if index.classes != classes.key:
-        raise _refusal(folder, "was made with other data.classes, data.ignore or data.threshold")
+        raise _refusal(folder, "was made with other data.classes, data.ignore or data.threshold", _ANOTHER)
     rows: dict[Path, NDArray[np.uint8]] = {}
     digests: dict[Path, str] = {}
     for shard in index.shards:
@@ -303,5 +306,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refusal(folder: Path, what: str) -> UserError:
-    return UserError(f"data.cache {folder}: {what}; make it with launch/prepare.py --cache {folder}")
+def _refusal(folder: Path, what: str, mend: str = "") -> UserError:
+    return UserError(f"data.cache {folder}: {what}; {mend or f'make it with launch/prepare.py --cache {folder}'}")

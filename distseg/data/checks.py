@@ -27,6 +27,7 @@ from distseg.run_folder import RunFolder
 from distseg.text import for_csv, for_terminal
 
 _log = logging.getLogger(__name__)
+_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,18 @@ def check_splits(samples: list[Sample]) -> None:
     """Raises UserError for a split without samples."""
     if samples and not any(sample.reference for sample in samples):
         names = sorted({each.annotator for sample in samples for each in sample.annotations if each.annotator})
-        mend = f"name the annotator who is the expert, data.expert={for_terminal(names[0])}" if names else "give some"
+        listed = for_terminal(", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else ""))
+        mend = f"name the annotator who is the expert, if one is, by data.expert: {listed}" if names else "give some"
         raise UserError(f"data: no image has a reference mask, against which a network could be scored; {mend}")
+    known = len({("group", s.group) if s.group else ("id", s.id) for s in samples if s.reference is not None})
     for split in SPLITS:
         if not any(sample.split == split for sample in samples):
             key = "rows of that split" if split == "train" else f"rows of that split, or a larger data.{split}_fraction"
+            if split != "train" and known < len(SPLITS):
+                key = (
+                    f"an image with a reference mask, of a group of its own, and the others do too: there "
+                    f"{'is' if known == 1 else 'are'} {known}, give at least {len(SPLITS)}"
+                )
             raise UserError(f"data: the {split} split is empty; it needs {key}")
 
 

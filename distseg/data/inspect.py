@@ -19,10 +19,12 @@ from distseg.errors import BadFileError
 
 _COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _SHOWN_VALUES = 5
+_AS_BINARY = "or save it with background as 0 and lesion as 255, and nothing else"
 _MEND = (
     "say what the values mean (data.classes={background: 0, lesion: [1, 2]}, data.ignore=[255]), part greys by "
-    "data.threshold=128, or save it with background as 0 and lesion as 255, and nothing else"
+    f"data.threshold=128, {_AS_BINARY}"
 )
+_MEND_OF_COLOURS = f"""say what they mean (data.classes={{background: "#000000", lesion: "#ff0000"}}), {_AS_BINARY}"""
 _JPEG = (
     "is a JPEG, which does not keep values; save it as PNG from what it was made of, or set data.threshold=128 for two "
     "classes"
@@ -152,8 +154,10 @@ def _strictly_binary(path: Path, decoded: _Decoded) -> NDArray[np.bool_]:
     pixels = np.asarray(grey).view(np.uint8)
     values = _values_in(pixels)
     if not (values <= {0, 1} or values <= {0, 255}):
-        held = f"{path}: mask is not binary: it holds {_values(mask, values)}"
-        raise BadFileError(f"{held}; it {_JPEG}" if decoded.is_jpeg else f"{held}; {_MEND}")
+        colours = _colours(mask)
+        mend = f"it {_JPEG}" if decoded.is_jpeg else _MEND_OF_COLOURS if colours else _MEND
+        held = _few(colours or [str(value) for value in sorted(values)])
+        raise BadFileError(f"{path}: mask is not binary: it holds {held}; {mend}")
     if mask.mode == "P" and any((value > 0) != _is_lit(mask.getpalette() or [], value) for value in values):
         raise BadFileError(f"{path}: its palette does not draw background black and lesion lit; save it as grey 0/255")
     return pixels > 0
@@ -245,15 +249,15 @@ def _is_lit(palette: list[int], index: int) -> bool:
     return 299 * red + 587 * green + 114 * blue >= 1000  # a grey value of 1, the least that every decoder shows
 
 
-def _values(mask: Image.Image, greys: set[int]) -> str:
-    """The values of a mask, the most frequent ones first where they are colours."""
-    if mask.mode in ("RGB", "RGBA", "LA", "PA"):
-        pixels = np.asarray(mask.convert("RGB")).reshape(-1, 3)
-        colours, counts = np.unique(pixels, axis=0, return_counts=True)
-        if (colours != colours[:, :1]).any():
-            frequent = colours[np.argsort(-counts, kind="stable")].tolist()
-            return _few([f"the colour {tuple(colour)}" for colour in frequent])
-    return _few([str(value) for value in sorted(greys)])
+def _colours(mask: Image.Image) -> list[str]:
+    """The colours of a mask, the most frequent ones first; none of one that stores greys or shows nothing else."""
+    if mask.mode not in ("RGB", "RGBA", "LA", "PA"):
+        return []
+    pixels = np.asarray(mask.convert("RGB")).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    if (colours == colours[:, :1]).all():
+        return []
+    return [f"the colour #{bytes(colours[n]).hex()}" for n in np.argsort(-counts, kind="stable")]
 
 
 def _few(values: list[str]) -> str:

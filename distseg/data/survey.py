@@ -36,7 +36,8 @@ def survey(config: DataConfig) -> tuple[list[Sample], list[Problem]]:
     `data.test_fraction`, `data.split_seed`). Raises UserError where there is no data to be listed.
     """
     if not config.root.is_dir():
-        raise UserError(f"data.root {config.root}: no such folder")
+        is_there = "is no folder; name the one that holds the data" if config.root.exists() else "no such folder"
+        raise UserError(f"data.root {config.root}: {is_there}")
     layouts = LAYOUTS if config.layout == "auto" else {config.layout: LAYOUTS[config.layout]}
     for read in layouts.values():
         found = read(config.root)
@@ -50,7 +51,8 @@ def survey(config: DataConfig) -> tuple[list[Sample], list[Problem]]:
         )
     samples, problems = found.samples, found.problems
     if not samples and not problems:
-        raise UserError(f"data.root {config.root}: holds no images")
+        empty = "its manifest.csv lists no images" if read is LAYOUTS["manifest"] else "holds no images"
+        raise UserError(f"data.root {config.root}: {empty}")
     if config.expert:
         samples = _with_expert(samples, config.expert)
     samples = draw_missing_splits(samples, found.splits, config)
@@ -108,7 +110,8 @@ def _contradictions(samples: list[Sample]) -> list[Problem]:
         if len(same) > 1:
             splits = {sample.split for sample in same}
             where = f"twice in {same[0].split}" if len(splits) == 1 else "in two splits"
-            reason = f"the id {id} is {where}; ids must be unique, and several annotators of an image named"
+            mend = "rows of several annotators name each, and agree in all else"
+            reason = f"the id {id} is {where}; ids must be unique; {mend}"
             problems += [Problem(id, str(sample.image), reason) for sample in same]
     for group, same in by_group.items():
         splits = {sample.split for sample in same}

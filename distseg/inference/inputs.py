@@ -31,17 +31,19 @@ def find_items(inputs: Sequence[str], listed: Sequence[str], to: Path) -> tuple[
     problems: list[Problem] = []
     for given in inputs:
         path = Path(given)
+        if not os.path.lexists(path):
+            raise UserError(f"{given}: no such file or folder")
         if path.is_dir():
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(to)):
+                raise UserError(f"{given}: is in the folder that --to names, where nothing is read; choose another")
             found = image_files(path)
             _add_files(found, path, to, items, problems)
         elif path.suffix.lower() == ".csv":
             listing = read_images(path)
             items += [Item(sample.id, sample.image) for sample in listing.samples]
             problems += listing.problems
-        elif os.path.lexists(path):
-            _add_files([path], None, to, items, problems)
         else:
-            raise UserError(f"{given}: no such file or folder")
+            _add_files([path], None, to, items, problems)
     _add_files([Path(line) for line in listed if line.strip()], None, to, items, problems)
     unique = sorted(set(items))
     _check_ids(unique)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from distseg.data.classes import IGNORE
 from distseg.data.decode import Decoding, read_mask
+from distseg.data.inspect import inspect_mask
 from distseg.data.sample import Problem, Sample
 from distseg.errors import BadFileError
 from distseg.evaluation.calibration import BINS, calibration_bins
@@ -75,6 +76,8 @@ def class_scores(scored: Sequence[Scored], place: int) -> dict[str, NDArray[np.f
 def _scored(sample: Sample, masks: Path, decoding: Decoding, tolerance: float | None) -> Scored | Problem:
     path = masks / f"{sample.id}.png"
     try:
+        for each in (sample.truth, path):
+            inspect_mask(each, decoding)  # reading takes for lesion whatever is not black
         truth = read_mask(sample.truth, decoding)
         mask = read_mask(path, decoding)
     except BadFileError as error:

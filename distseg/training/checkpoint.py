@@ -249,7 +249,8 @@ def chosen_checkpoint(run: Path, which: str = "last") -> Path:
         raise UserError(f"checkpoint {which}: must be last, best or the number of a step")
     if checkpoint is None or not checkpoint.is_dir():
         kept = ", ".join(str(_step_of(path)) for path in reversed(_newest_first(folder)))
-        there = f"it has those of the steps {kept}" if kept else "it has none yet"
+        none = "it has none yet" if run.is_dir() else "there is no such folder"
+        there = f"it has those of the steps {kept}" if kept else none
         raise UserError(f"{run}: has no checkpoint {which}; {there}")
     damage = _damage(checkpoint) if which != "last" else None
     if damage is not None:

@@ -176,7 +176,7 @@ MASKS: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "png-of-5-rows": (_png_of_few_rows(8, 5), "fewer rows than its header says"),
     "tiff-of-two-pages": (_pages(_mask(), "TIFF"), "has 2 pages"),
     "palette-index-beyond": (_indices(_mask()), "uses colour 255 of a palette of 2"),
-    "red-on-black": (_encoded(_mask()[..., None] * np.uint8([1, 0, 0]), "PNG"), "the colour (255, 0, 0)"),
+    "red-on-black": (_encoded(_mask()[..., None] * np.uint8([1, 0, 0]), "PNG"), "the colour #ff0000"),
     "16-bit": (_encoded(_mask().astype(np.uint16) * 257, "PNG"), "16 bits a channel"),
     "link-out-of-root": (_link("../../outside_mask.png"), "leads out of data.root"),
 }

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Image.Image, dict[str, Any], str]] = {
     "classes without the key": (Image.fromarray(IDS), {}, r"not binary: it holds 0, 1, 2; say what the values mean "
                                 r"\(data\.classes=\{background: 0, .*data\.ignore.*data\.threshold=128"),
     "colours without the key": (Image.fromarray(painted(IDS)), {},
-                                r"not binary.*the colour \(255, 0, 0\).*data\.classes"),
+                                r'not binary.*the colour #ff0000.*data\.classes=\{background: "#000000", lesion: "#'),
     "a value without a class": (Image.fromarray(IDS), {"classes": {"a": 0, "b": 1}},
                                 r"holds 2, which data\.classes does not name; add it there or to data\.ignore"),
     "several of them": (Image.fromarray(IDS * 7), {"classes": {"a": 0, "b": 1}},

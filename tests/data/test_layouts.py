@@ -175,7 +175,7 @@ def test_a_file_with_a_backslash_in_its_name_is_that_file(tmp_path):
         (lambda path: path.write_bytes(b"id,split,image,mask\nl\xe4\0,train,i,m\n"), "cannot be read as text"),
         (lambda path: path.write_text("id,split,image,image,mask\n"), "has the column image twice"),
         (lambda path: path.write_text("a,train,i,m\n"), "lacks the column id"),
-        (lambda path: path.write_text(""), "holds no images"),
+        (lambda path: path.write_text(""), "its manifest.csv lists no images"),
     ],
 )
 def test_a_manifest_that_exists_is_read_or_refused_and_never_skipped(tmp_path, make, said):

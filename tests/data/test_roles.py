@@ -171,7 +171,7 @@ def test_a_row_an_annotation(tmp_path, column):
     [
         (["a,a.jpg,1.png,Bo", "a,a.jpg,2.png,Bo"], "id a is twice in train"),
         (["a,a.jpg,1.png,Bo", "a,b.jpg,2.png,Ann"], "id a is twice in train"),
-        (["a,a.jpg,1.png,", "a,a.jpg,2.png,"], "several annotators of an image named"),
+        (["a,a.jpg,1.png,", "a,a.jpg,2.png,"], "rows of several annotators name each"),
         (["a,a.jpg,1.png,=Bo"], "annotator '=Bo' must begin with none of"),
         (["a,a.jpg,,Bo"], "has neither a reference nor an annotation"),
     ],
@@ -242,7 +242,18 @@ def test_an_annotator_may_be_the_expert(tmp_path):
 
 def test_where_nobody_is_the_expert_nothing_can_be_scored(tmp_path):
     config = folders(tmp_path, {}, {f"masks/{id}_{who}.png": 0 for id in "abc" for who in ("A01", "A07")})
-    with pytest.raises(UserError, match=r"no image has a reference mask.*data\.expert=A01"):
+    with pytest.raises(UserError, match=r"no image has a reference mask.*by data\.expert: A01, A07$"):
+        check_splits(read_samples(config))
+
+
+@pytest.mark.parametrize("known", ["a", "ab"])
+def test_of_fewer_than_three_references_no_fraction_makes_three_splits(tmp_path, known):
+    cheap = {f"annotations/{id}.png": 1 for id in "cdefgh"}
+    config = folders(tmp_path, {f"references/{id}.png": 0 for id in known}, cheap)
+    config = config.model_copy(update={"val_fraction": 0.5, "test_fraction": 0.2})
+    with pytest.raises(
+        UserError, match=rf"the (val|test) split is empty.*there (is|are) {len(known)}, give at least 3$"
+    ):
         check_splits(read_samples(config))
 
 

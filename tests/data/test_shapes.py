@@ -231,7 +231,7 @@ def test_the_cache_of_a_letterbox_is_the_originals_bit_for_bit_and_no_other_shap
     )
     assert torch.equal(plain.images, cached.images) and torch.equal(plain.masks, cached.masks)
     assert 255 in plain.masks
-    with pytest.raises(UserError, match=r"made with data\.shape letterbox, not squash; make it with"):
+    with pytest.raises(UserError, match=r"made with data\.shape letterbox, not squash; make another with"):
         open_cache(config.model_copy(update={"shape": "squash"}))
     # What another shape has left is no shard of this one.
     squash = config.model_copy(update={"shape": "squash"})

@@ -114,14 +114,16 @@ def test_what_cannot_be_scored_is_listed(make_run: Callable, data: Path, tmp_pat
     for row in rows[:6]:
         (masks / f"{row['id']}.png").write_bytes((data / row["reference"]).read_bytes())
     Image.new("L", (10, 12)).save(masks / f"{rows[5]['id']}.png")
+    Image.fromarray(np.arange(3600, dtype=np.uint8).reshape(60, 60) % 3).save(masks / f"{rows[4]['id']}.png")
     to = tmp_path / "report"
     assert evaluate(masks, "--config", run / "config.yaml", "--to", to) == 1
     content = json.loads((to / "evaluation.json").read_text())
-    assert content["images"] == 5 and content["own"]["dice"]["low"] == 1.0
+    assert content["images"] == 4 and content["own"]["dice"]["low"] == 1.0
     assert content["classes"]["lesion"]["hausdorff95"]["mean"] == 0
     reasons = {each["id"]: each["reason"] for each in content["failed"]}
-    assert reasons.keys() == {rows[place]["id"] for place in (5, 6, 7)}
+    assert reasons.keys() == {rows[place]["id"] for place in (4, 5, 6, 7)}
     assert "different sizes, 10×12 and 60×60" in reasons[rows[5]["id"]]
+    assert "not binary: it holds 0, 1, 2" in reasons[rows[4]["id"]]
     with pytest.raises(UserError, match="--config FILE"):
         evaluate(masks, "--to", to)
     with pytest.raises(UserError, match="split val has no image"):

@@ -176,10 +176,15 @@ def test_refused(make_run: Callable, pictures: Path, tmp_path: Path, capsys: pyt
     for arguments, said in (
         ([run, pictures, "--to", tmp_path / "out"], f"{pictures}/a.png and {pictures}/below/a.png: their outputs"),
         ([run, tmp_path / "none", "--to", tmp_path / "out"], "none: no such file or folder"),
-        ([tmp_path / "norun", pictures / "a.png", "--to", tmp_path / "out"], "norun: has no checkpoint last"),
+        ([run, tmp_path / "none.csv", "--to", tmp_path / "out"], "none.csv: no such file or folder"),
+        (
+            [tmp_path / "norun", pictures / "a.png", "--to", tmp_path / "out"],
+            "norun: has no checkpoint last; there is no",
+        ),
         ([run, pictures / "a.png", "--to", tmp_path / "out", "--checkpoint", "7"], "it has those of the steps 1"),
         ([run, pictures / "a.png", "--to", full], "holds other things than predictions"),
         ([run, full, "--to", tmp_path / "out"], "holds no images"),
+        ([run, pictures, "--to", pictures], "is in the folder that --to names"),
     ):
         assert predict(*arguments) == 2
         assert said in capsys.readouterr().err
