@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,16 @@ ROOT = Path(__file__).parents[1]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tests' tensors are small: threads would wait for each other, on a busy machine ten times as long as they work.
+# The tests' tensors are small: threads would wait for each other, on a busy machine a hundred times as long as they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What a test, or a command that it runs in this process, sets is not the next one's."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
