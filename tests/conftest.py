@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The tests' tensors are small: threads would wait for each other, on a busy machine a hundred times as long as they work.
+# The tests' tensors are small: threads would wait for each other, on a busy machine many times as long as they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
