@@ -18,8 +18,8 @@ from datumaro.components.annotation import Mask, Polygon
 from datumaro.components.dataset import Dataset
 from datumaro.components.dataset_base import DatasetItem
 from datumaro.components.media import Image
-from drawn import CLASSES, SIZES, SPLITS, draw_image, draw_mask
 from label_studio_sdk.converter.brush import image2annotation, mask2rle
+from marked import CLASSES, SIZES, SPLITS, draw_image, draw_mask
 from PIL import Image as PILImage
 
 FILES = Path(__file__).with_name("files")

@@ -18,8 +18,8 @@ from urllib.parse import unquote
 import numpy as np
 from datumaro.components.annotation import AnnotationType, Mask
 from datumaro.components.dataset import Dataset
-from drawn import SIZES, draw_mask
 from label_studio_sdk.converter.brush import decode_rle
+from marked import SIZES, draw_mask
 
 VALUES = {"background": 0, "skin lesion": 1, "hair - ruler": 2}
 

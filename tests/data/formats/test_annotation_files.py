@@ -1,4 +1,4 @@
-"""What other programs have written is read to the pixel; the masks are known from drawn.py."""
+"""What other programs have written is read to the pixel; the masks are known from marked.py."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from drawn import CLASSES, SIZES, SPLITS, draw_image, draw_mask
+from marked import CLASSES, SIZES, SPLITS, draw_image, draw_mask
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO

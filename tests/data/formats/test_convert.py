@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import CLASSES, SIZES, SPLITS, draw_image, draw_mask
+from marked import CLASSES, SIZES, SPLITS, draw_image, draw_mask
 from PIL import Image
 
 from distseg.data.config import DataConfig
