@@ -192,12 +192,13 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_a_crafted_cache_is_refused_by_one_line(cached, name):
+def test_a_crafted_cache_is_refused_by_one_line(cached, name, counted):
     spoil, said = CRAFTED[name]
     spoil(cached)
     with pytest.raises(UserError, match=said) as raised:
         open_cache(cached)
     assert str(raised.value).startswith(f"data.cache {cached.cache}: ") and "\n" not in str(raised.value)
+    counted("crafted caches", 1)
 
 
 @pytest.mark.parametrize(
