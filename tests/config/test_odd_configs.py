@@ -11,11 +11,14 @@ from distseg.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KEYS = sorted({key.name for group in groups() for key in group.keys})
+WORDS = (
+    "null true [] {} [[]] -1 0 1e309 nan -.inf 1e-400 0x1F ../../.. ~ ${seed} ${ ${oc.env:HOME} ' \" : os:system 1:2:3"
+)
 ODD = [
-    "", "null", "true", "[]", "{}", "[[]]", "{a: {b: c}}", "-1", "0", "1e309", "nan", "-.inf", "1e-400", "0x1F", "9" * 400,
-    "x" * 5000, "../../..", "~", "\x1b[31mred", "a\nb", "é\u202e", "$" + "{seed}", "$" + "{", "$" + "{oc.env:HOME}", "!!python/object:os.system x",
-    "&a [*a]", "'", '"', ":", "os:system", "[1, null]", "1:2:3",
-]  # fmt: skip
+    *WORDS.split(),
+    *("", "{a: {b: c}}", "[1, null]", "&a [*a]", "!!python/object:os.system x", "\x1b[31mred", "a\nb", "é\u202e"),
+    *("9" * 400, "x" * 5000),
+]
 """What hands, scripts and spreadsheets have put in the place of a value."""
 
 
