@@ -1,5 +1,6 @@
 """What several rooms' tests share: a small data set, and entry points run as a user runs them."""
 
+import logging
 import os
 import subprocess
 from collections import Counter
@@ -25,10 +26,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def process_as_it_was() -> Iterator[None]:
     """What a test, or a command that it runs in this process, sets is not the next one's."""
     yield
     torch.set_num_threads(1)
+    logger = logging.getLogger("distseg")
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 @pytest.fixture
