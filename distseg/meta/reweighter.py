@@ -108,7 +108,7 @@ class PixelReweighter:
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
-        self._agrees: bool | None = None
+        self._agrees: bool | None = None  # until the model has been tried
         self._binary_masks = BinaryMasks()
 
     def __call__(
@@ -209,8 +209,9 @@ class PixelReweighter:
 
     @property
     def may_take_one_pass(self) -> bool:
-        """Whether the weights can come from the weighted pass itself, if the model can carry tangents."""
-        return self.estimator == "forward" and not (self.initial_weight or self.placement.sharded)
+        """Whether the weights can come from the weighted pass itself, for all that is known before `takes_one_pass`."""
+        fits = self.estimator == "forward" and not (self.initial_weight or self.placement.sharded)
+        return fits and self._agrees is not False
 
     def takes_one_pass(self, clean: MeanLoss, images: Tensor) -> bool:
         """Whether `carry` is right for the model: every rank tries it in its first call, which waits for the device."""
