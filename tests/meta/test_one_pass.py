@@ -166,18 +166,20 @@ class Held:
 
 
 def saved_by(forward: Callable[[], Tensor]) -> int:
-    """Elements that autograd holds after a forward pass."""
+    """Elements that autograd holds at the peak of a forward pass."""
     alive: weakref.WeakSet[Held] = weakref.WeakSet()
+    sizes = []
 
     def pack(tensor: Tensor) -> Held:
         held = Held(tensor)
         alive.add(held)
+        sizes.append(sum(each.tensor.numel() for each in alive))
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         logits = forward()
     assert logits.requires_grad
-    return sum(held.tensor.numel() for held in alive)
+    return max(sizes)
 
 
 NORMS = [
@@ -192,12 +194,15 @@ NORMS = [
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: type(norm).__name__)
 def test_tangents_leave_no_graph(norm: nn.Module) -> None:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU(inplace=True), nn.Dropout(), nn.GELU()]
-    network = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Conv2d(4, 1, 1), nn.Upsample(scale_factor=2))
+    block = [nn.Conv2d(4, 4, 3, padding=1), norm, nn.ReLU(inplace=True), nn.Dropout(), nn.GELU()]
+    blocks = [copy.deepcopy(layer) for _ in range(6) for layer in block]
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), *blocks, nn.MaxPool2d(2), nn.Conv2d(4, 1, 1), nn.Upsample(scale_factor=2)
+    )
     images, masks = torch.randn(2, 3, 8, 8), torch.randint(0, 2, (2, 8, 8))
     reweighter = PixelReweighter(network)
     clean = reweighter.clean_loss([(images, masks)])
     expected = saved_by(lambda: network(images))
     # By itself, because `one_pass` would take two passes where this one fails.
     actual = saved_by(lambda: reweighter.carry(clean, network, images)[0])
-    assert expected <= actual < 1.1 * expected
+    assert expected <= actual < 1.2 * expected, actual / expected
