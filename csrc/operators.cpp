@@ -223,8 +223,11 @@ Tensor normalise(const std::optional<Tensor>& w, const Tensor& masks, const Tens
 Tensor signed_distance_bins(
     const Tensor& masks, int64_t classes, std::vector<int64_t> outside, std::vector<int64_t> inside) {
   TORCH_CHECK(masks.dim() == 3, "masks are ", masks.sizes(), ": need (N, H, W)");
+  TORCH_CHECK(classes > 1 && classes < 256, classes, " classes: need 2 to 255");
   Batch::check_labels(masks);
-  TORCH_CHECK_VALUE(masks.size(1) <= kLongestSide && masks.size(2) <= kLongestSide, "masks are ", masks.sizes(), ": at most ", kLongestSide, " pixels a side");
+  TORCH_CHECK(
+      masks.size(1) <= kLongestSide && masks.size(2) <= kLongestSide, "masks are ", masks.sizes(), ": at most ",
+      kLongestSide, " pixels a side");
   const Tensor y = masks.contiguous();
   Tensor bins = at::empty(y.sizes(), y.options().dtype(at::kByte));
   label_kernels().signed_distance_bins(

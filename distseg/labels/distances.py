@@ -20,6 +20,8 @@ INSIDE_EDGES = (1, 2, 4, 6, 8)
 """Distances to the contour between bins, in twentieths of the size of the object. The radius of a disc is 11.3."""
 OUTSIDE = len(OUTSIDE_EDGES) + 1
 INSIDE = len(INSIDE_EDGES) + 1
+MOST_CLASSES = (ops.IGNORE - OUTSIDE - 1) // INSIDE + 1
+"""Whose bins a byte has numbers for, beside the one of ignored pixels."""
 
 
 def bin_count(classes: int) -> int:
@@ -36,6 +38,6 @@ def signed_distance_bins(masks: Tensor, classes: int = 2) -> Tensor:
     """The bin of each pixel. Beside an ignored pixel another is as near to a contour as beside background.
 
     Distances are Euclidean and exact, from the pixel's centre to the contour, half a pixel before the nearest centre on
-    the other side. Nothing waits for the device. Raises ValueError for more than 41 classes.
+    the other side. Nothing waits for the device. Raises ValueError for more than MOST_CLASSES.
     """
     return ops.signed_distance_bins(masks, classes, OUTSIDE_EDGES, INSIDE_EDGES)

@@ -1,14 +1,17 @@
 """When labels are corrected and when they are left alone, and that C classes follow their formula."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from distseg import ops
+from distseg.errors import UserError
 from distseg.labels.annotators import SMOOTHING
 from distseg.labels.distances import signed_distance_bins
-from distseg.methods.labels.corrected import LEAST_STEPS, Corrected
+from distseg.methods.labels.corrected import LEAST_STEPS, Corrected, CorrectedConfig
 from distseg.methods.part import HeldOut
 
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -183,3 +186,11 @@ class _Launches:
 
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *arguments, **constants: self.launched.append(self.name)
+
+
+def test_more_classes_than_bins_are_refused_before_training() -> None:
+    context = SimpleNamespace(classes=42, steps=10, device=torch.device("cpu"), clean=[])
+    with pytest.raises(UserError, match=r"at most 41 classes, and data.classes has 42; set method.labels=drawn"):
+        CorrectedConfig().build(context)
+    context.classes = 41
+    assert CorrectedConfig().build(context).bins(torch.full((1, 3, 3), 40, dtype=torch.uint8)).unique().item() == 250

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distseg import ops
+from distseg.errors import UserError
 from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.calibration import (
     calibration_sums,
@@ -24,7 +25,7 @@ from distseg.labels.calibration import (
     relative_gain,
     relative_logits,
 )
-from distseg.labels.distances import signed_distance_bins
+from distseg.labels.distances import MOST_CLASSES, signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
 from distseg.methods.part import HeldOut, LabelModel
@@ -45,6 +46,12 @@ class CorrectedConfig(Section):
     needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
+        """Raises UserError where there are more classes than the label model has bins for."""
+        if context.classes > MOST_CLASSES:
+            raise UserError(
+                f"method.labels corrected: is for at most {MOST_CLASSES} classes, and data.classes has "
+                f"{context.classes}; set method.labels=drawn"
+            )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
         return Corrected(context.device, context.classes, len(context.clean), self.least_gain, decide_after)
 
