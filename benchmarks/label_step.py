@@ -10,6 +10,10 @@ of its own round, because a machine's speed drifts:
     held out    the same while the clean images are only looked at, beside `noisy`, drawn labels of the noisy images
                 alone: by passes 1.33, one forward more
 
+`label model` is all that a corrected step has more than a plain one, without the network: bins, correction, learning
+from the counts; `the same, held out` has the calibration on the clean images' logits too. Both stand beside the step
+that they are part of, `plain` and `noisy`, in its medians.
+
 Of the operators, the bytes are those that have to be moved, each tensor read or written once: bins 2 a pixel (masks,
 bins), correction 4C + 3 (float32 logits, masks, bins, labels). The copy beside a time moves as many, half of them read
 and half written. Distances are exact, which takes more passes than one.
@@ -31,6 +35,7 @@ from distseg.data.batch import Batch
 from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.distances import signed_distance_bins
 from distseg.methods.labels.corrected import Corrected
+from distseg.methods.part import HeldOut
 from distseg.models.unet import UNet
 from distseg.testing.steps import method_on
 
@@ -90,6 +95,18 @@ def operators(batch: Batch) -> dict[str, Callable[[], object]]:
     }
 
 
+def label_models(batch: Batch) -> dict[str, Callable[[], object]]:
+    masks, device = batch.masks, batch.masks.device
+    model = Corrected(device, 2, len(masks), least_gain=-1, decide_after=1)
+    logits, skipped = batch.images[:, :1].contiguous(), torch.zeros((), dtype=torch.bool, device=device)
+
+    def run(held_out: HeldOut | None) -> None:
+        _, evidence = model.correct(logits, masks, model.bins(masks), held_out)
+        model.learn(evidence, skipped, 1e-4)
+
+    return {"label model": lambda: run(None), "the same, held out": lambda: run(HeldOut(logits, masks))}
+
+
 def ratios(times: list[float], others: list[float]) -> list[float]:
     """Lower quartile, median and upper quartile, round by round."""
     return statistics.quantiles([a / b for a, b in zip(times, others, strict=True)], n=4)
@@ -103,30 +120,43 @@ def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
         name: {"seconds": statistics.median(times), "ratio": ratios(times, seconds[BESIDE[name]])}
         for name, times in seconds.items()
     }
+    timed = take_turns(label_models(batch), arguments.rounds, arguments.device)
+    for (name, times), step in zip(timed.items(), ("plain", "noisy"), strict=True):
+        own = statistics.median(times)
+        rows[name] = {"seconds": own, "beside": step, "of_step": own / rows[step]["seconds"]}
     for name, call in operators(batch).items():
         moved = BYTES[name] * batch.masks.numel()
         source, target = torch.zeros(2, moved // 2, dtype=torch.uint8, device=arguments.device)
-        timed = take_turns(
+        turns = take_turns(
             {"own": call, "copy": lambda source=source, target=target: target.copy_(source)},
             arguments.rounds,
             arguments.device,
         )
-        own = statistics.median(timed["own"])
+        own = statistics.median(turns["own"])
         rows[name] = {
             "seconds": own,
             "bytes": moved,
-            "over_copy": ratios(timed["own"], timed["copy"]),
-            "of_plain": own / rows["plain"]["seconds"],
+            "over_copy": ratios(turns["own"], turns["copy"]),
+            "beside": "plain",
+            "of_step": own / rows["plain"]["seconds"],
         }
     return {"size": size, "rows": rows}
 
 
 def show(result: dict[str, Any]) -> str:
-    lines = [f"{result['size']} noisy and as many clean images", "", "             ms   × plain  quartiles"]
+    lines = [
+        f"{result['size']} noisy and as many clean images",
+        "",
+        "                           ms    ratio  quartiles",
+    ]
     for name, row in result["rows"].items():
-        low, median, high = row.get("ratio") or row["over_copy"]
-        beside = "" if "ratio" in row else f"   × copy; {100 * row['of_plain']:.2f} % of the plain step"
-        lines.append(f"{name:10s} {row['seconds'] * 1e3:9.3f}  {median:6.3f}  {low:.3f} – {high:.3f}{beside}")
+        line = f"{name:20s} {row['seconds'] * 1e3:9.3f}"
+        if spread := row.get("ratio") or row.get("over_copy"):
+            low, median, high = spread
+            line += f"  {median:7.3f}  {low:.3f} – {high:.3f} × {BESIDE.get(name, 'copy')}"
+        if "of_step" in row:
+            line += f"   {100 * row['of_step']:.2f} % of {row['beside']}"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -47,11 +47,11 @@ BLOCK = 1024
 """Pixels of a program that reads maps alone."""
 PIXELS_OF_SUMS = 128
 """Pixels, at least, of a program that sums over every channel."""
-NUMBERS = 4096
-"""Numbers that a program counts with: one for each of a few pixels, classes and bins."""
+COUNTERS = 4096
+"""Of a program that counts, in its registers: one for each of a few pixels, classes and bins."""
 PIXELS_OF_COUNTS = 1024
-"""Pixels, at least, of a program that counts, and as many for a number that it leaves behind as PIXELS_A_COUNT."""
-PIXELS_A_COUNT = 16
+PIXELS_A_COUNT = 4
+"""Pixels, at least, of such a program, in all and for each number that it leaves behind."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -210,7 +210,7 @@ def signed_distance_bins(masks: Tensor, classes: int, outside: list[int], inside
     bins = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
     if not y.numel():
         return bins
-    columns = min(triton.next_power_of_2(width), TILE)
+    columns = min(triton.next_power_of_2(width), TILE // 2)
     rows, sides = TILE // columns, triton.next_power_of_2(classes)
     bands = triton.cdiv(height, rows)
     g = torch.empty(y.shape, dtype=torch.int16, device=y.device)
@@ -244,10 +244,12 @@ def correct_labels(
     channels, pixels, _, *strides = layout.sizes
     classes = tables.shape[1]
     padded, bins_padded = triton.next_power_of_2(classes), triton.next_power_of_2(bin_count)
-    block = max(1, NUMBERS // (padded * bins_padded))
+    block = max(1, COUNTERS // (padded * bins_padded))
     most = min(pixels, max(PIXELS_OF_COUNTS, PIXELS_A_COUNT * classes * bin_count))
     tiles = triton.cdiv(most, block)
     blocks = triton.cdiv(pixels, tiles * block) if pixels else 0
+    # 64 counters a thread, so that none is spilled to memory.
+    warps = min(16, max(OPTIONS["num_warps"], padded * bins_padded // 2048))
     labels = torch.empty_like(y)
     counts = torch.empty((len(z), blocks, annotations, classes, bin_count), dtype=tables.dtype, device=z.device)
     if counts.numel():
@@ -255,7 +257,8 @@ def correct_labels(
             correct_kernel[(len(z) * blocks * annotations,)](
                 z, y, bins.contiguous(), annotators.contiguous(), tables.contiguous(), calibration.contiguous(),
                 labels, counts, channels, pixels, blocks, *strides, tiles, annotations, len(tables), bin_count,
-                KPAD=padded, MPAD=bins_padded, BLOCK=block, ACC=_acc(z.dtype), ONE_CHANNEL=channels == 1, **OPTIONS,
+                KPAD=padded, MPAD=bins_padded, BLOCK=block, ACC=_acc(z.dtype), ONE_CHANNEL=channels == 1,
+                **OPTIONS | {"num_warps": warps},
             )  # fmt: skip
     return labels, counts.sum(1, dtype=torch.float64)
 

@@ -146,9 +146,7 @@ def signed_distance_bins(masks: Tensor, classes: int, outside: Sequence[int], in
             raise ValueError(f"edges {tuple(edges)}: need ascending twentieths, 1 to {LARGEST_EDGE}")
     count = len(outside) + 1 + (len(inside) + 1) * (classes - 1) + 1
     if classes < 2 or count > IGNORE:
-        raise ValueError(
-            f"{classes} classes have {count} bins: need 2 classes at least and {reference.IGNORE} bins at most"
-        )
+        raise ValueError(f"{classes} classes have {count} bins: need 2 classes at least, and at most {IGNORE} bins")
     masks = _class_ids(masks)
     if raw_operators(masks.device) is None:
         return reference.signed_distance_bins(masks, classes, outside, inside)
@@ -170,23 +168,11 @@ def correct_labels(
     Raises ValueError for shapes that do not fit, on the CPU also for a label that is no class and an unknown annotator.
     """
     masks = _operand(logits, masks)
+    _check_annotations(masks, bins, annotators, tables)
     classes = max(2, logits.shape[1])
-    if bins.ndim != 4 or bins.dtype != torch.uint8 or bins[:, :0].flatten(0, 1).shape[1:] != masks.shape[1:]:
-        raise ValueError(
-            f"bins {tuple(bins.shape)}, {bins.dtype}: need (B, R, H, W) uint8 for masks {tuple(masks.shape)}"
-        )
-    if annotators.shape != bins.shape[:2] or annotators.is_floating_point():
-        raise ValueError(f"annotators {tuple(annotators.shape)}: need (B, R) integer for bins {tuple(bins.shape)}")
-    if tables.ndim != 3 or tables.shape[1] != classes or tables.shape[2] > IGNORE:
-        raise ValueError(f"tables {tuple(tables.shape)}: need (A, {classes}, M), M at most {IGNORE}")
-    if calibration.shape != (classes,):
-        raise ValueError(f"calibration {tuple(calibration.shape)}: need ({classes},)")
-    if not (bins.shape[1] and len(tables) and tables.shape[2]):
-        raise ValueError(
-            f"bins {tuple(bins.shape)}, tables {tuple(tables.shape)}: need an annotation, a table and a bin"
-        )
-    if annotators.device.type == "cpu" and not ((annotators >= -1) & (annotators < len(tables))).all():
-        raise ValueError(f"annotators hold a number that is neither −1 nor below {len(tables)}")
+    if tables.shape[1] != classes or calibration.shape != (classes,):
+        shapes = f"tables {tuple(tables.shape)} and calibration {tuple(calibration.shape)}"
+        raise ValueError(f"{shapes}: need (A, {classes}, M) and ({classes},) for {classes} classes")
     dtype, annotators = _map_dtype(logits), annotators.long()
     given = masks, bins, annotators, tables.to(dtype), calibration.to(dtype)
     if raw_operators(logits.device) is None:
@@ -223,6 +209,20 @@ def _class_ids(masks: Tensor) -> Tensor:
     if masks.is_floating_point() or masks.dtype == torch.bool:
         raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")
     return masks if masks.dtype in (torch.uint8, torch.int64) else masks.long()
+
+
+def _check_annotations(masks: Tensor, bins: Tensor, annotators: Tensor, tables: Tensor) -> None:
+    if bins.shape != (len(masks), *bins.shape[1:2], *masks.shape[1:]) or bins.dtype != torch.uint8:
+        given = f"bins {tuple(bins.shape)} {bins.dtype}"
+        raise ValueError(f"{given}: need (B, R, H, W) uint8 for masks {tuple(masks.shape)}")
+    if annotators.shape != bins.shape[:2] or annotators.is_floating_point():
+        raise ValueError(f"annotators {tuple(annotators.shape)}: need (B, R) integer for bins {tuple(bins.shape)}")
+    if tables.ndim != 3 or tables.shape[2] > IGNORE:
+        raise ValueError(f"tables {tuple(tables.shape)}: need (A, K, M), M at most {IGNORE}")
+    if not (bins.shape[1] and len(tables) and tables.shape[2]):
+        raise ValueError(f"bins {tuple(bins.shape)} and tables {tuple(tables.shape)}: need R, A and M of at least 1")
+    if annotators.device.type == "cpu" and not ((annotators >= -1) & (annotators < len(tables))).all():
+        raise ValueError(f"annotators hold a number that is neither −1 nor below {len(tables)}")
 
 
 def _weight_map(

@@ -16,7 +16,8 @@ def test_the_benchmark_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     [result] = json.loads(figures.read_text())["results"]
-    assert list(result["rows"]) == ["plain", "corrected", "noisy", "held out", "bins", "correct"]
+    names = ["plain", "corrected", "noisy", "held out", "label model", "the same, held out", "bins", "correct"]
+    assert list(result["rows"]) == names
     assert result["rows"]["plain"]["ratio"] == result["rows"]["noisy"]["ratio"] == [1, 1, 1]
     assert all(row["seconds"] > 0 for row in result["rows"].values())
     assert result["rows"]["bins"]["bytes"] == 2 * 2 * 16 * 16

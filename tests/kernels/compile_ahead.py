@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from distseg import kernels
-from distseg.labels.distances import INSIDE_EDGES, OUTSIDE_EDGES
+from distseg.labels.distances import INSIDE_EDGES, MOST_CLASSES, OUTSIDE_EDGES, bin_count
 
 POINTERS = {
     torch.float64: "*fp64",
@@ -85,10 +85,10 @@ def record_launches() -> list[tuple]:
         kernels.dice_cross_entropy_sums(logits, masks, weights, vector, vector, classes)
         kernels.dice_cross_entropy_gradient(logits, masks, weights, vector, vector, classes, slopes, slopes)
         kernels.rescale_(logits, vector)
-        labelled = max(2, channels)
+        labelled = min(max(2, channels), MOST_CLASSES)
         bins, annotators = torch.zeros(2, 2, 96, 96, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
-        tables = torch.zeros(3, labelled, min(12 + 6 * (labelled - 1), 255))
-        kernels.correct_labels(logits, masks, bins, annotators, tables, torch.zeros(labelled))
+        tables = torch.zeros(3, labelled, bin_count(labelled))
+        kernels.correct_labels(logits[:, :labelled], masks, bins, annotators, tables, torch.zeros(labelled))
     kernels.alignment(logits, logits, masks, False)
     kernels.dice_cross_entropy_sums(logits, masks, None, vector, vector, classes)
     kernels.dice_cross_entropy_gradient(logits, masks, None, vector, vector, classes, slopes, slopes)
