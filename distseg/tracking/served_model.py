@@ -1,0 +1,70 @@
+"""What `mlflow models serve` runs: the bytes of an image in, its mask as a PNG out.
+
+MLflow copies this file into each model, which so is no pickle; it needs nothing else of distseg. Two artifacts lie
+beside it: the ONNX graph, and the facts of the export (export.json), which say how files are read and written.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnxruntime
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+
+class Segmenter(mlflow.pyfunc.PythonModel):
+    def load_context(self, context: Any) -> None:
+        self._facts = json.loads(Path(context.artifacts["facts"]).read_text(encoding="utf-8"))
+        self._graph = onnxruntime.InferenceSession(context.artifacts["graph"], providers=["CPUExecutionProvider"])
+        Image.MAX_IMAGE_PIXELS = self._facts["reading"]["max_pixels"]
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """A row an image: the column `image` holds its file, `mask` a PNG of the same height and width.
+
+        The mask's values are those of `distseg predict`. Raises MlflowException, answered as a bad request, where a
+        file cannot be read.
+        """
+        rows = []
+        for number, content in enumerate(model_input["image"]):
+            [mask], _ = self._graph.run(None, {"images": self._pixels(content, number)[None]})
+            rows.append({"mask": self._png(mask), "height": mask.shape[0], "width": mask.shape[1]})
+        return pd.DataFrame(rows, columns=["mask", "height", "width"])
+
+    def _pixels(self, content: bytes, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3)."""
+        reading = self._facts["reading"]
+        try:
+            with Image.open(io.BytesIO(content), formats=reading["formats"]) as image:
+                if image.width * image.height > reading["max_pixels"]:
+                    raise ValueError(f"{image.width}×{image.height} are more than {reading['max_pixels']} pixels")
+                turned = ImageOps.exif_transpose(image) if reading["orientation"] == "apply" else image
+                pixels = np.array(turned.convert("RGB"))
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError and more
+            raise _bad_request(f"image {number} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        size = self._facts["input"]["size"]
+        if size is not None and list(pixels.shape[:2]) != size:
+            raise _bad_request(f"image {number} is {pixels.shape[0]}×{pixels.shape[1]}, not {size[0]}×{size[1]}")
+        return pixels
+
+    def _png(self, mask: NDArray[np.uint8]) -> bytes:
+        values = self._facts["classes"]["values"]
+        if isinstance(values[0], str):
+            table = np.array([[int(value[place : place + 2], 16) for place in (1, 3, 5)] for value in values], np.uint8)
+        else:
+            table = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
+        file = io.BytesIO()
+        Image.fromarray(table[mask]).save(file, "PNG")
+        return file.getvalue()
+
+
+def _bad_request(text: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(text)
+
+
+mlflow.models.set_model(Segmenter())
