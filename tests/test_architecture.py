@@ -85,7 +85,8 @@ def test_no_circle_of_imports() -> None:
 @pytest.mark.parametrize("package", ONE_IMPORTER)
 def test_a_heavy_dependency_has_one_importer(package: str) -> None:
     importers = [
-        str(path.relative_to(ROOT)) for path in SOURCES
+        str(path.relative_to(ROOT))
+        for path in SOURCES
         if path != SERVED and any(n.split(".")[0] == package for n in imports_of(path))
     ]
     assert importers == [ONE_IMPORTER[package]]

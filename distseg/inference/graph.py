@@ -68,8 +68,8 @@ class Deployable(nn.Module):
         """(B, 3, S, S) float32, as the network learned to see it."""
         down, across = _reducing(rows, self._frame.size), _reducing(columns, self._frame.size)
         pixels = images.permute(0, 3, 1, 2).float()
-        # PIL rounds after each of its two passes, of which this is the first.
-        pixels = (down @ (pixels @ across.T + 0.5).floor() + 0.5).floor()
+        pixels = _rounded(*(pixels @ part.T for part in _parts(across)))  # as PIL after each of its two passes
+        pixels = _rounded(*(part @ pixels for part in _parts(down)))
         if self._frame.shape != "squash":
             inside = down.sum(dim=1)[:, None] * across.sum(dim=1)
             pixels = torch.where(inside > 0.5, pixels, self.fill)
@@ -107,17 +107,35 @@ def _fixed_sides(frame: Frame, height: int, width: int) -> tuple[Side, Side]:
 
 
 def _reducing(side: Side, size: int) -> Tensor:
-    """(S, own) float32: what each pixel of the file counts in each of the canvas, 0 in all of the padding.
+    """(S, own) float64: what each pixel of the file counts in each of the canvas, 0 in all of the padding.
 
     PIL's: a triangle, as wide as the pixel that it is for (Resample.c). Distances between centres are counted in whole
-    parts of a pixel, 1 / (2 · length), so that nothing is lost in large files.
+    parts of a pixel, 1 / (2 · length).
     """
     own, length = _whole(side.own), _whole(side.length)
     place = torch.arange(size)[:, None] - side.first
     distance = (2 * _places(side.own) + 1) * length - (2 * place + 1) * own
-    weights = (1 - distance.abs().float() / (2 * torch.maximum(own, length)).float()).clamp(min=0)
+    weights = (1 - distance.abs().double() / (2 * torch.maximum(own, length)).double()).clamp(min=0)
     weights = weights * ((place >= 0) & (place < length))
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=0.25)  # 0 / 0.25 in the padding; others are above
+
+
+def _parts(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights in PIL's fixed point, 22 bits, as a sum of two float32 tensors of 11 bits each.
+
+    A sum over pixels of 8 bits is exact in each of them, and in one would not be: whether 127.5 becomes 127 or 128 is
+    then as in PIL, and halves are not rare where a side is reduced by a simple ratio.
+    """
+    fixed = (weights * 2**22 + 0.5).floor()
+    high = (fixed / 2**11 + 0.5).floor()
+    return (high / 2**11).float(), ((fixed - high * 2**11) / 2**22).float()
+
+
+def _rounded(high: Tensor, low: Tensor) -> Tensor:
+    """The whole number nearest to high + low, halves up, of sums that float32 holds only apart."""
+    high = high + 0.5
+    whole = high.floor()
+    return whole + (high - whole + low).floor()
 
 
 def _enlarging(side: Side, size: int) -> Tensor:

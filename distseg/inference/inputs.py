@@ -27,9 +27,9 @@ def find_items(inputs: Sequence[str], listed: Sequence[str], to: Path) -> tuple[
     """The images of `inputs` and, one a line, of `listed`, sorted by id; and those that cannot be named.
 
     An input is a file, a folder with all images below it, or a table (.csv with the columns id and image, paths
-    relative to it). What is below `to` is none, nor is what an earlier start has written below an input. A symbolic link
-    in a folder that leads out of it is a problem. Raises UserError for an input that is not there, and for two of the
-    same id.
+    relative to it). What is below `to` is none, nor is what an earlier start has written below an input. A symbolic
+    link in a folder that leads out of it is a problem. Raises UserError for an input that is not there, and for two of
+    the same id.
     """
     items: list[Item] = []
     problems: list[Problem] = []

@@ -41,13 +41,14 @@ def take_tensors(network: nn.Module, source: Mapping[str, Tensor]) -> Taken:
     """Copy into `network` the tensors of `source` that have the name and shape of one of its own.
 
     Where the names of one side are those of the other behind a prefix (an encoder's inside of a network, `module.` of a
-    wrapper), the prefix that fits most of them is added or taken off. Raises UserError where no parameter fits.
+    wrapper), the prefix that fits most of them is added or taken off. Raises UserError where no weight fits; a bias of
+    one number fits anywhere.
     """
     own = network.state_dict()
     named = _renamed(source, own)
     fitting = {name: tensor for name, tensor in named.items() if name in own and own[name].shape == tensor.shape}
-    parameters = {name for name, _ in network.named_parameters()}
-    if not parameters & fitting.keys():
+    weights = {name for name, parameter in network.named_parameters() if parameter.ndim > 1}
+    if not weights & fitting.keys():
         raise UserError(
             f"none of its {len(source)} tensors has the name and shape of one of the network's {len(own)}: it is of "
             "another architecture; take a run of the same model.name, width and norm"

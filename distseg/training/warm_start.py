@@ -10,15 +10,13 @@ from safetensors.torch import load
 from torch import nn
 
 from distseg.errors import UserError
-from distseg.files import read_regular, write_atomically
+from distseg.files import open_regular, read_regular, write_atomically
 from distseg.models.warm_start import take_tensors
 from distseg.run_folder import RunFolder
 from distseg.training.checkpoint import chosen_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_LARGEST = 2**36
-"""Bytes of a file of parameters."""
 _LARGEST_RECORD = 2**24
 
 
@@ -33,7 +31,8 @@ def warm_start(network: nn.Module, source: Path, folder: RunFolder, main: bool) 
         return
     file = chosen_checkpoint(source) / "model.safetensors" if source.is_dir() else source
     try:
-        content = read_regular(file, _LARGEST)
+        with open_regular(file) as opened:
+            content = opened.read()
         tensors = load(content)
     except FileNotFoundError:
         raise UserError(f"model.init_from {source}: no such file or run") from None
