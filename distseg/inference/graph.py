@@ -68,7 +68,8 @@ class Deployable(nn.Module):
         """(B, 3, S, S) float32, as the network learned to see it."""
         down, across = _reducing(rows, self._frame.size), _reducing(columns, self._frame.size)
         pixels = images.permute(0, 3, 1, 2).float()
-        pixels = _rounded(*(pixels @ part.T for part in _parts(across)))  # as PIL after each of its two passes
+        # PIL rounds after each of its two passes; of tall files it takes the rows first, to other bits.
+        pixels = _rounded(*(pixels @ part.T for part in _parts(across)))
         pixels = _rounded(*(part @ pixels for part in _parts(down)))
         if self._frame.shape != "squash":
             inside = down.sum(dim=1)[:, None] * across.sum(dim=1)

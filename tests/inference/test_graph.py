@@ -22,9 +22,9 @@ def by_pil(network: torch.nn.Module, images: np.ndarray, frame: Frame) -> torch.
     """
     height, width = images.shape[1:3]
     place = frame.place(height, width)
-    reduced = [
-        Image.fromarray(image).resize((place.width, place.height), Image.Resampling.BILINEAR) for image in images
-    ]
+    linear = Image.Resampling.BILINEAR
+    narrow = [Image.fromarray(image).resize((place.width, height), linear) for image in images]
+    reduced = [each.resize((place.width, place.height), linear) for each in narrow]
     canvas = np.stack([place.laid(np.asarray(each), frame.image_fill) for each in reduced])
     pixels = ((canvas / 255 - CHANNEL_MEANS) / CHANNEL_DEVIATIONS).astype(np.float32).transpose(0, 3, 1, 2)
     with torch.no_grad():
