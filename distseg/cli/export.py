@@ -2,7 +2,7 @@
 
     distseg export RUN --to FOLDER [--onnx] [--program] [--mlflow [--register NAME]] [--size HEIGHTxWIDTH]
 
-Decoded pixels go in, (B, H, W, 3) uint8 RGB, and masks of the same size come out: resizing, normalisation and the
+Decoded pixels go in, (B, h, w, 3) uint8 RGB, and masks of the file's size come out: resizing, normalisation and the
 threshold are inside. Each file is held against the run on images of the run's data, or on those that --check names, and
 refused where a probability differs by more than --tolerance. FOLDER gets model.onnx, model.pt2, mlflow_model/,
 export.json and model_card.md. Without any of --onnx, --program and --mlflow it is --onnx.
@@ -104,7 +104,7 @@ def facts_of(run: Path, config: "Config", predictor: "Predictor", size: "Size | 
     result = read_result(folder).numbers if folder.result.exists() else {}
     return {
         "format": 1,
-        "input": {"name": "images", "layout": "batch, height, width, RGB", "dtype": "uint8", "size": size},
+        "input": {"layout": "batch, height, width, RGB", "dtype": "uint8", "size": size},
         "outputs": {"masks": "uint8 class ids", "probabilities": "float32, of the second class of two, or of each"},
         "reading": {"orientation": data.orientation, "max_pixels": data.max_pixels, "formats": FORMATS},
         "classes": {"names": data.class_names, "values": data.class_map.file_values},

@@ -7,6 +7,7 @@ network's input.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,20 @@ Length = int | Tensor
 """Of a graph for any size, a tensor () int64."""
 
 
+LARGEST_SIDE = 2**16
+
+
 @dataclass(frozen=True)
 class Side:
     """One axis of a file and its picture on the canvas."""
 
+    given: int
+    """Pixels that come in."""
+    count: int
     own: Length
-    """Pixels of the file."""
+    """Pixels of the file and of the mask, the same number twice."""
+    reduction: Length
+    """Of the file to what comes in, which is own / reduction, rounded up."""
     first: Length
     """Where the picture begins, and how many pixels it has."""
     length: Length
@@ -35,6 +44,12 @@ class Deployable(nn.Module):
 
     Of two classes there is the probability of the second alone, C = 1; of more, one of each.
     """
+
+    factor: Tensor
+    offset: Tensor
+    """(3, 1, 1) of the normalisation."""
+    fill: Tensor
+    """(3, 1, 1) of padding, grey levels."""
 
     def __init__(self, network: nn.Module, frame: Frame, class_count: int, size: tuple[int, int] | None) -> None:
         """`size` is the (height, width) of every image, None for any.
@@ -56,8 +71,12 @@ class Deployable(nn.Module):
         fill = torch.tensor(frame.image_fill, dtype=torch.float32)
         self.register_buffer("fill", fill[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = self._sides(images)
+    def forward(self, images: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`size` (2,) int64, of a graph for any size: the file's height and width, H and W.
+
+        The pixels may be those of a JPEG that was decoded at 1/2, 1/4 or 1/8, as training and `predict` do.
+        """
+        rows, columns = self._sides(images, size)
         logits = self.network(self._canvas(images, rows, columns)).float()
         down, across = _enlarging(rows, self._frame.size), _enlarging(columns, self._frame.size)
         own = down @ (logits @ across.T)
@@ -76,16 +95,20 @@ class Deployable(nn.Module):
             pixels = torch.where(inside > 0.5, pixels, self.fill)
         return pixels * self.factor + self.offset
 
-    def _sides(self, images: Tensor) -> tuple[Side, Side]:
+    def _sides(self, images: Tensor, size: Tensor | None) -> tuple[Side, Side]:
         if self._fixed is not None:
             return self._fixed
-        size = self._frame.size
-        own = [torch.full((), images.shape[axis], dtype=torch.int64) for axis in (1, 2)]
-        if self._frame.shape == "squash":
-            return Side(own[0], 0, size), Side(own[1], 0, size)
-        scale = size / torch.maximum(*own).double()  # float64, as in geometry.py: half a pixel may decide
-        lengths = [(each.double() * scale - 0.5).ceil().clamp(min=1).long() for each in own]
-        rows, columns = (Side(each, (size - of) // 2, of) for each, of in zip(own, lengths, strict=True))
+        assert size is not None
+        side = self._frame.size
+        own = [size[0], size[1]]
+        lengths: list[Length] = [side, side]
+        if self._frame.shape == "letterbox":
+            scale = side / torch.maximum(*own).double()  # float64, as in geometry.py: half a pixel may decide
+            lengths = [(each.double() * scale - 0.5).ceil().clamp(min=1).long() for each in own]
+        rows, columns = (
+            Side(given, _bounded(each), each, (2 * each + given) // (2 * given), (side - length) // 2, length)
+            for given, each, length in zip(images.shape[1:3], own, lengths, strict=True)
+        )
         return rows, columns
 
 
@@ -97,6 +120,14 @@ def probabilities_of(logits: Tensor, class_count: int) -> Tensor:
     return each if class_count > 2 else 1 - each[:, :1]
 
 
+def _bounded(length: Tensor) -> int:
+    """A side as a number that the graph may give tensors' shapes."""
+    number = cast(int, length.item())
+    torch._check(number >= 2)
+    torch._check(number <= LARGEST_SIDE)
+    return number
+
+
 def _fixed_sides(frame: Frame, height: int, width: int) -> tuple[Side, Side]:
     place = frame.place(height, width)
     if place.canvas != (frame.size, frame.size):
@@ -104,19 +135,24 @@ def _fixed_sides(frame: Frame, height: int, width: int) -> tuple[Side, Side]:
             f"--size {height}x{width}: under data.shape crop this takes more than one tile; export one of "
             f"{frame.size}x{frame.size}, or use distseg predict"
         )
-    return Side(height, place.top, place.height), Side(width, place.left, place.width)
+    rows, columns = (
+        Side(height, height, height, 1, place.top, place.height),
+        Side(width, width, width, 1, place.left, place.width),
+    )
+    return rows, columns
 
 
 def _reducing(side: Side, size: int) -> Tensor:
-    """(S, own) float64: what each pixel of the file counts in each of the canvas, 0 in all of the padding.
+    """(S, given) float64: what each pixel of the file counts in each of the canvas, 0 in all of the padding.
 
     PIL's: a triangle, as wide as the pixel that it is for (Resample.c). Distances between centres are counted in whole
-    parts of a pixel, 1 / (2 · length).
+    parts of a pixel that comes in, 1 / (2 · reduced).
     """
-    own, length = _whole(side.own), _whole(side.length)
+    own, length = torch.as_tensor(side.own), torch.as_tensor(side.length)
+    reduced = length * side.reduction
     place = torch.arange(size)[:, None] - side.first
-    distance = (2 * _places(side.own) + 1) * length - (2 * place + 1) * own
-    weights = (1 - distance.abs().double() / (2 * torch.maximum(own, length)).double()).clamp(min=0)
+    distance = (2 * torch.arange(side.given) + 1) * reduced - (2 * place + 1) * own
+    weights = (1 - distance.abs().double() / (2 * torch.maximum(own, reduced)).double()).clamp(min=0)
     weights = weights * ((place >= 0) & (place < length))
     return weights / weights.sum(dim=1, keepdim=True).clamp(min=0.25)  # 0 / 0.25 in the padding; others are above
 
@@ -141,17 +177,8 @@ def _rounded(high: Tensor, low: Tensor) -> Tensor:
 
 def _enlarging(side: Side, size: int) -> Tensor:
     """(own, S) float32: bilinear weights from the picture on the canvas to the file, as in torch's interpolate."""
-    own, length = _whole(side.own), _whole(side.length)
-    position = (2 * _places(side.own)[:, None] + 1) * length - own  # in 1 / (2 · own)
+    own, length = torch.as_tensor(side.own), torch.as_tensor(side.length)
+    position = (2 * torch.arange(side.count)[:, None] + 1) * length - own  # in 1 / (2 · own)
     position = torch.minimum(position.clamp(min=0), 2 * own * (length - 1))
     distance = position - 2 * own * (torch.arange(size) - side.first)
     return (1 - distance.abs().float() / (2 * own).float()).clamp(min=0)
-
-
-def _whole(length: Length) -> Tensor:
-    return length if isinstance(length, Tensor) else torch.tensor(length)
-
-
-def _places(length: Length) -> Tensor:
-    """0, 1, … length − 1."""
-    return torch.arange(length)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -25,18 +24,18 @@ def write_onnx(
 ) -> None:
     """Write an exported program as one file. Raises UserError where an operator has no form in ONNX.
 
-    `names` are those of inputs and outputs, `axes` those of the free axes of the one input, and `facts` becomes the
+    `names` are those of inputs and outputs, `axes` those of the free axes of the first input, and `facts` becomes the
     file's metadata `distseg`.
     """
     _runtime()
     try:
-        with _quiet():
+        with quiet("torch.onnx"):
             onnx = torch.onnx.export(
                 program,
                 (),
                 input_names=names[0],
                 output_names=names[1],
-                dynamic_shapes=(dict(axes),),
+                dynamic_shapes=(dict(axes), None)[: len(names[0])],
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -57,10 +56,10 @@ class OnnxGraph:
 
     def __init__(self, path: Path) -> None:
         self._session = _runtime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        [self._input] = [each.name for each in self._session.get_inputs()]
+        self._inputs = [each.name for each in self._session.get_inputs()]
 
-    def __call__(self, images: NDArray[np.uint8]) -> list[NDArray[Any]]:
-        outputs: list[NDArray[Any]] = self._session.run(None, {self._input: images})
+    def __call__(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._session.run(None, dict(zip(self._inputs, inputs, strict=True)))
         return outputs
 
 
@@ -73,9 +72,9 @@ def _runtime() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of packages that it would support, and in long tables."""
-    logger = logging.getLogger("torch.onnx")
+def quiet(name: str) -> Iterator[None]:
+    """Exporters warn, in many lines, of packages that they would support and of symbols that they have resolved."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -1,5 +1,7 @@
 """The graph of an export against PIL and torch's interpolation, and what is no graph."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
-from distseg.data.geometry import Frame
+from distseg.data.decode import read_canvas, read_reduced
+from distseg.data.geometry import Frame, Shape
 from distseg.errors import UserError
 from distseg.inference.graph import Deployable
 from distseg.models.unet import UNet
@@ -45,13 +48,13 @@ def pictures(count: int, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", ["squash", "letterbox"])
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_graph_does_what_training_does(size: tuple[int, int], fixed: bool, shape: str, outputs: int) -> None:
+def test_a_graph_does_what_training_does(size: tuple[int, int], fixed: bool, shape: Shape, outputs: int) -> None:
     torch.manual_seed(1)
     network, frame = UNet(4, 2, out_channels=outputs).eval(), Frame(32, shape)
     graph = Deployable(network, frame, max(2, outputs), size if fixed else None).eval()
     images = pictures(2, *size)
     with torch.no_grad():
-        masks, probabilities = graph(torch.from_numpy(images))
+        masks, probabilities = graph(torch.from_numpy(images), None if fixed else torch.tensor(size))
     logits = by_pil(network, images, frame)
     expected = logits.sigmoid() if outputs == 1 else logits.softmax(1)
     expected = 1 - expected[:, :1] if outputs == 2 else expected
@@ -71,6 +74,23 @@ def test_crops_are_graphs_of_one_tile(scale: float, size: tuple[int, int]) -> No
     with torch.no_grad():
         _, probabilities = Deployable(network, frame, 2, size).eval()(torch.from_numpy(images))
     assert (probabilities - by_pil(network, images, frame).sigmoid()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["squash", "letterbox"])
+@pytest.mark.parametrize("size", [(517, 1031), (640, 800)])
+def test_jpegs_that_are_decoded_at_a_part_of_their_size(shape: Shape, size: tuple[int, int], tmp_path: Path) -> None:
+    network, frame = UNet(4, 2).eval(), Frame(32, shape)
+    Image.fromarray(pictures(1, *size)[0]).save(tmp_path / "a.jpg", quality=95)
+    pixels, own = read_reduced(tmp_path / "a.jpg", frame)
+    canvas, _ = read_canvas(tmp_path / "a.jpg", frame)
+    assert own == size and pixels.shape[1] == -(-size[1] // 8)
+    graph = Deployable(network, frame, 2, None).eval()
+    rows, columns = graph._sides(torch.from_numpy(pixels[None]), torch.tensor(own))
+    actual = graph._canvas(torch.from_numpy(pixels[None]), rows, columns)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(actual, (canvas / 255 - CHANNEL_MEANS) / CHANNEL_DEVIATIONS, atol=1e-5)
+    with torch.no_grad():
+        masks, _ = graph(torch.from_numpy(pixels[None]), torch.tensor(own))
+    assert masks.shape == (1, *size)
 
 
 def test_tiles_are_no_graph() -> None:

@@ -168,6 +168,15 @@ def test_lists_tables_links_and_an_output_folder_inside(
     assert {row["id"] for row in rows_of(tmp_path / "listed")} == {"a", "Läsion é"}
 
 
+def test_earlier_predictions_below_an_input_are_no_inputs(make_run: Callable, pictures: Path, tmp_path: Path) -> None:
+    run = make_run()
+    assert predict(run, pictures / "a.png", "--to", pictures / "below" / "earlier", "--overlays") == 0
+    assert predict(run, pictures, "--to", tmp_path / "out") == 0
+    assert len(rows_of(tmp_path / "out")) == 10
+    masks = pictures / "below" / "earlier" / "masks"
+    assert predict(run, masks, "--to", tmp_path / "of_masks") == 0, "a folder that is named is meant"
+
+
 def test_refused(make_run: Callable, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, full = make_run(), tmp_path / "full"
     full.mkdir()
