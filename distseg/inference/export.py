@@ -1,7 +1,7 @@
 """A run's network as files that need no distseg, each checked against the run on real images.
 
-The graph is `Deployable`: inputs `images` (B, h, w, 3) uint8 RGB and, where it is for any size, `size` (2,) int64, H and
-W; outputs `masks` (B, H, W) uint8 class ids and `probabilities` (B, C, H, W) float32.
+The graph is `Deployable`: inputs `images` (B, h, w, 3) uint8 RGB and, where it is for any size, `size` (2,) int64,
+H and W; outputs `masks` (B, H, W) uint8 class ids and `probabilities` (B, C, H, W) float32.
 """
 
 import io
