@@ -10,18 +10,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-import mlflow.pyfunc
 import numpy as np
 import onnxruntime
 import pandas as pd
 from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 _ORIENTATION = 0x0112
 
 
-class Segmenter(mlflow.pyfunc.PythonModel):
+class Segmenter(PythonModel):
     def load_context(self, context: Any) -> None:
         self._facts = json.loads(Path(context.artifacts["facts"]).read_text(encoding="utf-8"))
         self._graph = onnxruntime.InferenceSession(context.artifacts["graph"], providers=["CPUExecutionProvider"])
@@ -87,4 +88,4 @@ def _bad_request(text: str) -> MlflowException:
     return MlflowException.invalid_parameter_value(text)
 
 
-mlflow.models.set_model(Segmenter())
+set_model(Segmenter())
