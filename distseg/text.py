@@ -18,7 +18,7 @@ def for_csv(text: str) -> str:
 
 def for_markdown(text: str) -> str:
     """`text` in one line of Markdown that shows it as it is: no link, markup or HTML, and a table's cell stays one."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", for_terminal(text))
+    return re.sub(r"([\\`*_\[\]<>|~&:@$])", r"\\\1", for_terminal(text))
 
 
 def counted(number: int, noun: str) -> str:

@@ -31,7 +31,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         }
     )
     lines += ["", "## Data", ""]
-    splits = ", ".join(f"{counted(count, 'image')} {name}" for name, count in data["splits"].items())
+    splits = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
     rate = noise["rate"]
     lines += _table(
         {
@@ -39,7 +39,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "samples, by content": data["sha256"] or "not recorded",
             "splits": splits or "not recorded",
             "clean training images": "not recorded" if data["clean"] is None else str(data["clean"]),
-            "annotations": noise["kind"],
+            "annotations": "as the data brings them" if noise["kind"] == "none" else f"drawn wrong, {noise['kind']}",
             "wrong pixels in the noisy masks": "not known" if rate is None else f"{rate:.2%} on average",
         }
     )

@@ -107,7 +107,7 @@ def check_graph(predictor: Predictor, graph: Graph, images: Sequence[Path], size
                 masks, probabilities = graph(np.asarray(resized)[None])
             logits = torch.cat([*next(predictor.strips([predictor.read(path)]))], dim=1)[None]
             expected = probabilities_of(logits, predictor.data.class_count).numpy()
-            difference = max(difference, float(np.abs(probabilities - expected).max()))
+            difference = float(np.maximum(difference, np.abs(probabilities - expected).max()))  # NaN stays
             [prediction] = predictor.predict([predictor.read(path)])
             iou = min(iou, _least_iou(masks[0], prediction.mask, predictor.data.class_count))
     return Check(len(images), difference, iou)

@@ -83,6 +83,13 @@ def test_a_graph_of_another_network_is_refused(make_run: Callable, pictures: Pat
         None,
     )
     assert wrong.difference > 0.3 and wrong.iou < 0.9
+    nothing = check_graph(
+        predictor,
+        lambda images, _: [np.ones(images.shape[:3], np.uint8), np.full((1, 1, *images.shape[1:3]), np.nan)],
+        [pictures / "a.png", pictures / "i.png"],
+        None,
+    )
+    assert np.isnan(nothing.difference)
 
 
 def test_refused(make_run: Callable, pictures: Path, tmp_path: Path) -> None:
