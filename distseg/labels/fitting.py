@@ -1,0 +1,76 @@
+"""The label model fitted at once to what a trained network says of many masks; training fits it step by step.
+
+First the calibration, on images with a reference that the network has not learned from. Then, with the calibrated
+network as the prior, how each annotator errs, by expectation maximisation (Dawid and Skene 1979).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distseg.labels.annotators import expected_counts, identity_prior, log_likelihood
+from distseg.labels.calibration import calibration_sums, gain_sums, identity, newton_step, relative_gain
+from distseg.labels.distances import bin_count
+from distseg.ops import valid_pixels
+
+ROUNDS = 10
+"""Of expectation maximisation. Counts start from annotators who do not err."""
+_NEWTON_STEPS = 30
+
+
+def fit_calibration(examples: Sequence[tuple[Tensor, Tensor]], classes: int) -> Tensor:
+    """θ (C,) float64 of pairs of relative logits (1, C, H, W) and references (1, H, W); the identity without any.
+
+    It has a shift only where the shift takes away more of the loss than its standard error.
+    """
+    theta, of_scale = identity(classes, torch.device("cpu")), identity(classes, torch.device("cpu"))
+    if not examples:
+        return theta
+    for _ in range(_NEWTON_STEPS):
+        theta = newton_step(theta, _summed([calibration_sums(*each, theta) for each in examples]))
+        of_scale = newton_step(of_scale, _summed([calibration_sums(*each, of_scale) for each in examples]), False)
+    gain, error = relative_gain(_summed([gain_sums(*each, theta, of_scale) for each in examples]), len(examples))
+    return theta if gain > error else of_scale
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Pixels that the same R annotators have labelled."""
+
+    annotators: tuple[str, ...]
+    """The R of them."""
+    logits: Tensor
+    """(C, N) float32, calibrated."""
+    masks: Tensor
+    """(R, N) class ids, 255 = ignore."""
+    bins: Tensor
+    """(R, N) int64 (distances.py)."""
+
+    def posterior(self, counts: Mapping[str, Tensor]) -> Tensor:
+        """(C, N): logits of what each pixel is, given the network and what all R have drawn; one who ignores it says
+        nothing."""
+        logits = self.logits
+        for annotator, mask, bins in zip(self.annotators, self.masks, self.bins, strict=True):
+            evidence = log_likelihood(counts[annotator]).to(logits.dtype)[:, bins]
+            logits = logits + torch.where(valid_pixels(mask), evidence, 0.0)
+        return logits
+
+
+def fit_counts(blocks: Sequence[Marked], classes: int) -> dict[str, Tensor]:
+    """How each annotator errs: counts (C, bins) float64 by name, of distance bins by what is expected to be there."""
+    names = sorted({name for block in blocks for name in block.annotators})
+    counts = {name: identity_prior(classes, torch.device("cpu")) for name in names}
+    for _ in range(ROUNDS):
+        found = {name: torch.zeros_like(counts[name]) for name in names}
+        for block in blocks:
+            probabilities = block.posterior(counts).softmax(0)[None, :, None]
+            for name, mask, bins in zip(block.annotators, block.masks, block.bins, strict=True):
+                found[name] += expected_counts(probabilities, mask[None, None], bins[None, None], bin_count(classes))
+        counts = found
+    return counts
+
+
+def _summed(sums: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*sums]).sum(0)
