@@ -112,10 +112,10 @@ def _checked(
         )
     mask = table[item.masks[REFERENCE] if REFERENCE in item.masks else next(iter(item.masks.values()))]
     size = read_size(samples[item.id].image, decoding)
-    if mask.shape[::-1] != size:
+    if mask.shape != size:
         raise BadFileError(
             f"{where}: the mask of {for_terminal(item.id)} is {mask.shape[1]}×{mask.shape[0]}, and its image "
-            f"{size[0]}×{size[1]}; is it of another data set?"
+            f"{size[1]}×{size[0]}; is it of another data set?"
         )
     if (mask == IGNORE).any() and not decoding.classes.ignored:
         raise UserError(

@@ -30,9 +30,9 @@ def logits(number: int, seed: int = 0) -> np.ndarray:
     return np.stack([np.zeros_like(lesion), lesion]).astype(np.float16)
 
 
-def write_data(root: Path, images: int = 12, val: int = 4, group: str = "", shifts: dict[str, float] | None = None) -> (
-    Path
-):
+def write_data(
+    root: Path, images: int = 12, val: int = 4, group: str = "", shifts: dict[str, float] | None = None
+) -> Path:
     """ROOT/manifest.csv: training images with an annotation by each annotator, validation and test with references.
 
     The first training image has an empty mask by its first annotator, the second nothing at all."""

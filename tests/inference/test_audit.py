@@ -1,4 +1,4 @@
-"""`distseg audit`: what it finds of annotators whose errors are known, and what its folder is under any circumstances."""
+"""`distseg audit`: what it finds of annotators whose errors are known, and that its folder survives kills."""
 
 import csv
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from drawn_by_annotators import SHIFTS, SIZE, disc, logits, write_data
 
 from distseg.cli.audit import main
@@ -31,7 +30,7 @@ from distseg.testing.launcher import train_environment
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-KEYS = ("data.image_size=32", "data.pipeline=torch", "data.allow=[]")
+KEYS = ("data.image_size=32", "data.pipeline=torch")
 
 
 def audit(*arguments: str | Path) -> int:
@@ -97,7 +96,7 @@ def test_annotators_errors_are_found(verdicts: tuple[list[Verdict], Path]) -> No
         assert abs(found["mean"] - shift) < 0.5, name  # pixels
         assert found["low"] <= found["mean"] <= found["high"]
         radius = 0.235 * SIZE
-        assert figures[name]["relative_shift"]["mean"] == pytest.approx(found["mean"] / (radius * np.pi**0.5), rel=0.1)
+        assert figures[name]["relative_shift"]["mean"] == pytest.approx(shift / (radius * np.pi**0.5), abs=0.02)
     assert figures["generous"]["missed"]["mean"] == pytest.approx(1 / 39)  # of the images that show something
     assert figures["exact"]["missed"]["mean"] == 0
     assert max(figures, key=lambda name: figures[name]["expected_dice"]["mean"]) == "exact"
@@ -260,7 +259,9 @@ def test_killed_at_any_moment_and_started_again(run: Path, tmp_path: Path) -> No
     command = [sys.executable, "-m", "distseg.cli.audit", str(run), "--to", str(tmp_path / "killed"), "--queue", "3"]
     rng = random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         time.sleep(rng.uniform(2, 6))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
@@ -273,9 +274,7 @@ def test_folds_judge_what_they_have_not_learned_from_and_are_taken_up(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = write_data(tmp_path / "data", 16)
-    allow = "data.allow=[constant_masks,near_twins,empty_masks,same_masks]"
-    run = make_run(f"data.root={root}", *KEYS[:2], "method.name=noisy_only", "train.batch_size=4", "train.steps=2")
-    del allow
+    run = make_run(f"data.root={root}", *KEYS, "method.name=noisy_only", "train.batch_size=4", "train.steps=2")
     to = tmp_path / "audit"
     assert audit(run, "--to", to, "--folds", "2") == 0
     assert len(rows_of(to / "table.csv")) == 48
@@ -295,4 +294,3 @@ def test_folds_judge_what_they_have_not_learned_from_and_are_taken_up(
     assert audit(run, "--to", to, "--folds", "2") == 0
     assert [(folder / "result.json").stat().st_mtime_ns for folder in folds] == stamps
     assert contents(to) == before
-    assert torch.get_num_threads() > 0
