@@ -94,13 +94,15 @@ def audit(arguments: argparse.Namespace, runtime: "Runtime") -> int:
 def configured(arguments: argparse.Namespace) -> "Config":
     """The run's config, with the data that is audited. Other data brings its own masks."""
     from distseg.config.load import load_config
+    from distseg.data.noise.none import NoNoise
 
-    keys = list(arguments.keys)
-    if arguments.data:
-        keys = [f"data.root={arguments.data}", "data.noise.kind=none", "data.cache=null", *keys]
-        if not any(key.startswith("data.clean_count=") for key in keys):
-            keys.append("data.clean_count=null")
-    return load_config(arguments.run / "config.yaml", keys)
+    config = load_config(arguments.run / "config.yaml", arguments.keys)
+    if not arguments.data:
+        return config
+    other: dict[str, Any] = {"root": arguments.data, "noise": NoNoise(), "cache": None}
+    if not any(key.startswith("data.clean_count=") for key in arguments.keys):
+        other["clean_count"] = None
+    return config.model_copy(update={"data": config.data.model_copy(update=other)})
 
 
 def plan_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -178,11 +180,10 @@ def predict(task: Task, arguments: argparse.Namespace, folder: "AuditFolder", ru
     which = "last" if arguments.folds else arguments.checkpoint
     predictor = main_rank_first(
         lambda: Predictor.of_run(
-            task.run, runtime.device, settings_of(arguments), which, arguments.allow_import or bool(arguments.folds),
-            [key for key in arguments.keys if key.partition("=")[0] not in ("data.clean_count", "data.on_bad")],
+            task.run, runtime.device, settings_of(arguments), which, arguments.allow_import, arguments.keys
         ),
         runtime.device,
-    )  # fmt: skip
+    )
     failed = 0
     for to, samples in ((folder.images(task.name), [each.sample for each in task.drawn]),
                         (folder.calibration(task.name), task.references)):  # fmt: skip

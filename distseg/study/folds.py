@@ -17,7 +17,8 @@ from distseg.study.scheduler import run_all, share_machine
 def fold_runs(config: Config, noisy: Sequence[Sample], count: int) -> dict[int, StudyRun]:
     """By index the runs of `config` less one of `count` folds each; a fold without a noisy image has none.
 
-    They are not tracked. Raises UserError where all noisy images are of one fold.
+    They are not tracked, nor scored at the files' own resolution. Raises UserError where all noisy images are of one
+    fold.
     """
     seed = config.data.split_seed
     filled = sorted({fold_of(sample, count, seed) for sample in noisy})
@@ -25,7 +26,8 @@ def fold_runs(config: Config, noisy: Sequence[Sample], count: int) -> dict[int, 
         raise UserError(f"--folds {count}: all noisy images are of one group or fold; take more folds, or none")
     runs = {}
     for index in filled:
-        data = config.data.model_copy(update={"fold": FoldConfig(count=count, index=index)})
+        fold_config = FoldConfig(count=count, index=index)
+        data = config.data.model_copy(update={"fold": fold_config, "score_own": "never"})
         tracking = config.tracking.model_copy(update={"mlflow": False, "log_model": False})
         fold = config.model_copy(update={"data": data, "tracking": tracking})
         name = f"fold_{index}_of_{count}-{config_hash(fold)}"

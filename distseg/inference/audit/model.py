@@ -3,6 +3,7 @@
 Everything here is a function of files and settings, so that an audit that was stopped gives the same when it goes on.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from distseg.labels.annotators import identity_prior
 from distseg.labels.calibration import calibrated
 from distseg.labels.distances import signed_distance_bins
 from distseg.labels.fitting import Marked, fit_calibration, fit_counts
+
+logger = logging.getLogger(__name__)
 
 OWN_COUNTS = 10
 """Masks from which on an annotator has counts of their own; those with fewer share theirs."""
@@ -102,7 +105,8 @@ def _references(judge: Judge, decoding: Decoding) -> list[tuple[Tensor, Tensor]]
         try:
             relative = logits_of(judge.calibration, sample.id)
             mask = resize_mask(read_mask(sample.truth, decoding), relative.shape[1], relative.shape[2])
-        except (BadFileError, OSError, ValueError):
+        except (BadFileError, OSError, ValueError) as error:
+            logger.warning("not calibrated on %s: %s", sample.id, error)
             continue
         pairs.append((relative[None], torch.from_numpy(mask)[None]))
     return pairs
