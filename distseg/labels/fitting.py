@@ -3,14 +3,12 @@
 First the calibration, on images with a reference that the network has not learned from. Then, with the calibrated
 network as the prior, how each annotator errs, by expectation maximisation (Dawid and Skene 1979):
 
-    log P(c | x, m_1, …, m_R) = log P(c | x) + Σ_r log P_r(c | m_r) + const
+    log P(c | x, m_1, …, m_R) = log P(c | x) + ½ · mean_r log P_r(m_r | c) + const
 
-P_r(c | m), of what classes the pixels are that lie in the bin m of annotator r, stands here where annotators.py has
-P(m | c). The two differ by the base rate P(c) of all pixels. The network already knows whether a pixel is near an
-object's contour, where both classes are about as frequent; P(m | c) says "near a contour" again, and with it that
-background is less frequent there than elsewhere. On discs whose contours annotators draw 2 px too large, right and 2 px
-too small, that moves the contour that all agree on by 1 px outwards; P(c | m) by 0.02
-(tests/inference/test_audit.py).
+Theirs is the sum without the ½. It takes what annotators do for independent from pixel to pixel, of each other and of
+the network. A mask is one decision, though, and a network that was trained on these annotators shares their errors; so
+all of them together count for half an observation, as in a composite likelihood (Varin, Reid and Firth 2011).
+docs/audit.md has what the weight is worth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distseg.labels.annotators import SMOOTHING, expected_counts, identity_prior
+from distseg.labels.annotators import expected_counts, identity_prior, log_likelihood
 from distseg.labels.calibration import calibration_sums, gain_sums, identity, newton_step, relative_gain
 from distseg.labels.distances import bin_count
 from distseg.ops import valid_pixels
 
 ROUNDS = 10
 """Of expectation maximisation. Counts start from annotators who do not err."""
+WEIGHT = 0.5
+"""Of all annotators' evidence on a pixel."""
 _NEWTON_STEPS = 30
 
 
@@ -44,12 +44,6 @@ def fit_calibration(examples: Sequence[tuple[Tensor, Tensor]], classes: int) -> 
     return theta if gain > error else of_scale
 
 
-def log_shares(counts: Tensor) -> Tensor:
-    """log P(c | m), (C, bins), of counts of many pixels; a bin that has not occurred says nothing."""
-    counts = counts + SMOOTHING * counts.sum() / counts.numel()
-    return (counts / counts.sum(0)).log()
-
-
 @dataclass(frozen=True)
 class Marked:
     """Pixels that the same R annotators have labelled."""
@@ -66,9 +60,9 @@ class Marked:
     def posterior(self, counts: Mapping[str, Tensor]) -> Tensor:
         """(C, N): logits of what each pixel is, given the network and what all R have drawn; one who ignores it says
         nothing."""
-        logits = self.logits
+        logits, share = self.logits, WEIGHT / len(self.annotators)
         for annotator, mask, bins in zip(self.annotators, self.masks, self.bins, strict=True):
-            evidence = log_shares(counts[annotator]).to(logits.dtype)[:, bins]
+            evidence = share * log_likelihood(counts[annotator]).to(logits.dtype)[:, bins]
             logits = logits + torch.where(valid_pixels(mask), evidence, 0.0)
         return logits
 

