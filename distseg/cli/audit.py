@@ -55,11 +55,14 @@ class Task:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
     # Late: help must not wait for what torch takes to import.
+    from distseg.distributed.collectives import FailedElsewhere
     from distseg.distributed.runtime import start_runtime, stop_runtime
 
     runtime = start_runtime()
     try:
         return audit(arguments, runtime)
+    except FailedElsewhere:
+        return 2
     finally:
         stop_runtime()
 

@@ -21,7 +21,7 @@ from distseg.cli.process import run_command
 from distseg.config.load import load_config
 from distseg.data.decode import PLAIN
 from distseg.data.sample import Problem
-from distseg.distributed.runtime import stop_runtime
+from distseg.distributed.runtime import free_port, stop_runtime
 from distseg.inference.audit.drawn import drawn_in_training
 from distseg.inference.audit.model import Judge, fit
 from distseg.inference.audit.report import annotator_figures, annotators_table, ranked, table
@@ -267,6 +267,24 @@ def test_killed_at_any_moment_and_started_again(run: Path, tmp_path: Path) -> No
         process.wait(60)
     assert subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, timeout=300).returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
+    assert audit(run, "--to", tmp_path / "one", "--batch-size", "3") == 0
+    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "launch/audit.py", str(run), "--to", str(tmp_path / "two"), "--batch-size", "3"]
+    ranks = [
+        subprocess.Popen(words, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(200) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow
