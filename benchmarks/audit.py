@@ -110,8 +110,9 @@ def figures_of(score: NDArray[np.float64], true: NDArray[np.float64], id_order: 
     }
 
 
-def rank_masks(place: Place) -> None:
-    for mode, words in (("quick", []), ("folds", ["--folds", str(FOLDS)])):
+def rank_masks(place: Place, modes: Sequence[str]) -> None:
+    for mode in modes:
+        words = ["--folds", str(FOLDS)] if mode == "folds" else []
         result = RESULTS / f"{place.case}-s{place.seed}-{mode}.json"
         if result.exists():
             continue
@@ -271,6 +272,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, help="folder with manifest.csv")
     parser.add_argument("--only", choices=CASES, action="append", help="these cases alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--modes", choices=("quick", "folds"), nargs="+", default=["quick", "folds"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--results", type=Path, help="another folder for the results")
@@ -291,7 +293,7 @@ def main() -> None:
                 continue
             place = Place(arguments.work.resolve(), case, seed, root.resolve())
             if arguments.what == "ranking":
-                rank_masks(place)
+                rank_masks(place, arguments.modes)
             else:
                 relabel(place, arguments.shares)
 
