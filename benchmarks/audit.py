@@ -72,11 +72,13 @@ class Place:
     case: str
     seed: int
     data: Path
+    more: tuple[str, ...] = ()
+    """Keys in place of the case's."""
 
     @property
     def keys(self) -> list[str]:
         noise = [] if "noise" not in " ".join(CASES[self.case][1]) else [f"data.noise.seed={self.seed}"]
-        return [f"data.root={self.data}", *CASES[self.case][1], f"seed={self.seed}", *noise]
+        return [f"data.root={self.data}", *CASES[self.case][1], f"seed={self.seed}", *noise, *self.more]
 
     @property
     def run(self) -> Path:
@@ -160,7 +162,9 @@ def relabel(place: Place, shares: Sequence[float]) -> None:
             root = place.work / "relabelled" / f"{place.case}-s{place.seed}-{name}-{share:g}"
             drawn = {row["id"]: Path(row["file"]) for row in rows}
             write_data(root, clean, noisy, scored, drawn, set(again))
-            keys = [f"data.root={root}", "data.follow_links=true", "data.clean_count=null", f"seed={place.seed}"]
+            keys = [
+                *place.more, f"data.root={root}", "data.follow_links=true", "data.clean_count=null", f"seed={place.seed}"
+            ]  # fmt: skip
             train(place, root.name, keys)
             done = json.loads((place.work / "runs" / root.name / "result.json").read_text())
             content = {
@@ -274,7 +278,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", choices=("quick", "folds"), nargs="+", default=["quick", "folds"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
-    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the config")
     parser.add_argument("--results", type=Path, help="another folder for the results")
     arguments = parser.parse_args()
     if arguments.results:
@@ -284,14 +288,13 @@ def main() -> None:
         return
     if arguments.work is None:
         parser.error("give a folder for runs and audits")
-    BASE["train"]["steps"] = arguments.steps  # type: ignore[index]
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for case, (data, _) in CASES.items():
             root = getattr(arguments, data)
             if root is None or (arguments.only and case not in arguments.only):
                 continue
-            place = Place(arguments.work.resolve(), case, seed, root.resolve())
+            place = Place(arguments.work.resolve(), case, seed, root.resolve(), tuple(arguments.set))
             if arguments.what == "ranking":
                 rank_masks(place, arguments.modes)
             else:

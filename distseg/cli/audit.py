@@ -74,7 +74,7 @@ def audit(arguments: argparse.Namespace, runtime: "Runtime") -> int:
 
     if arguments.folds and runtime.shard.world_size > 1:
         raise UserError("--folds: its trainings are processes of their own; start it as one process, with --parallel")
-    config = configured(arguments)
+    config = main_rank_first(lambda: configured(arguments), runtime.device)
     folder = AuditFolder(arguments.to)
 
     def begin(stack: ExitStack) -> None:
@@ -288,6 +288,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
         parser.error(f"--folds {arguments.folds}: must be at least 2")
     if arguments.folds and arguments.checkpoint != "last":
         parser.error(f"--checkpoint {arguments.checkpoint}: is of the run, and --folds trains networks of their own")
+    if arguments.parallel != 1 and not arguments.folds:
+        parser.error(f"--parallel {arguments.parallel}: is for --folds")
     for name, least in (("parallel", 1), ("queue", 0), ("shown", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name} {getattr(arguments, name)}: must be at least {least}")

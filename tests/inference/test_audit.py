@@ -235,6 +235,7 @@ def test_three_classes(make_run: Callable[..., Path], tmp_path: Path) -> None:
         (["--folds", "1"], "at least 2"),
         (["--folds", "2", "--checkpoint", "best"], "networks of their own"),
         (["--queue", "-1"], "at least 0"),
+        (["--parallel", "2"], "is for --folds"),
         (["--set", "train.steps=3"], "must be data.KEY=VALUE"),
     ],
 )
