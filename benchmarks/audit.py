@@ -162,9 +162,8 @@ def relabel(place: Place, shares: Sequence[float]) -> None:
             root = place.work / "relabelled" / f"{place.case}-s{place.seed}-{name}-{share:g}"
             drawn = {row["id"]: Path(row["file"]) for row in rows}
             write_data(root, clean, noisy, scored, drawn, set(again))
-            keys = [
-                *place.more, f"data.root={root}", "data.follow_links=true", "data.clean_count=null", f"seed={place.seed}"
-            ]  # fmt: skip
+            keys = [*place.more, "data.clean_count=null", "data.follow_links=true"]
+            keys += [f"data.root={root}", f"seed={place.seed}"]
             train(place, root.name, keys)
             done = json.loads((place.work / "runs" / root.name / "result.json").read_text())
             content = {

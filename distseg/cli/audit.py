@@ -192,7 +192,7 @@ def predict(task: Task, arguments: argparse.Namespace, folder: "AuditFolder", ru
                         (folder.calibration(task.name), task.references)):  # fmt: skip
         items = sorted(Item(sample.id, sample.image) for sample in samples)
         job = Job(predictor, Outputs(to, Wanted("logits"), predictor.data.decoding), items, [])
-        main_rank_first(lambda job=job: job.begin() if runtime.is_main else None, runtime.device)
+        main_rank_first(job.begin if runtime.is_main else _nothing, runtime.device)
         failed += run_share(job, runtime)
         if runtime.is_main:
             job.finish()
@@ -240,6 +240,10 @@ def conclude(arguments: argparse.Namespace, config: "Config", folder: "AuditFold
         logger.warning("%s", problem)
     say("\n".join(_lines(outcome.verdicts, queued, folder)))
     return SOME_FAILED if problems else 0
+
+
+def _nothing() -> None:
+    """For the ranks that wait for another."""
 
 
 def _place(problem: "Problem") -> tuple[str, str]:

@@ -66,7 +66,7 @@ def merge_references(data: DataConfig, format: str, source: Source, unmarked: st
         raise UserError(f"{source.path}: holds no mask that somebody has drawn")
     written = {id: _written(data.root, samples[id], mask, data.decoding) for id, mask in masks.items()}
     changed = {id: path for id, path in written.items() if path != samples[id].reference}
-    former = {id: samples[id].reference for id in changed if samples[id].reference is not None}
+    former = {id: reference for id in changed if (reference := samples[id].reference) is not None}
     kept = _rewrite(data.root, listing, changed, former) if changed else None
     added, replaced = len(changed) - len(former), len(former)
     return Merged(added, replaced, len(masks) - len(changed), contents.unannotated, kept)

@@ -21,7 +21,7 @@ def test_figures_are_those_of_the_definitions() -> None:
     bad = true < 0.8
     pairs = (true + noise)[bad][:, None] < (true + noise)[~bad][None]
     assert found["auroc"] == pytest.approx(pairs.mean())
-    assert 0.5 < found["precision"] < 1
+    assert 0.3 < found["precision"] < 1
     assert figures_of(true, true, order) == pytest.approx(
         {"spearman": 1, "auroc": 1, "precision": 1, "true_dice_of_worst": np.sort(true)[:20].mean()}
     )
