@@ -106,14 +106,18 @@ def contour_shift(drawn: NDArray[np.bool_], proposed: NDArray[np.bool_]) -> floa
     """
     if drawn.all() or not drawn.any() or proposed.all() or not proposed.any():
         return math.nan
-    outside = cv2.distanceTransform((~proposed).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    inside = cv2.distanceTransform(proposed.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    signed = np.where(proposed, 0.5 - inside, outside - 0.5)
+    signed = np.where(proposed, 0.5 - _distance(proposed), _distance(~proposed) - 0.5)
     # Pixels on both sides of the drawn contour: half a pixel before it and half a pixel behind.
     padded = np.pad(drawn, 1, mode="edge").view(np.uint8)
     inner = drawn & (cv2.erode(padded, _CROSS)[1:-1, 1:-1] == 0)
     outer = ~drawn & (cv2.dilate(padded, _CROSS)[1:-1, 1:-1] > 0)
-    return float((signed[inner].mean(dtype=np.float64) + signed[outer].mean(dtype=np.float64)) / 2)
+    return float((signed[inner].mean() + signed[outer].mean()) / 2)
+
+
+def _distance(side: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(H, W): of pixels in `side` to the nearest on the other; by squares, for OpenCV rounds roots in several ways."""
+    found = cv2.distanceTransform(side.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.sqrt(np.rint(found.astype(np.float64) ** 2))
 
 
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
