@@ -136,7 +136,7 @@ def find_tasks(arguments: argparse.Namespace, config: "Config", folder: "AuditFo
         if not arguments.data:
             return [Task("run", arguments.run, *drawn_in_training(config, arguments.run))]
         own = load_config(arguments.run / "config.yaml")
-        return [Task("run", arguments.run, drawn_elsewhere(config, arguments.to), calibration_images(own, arguments))]
+        return [Task("run", arguments.run, drawn_elsewhere(config), calibration_images(own, arguments))]
     drawn, references = drawn_in_training(config, arguments.to if arguments.data else arguments.run)
     runs = fold_runs(config, [each.sample for each in drawn], arguments.folds)
     seed = config.data.split_seed

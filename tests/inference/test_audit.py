@@ -215,6 +215,22 @@ def test_references_of_other_data_are_audited_where_there_are_no_annotations(run
     assert proposed.shape == (40, 60)
 
 
+def test_annotations_of_other_data_need_no_reference(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    for folder in ("images", "annotations/anna", "annotations/ben"):
+        (other / folder).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((40, 60, 3), 30 * number, np.uint8) if folder == "images" else np.zeros((40, 60), np.uint8)
+            cv2.imwrite(str(other / folder / f"{number}.png"), pixels)
+    cv2.imwrite(str(other / "annotations/ben/2.png"), np.full((40, 60), 100, np.uint8))
+    assert audit(run, "--to", tmp_path / "audit", "--data", other) == 1
+    assert [row["annotator"] for row in rows_of(tmp_path / "audit/annotators.csv")] == ["anna", "ben"]
+    assert [row["id"] for row in rows_of(tmp_path / "audit/failed.csv")] == ["2"]  # 100 is neither 0 nor 1 nor 255
+    assert "holds 100" in capsys.readouterr().err
+
+
 def test_three_classes(make_run: Callable[..., Path], tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", 12, shifts={"a": 0.0, "b": 1.0})
     for path in (*(data / "annotations").rglob("*.png"), *(data / "references").glob("*.png")):

@@ -9,6 +9,7 @@ from distseg.data.checks import usable_samples
 from distseg.data.noise.write import read_noisy_masks
 from distseg.data.sample import FileKey, Sample
 from distseg.data.splits import split_clean
+from distseg.data.survey import read_samples
 from distseg.errors import UserError
 from distseg.run_folder import RunFolder
 
@@ -45,10 +46,10 @@ def drawn_in_training(config: Config, run: Path) -> tuple[list[Drawn], list[Samp
     return [_drawn(sample) for sample in noisy], [sample for sample in samples if sample.split == "val"]
 
 
-def drawn_elsewhere(config: Config, folder: Path) -> list[Drawn]:
+def drawn_elsewhere(config: Config) -> list[Drawn]:
     """Of `config.data.root`, data that the network has not seen: every annotation, or where there is none at all every
-    reference, of all splits. `folder` is where left_out.csv is, under data.on_bad=skip. Raises UserError."""
-    samples = usable_samples(config.data, folder, check=False)
+    reference, of all splits. Raises UserError."""
+    samples = read_samples(config.data)
     annotated = [sample for sample in samples if sample.annotations]
     drawn = [_drawn(sample) for sample in annotated or samples]
     if not drawn:

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from distseg.data.agreement import dice
 from distseg.data.classes import IGNORE
 from distseg.data.decode import Decoding, read_mask
+from distseg.data.inspect import inspect_mask
 from distseg.data.resize import resize_mask
 from distseg.data.sample import Problem
 from distseg.errors import BadFileError
@@ -129,7 +130,8 @@ def _verdicts(
     try:
         relative = logits_of(judge.images, drawn.sample.id)
         predicted = read_mask(judge.predictions / f"{drawn.sample.id}.png", decoding)
-        own = {name: read_mask(path, decoding) for name, path in drawn.masks.items()}
+        # Inspected, for reading takes for lesion whatever is not black.
+        own = {name: inspect_mask(path, decoding)[1] for name, path in drawn.masks.items()}
         truth = None if drawn.truth is None else read_mask(drawn.truth, decoding)
     except BadFileError as error:
         file, _, reason = str(error).partition(": ")
