@@ -2,6 +2,7 @@
 
     python benchmarks/audit.py ranking WORK --isic PATH [--bubil PATH] [--lidc PATH] [--only isic_polygon]
     python benchmarks/audit.py relabel WORK --isic PATH … [--shares 0.01 0.02 0.05 0.1]
+    python benchmarks/audit.py weights WORK --isic PATH …
     python benchmarks/audit.py show
 
 Each PATH holds manifest.csv; WORK is for runs and audits. A result is a file in benchmarks/results/audit/, with date
@@ -10,6 +11,8 @@ and machine. What has a file is not made again, and what was stopped is taken up
 ranking: trains on masks whose truth is known and kept back, audits by the run (quick) and by three folds (folds), and
 holds each score against the Dice of masks and truth: Spearman's correlation, the AUROC of masks with a true Dice below
 0.8, and which share of the tenth that a score calls worst belongs to the truly worst tenth.
+
+weights: what the expected Dice would be with another weight of the annotators' evidence, of the quick audits in WORK.
 
 relabel: the masks that a score of the folds calls worst become references, as if an expert had drawn them again, and a
 network is trained on the result; test Dice.
@@ -27,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from measure import describe_machine
 from numpy.typing import NDArray
 
+from distseg.cli import audit as audit_command
 from distseg.config.load import load_config
 from distseg.data.manifest_file import write_manifest
 from distseg.data.sample import Annotation, Sample
@@ -37,6 +42,9 @@ from distseg.data.splits import split_clean
 from distseg.data.survey import survey
 from distseg.distributed.launcher import train_command, train_environment
 from distseg.files import write_atomically
+from distseg.inference.audit.folder import AuditFolder
+from distseg.inference.audit.model import fit, logits_of, masks_at
+from distseg.labels.quality import expected_dice
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "audit"
@@ -61,6 +69,7 @@ METHOD = "label_correction"
 SCORES = {"expected_dice": 1, "disagreement": -1, "softmin": 1, "random": 1}
 """Columns of an audit's table, and whether good masks are high or low."""
 BAD = 0.8
+WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 FOLDS = 3
 
 
@@ -140,6 +149,37 @@ def rank_masks(place: Place, modes: Sequence[str]) -> None:
         }
         write_atomically(result, json.dumps(content, indent=1) + "\n")
         print(f"{result.name}: {json.dumps(content['scores'])}", flush=True)
+
+
+def weigh(place: Place) -> None:
+    result = RESULTS / "weights" / f"{place.case}-s{place.seed}.json"
+    if result.exists() or not (place.audit("quick") / "table.csv").exists():
+        return
+    arguments = audit_command.parse_arguments([str(place.run), "--to", str(place.audit("quick"))], None)
+    config, folder = audit_command.configured(arguments), AuditFolder(arguments.to)
+    [judge] = [audit_command.judge_of(task, folder) for task in audit_command.find_tasks(arguments, config, folder)]
+    decoding = config.data.decoding
+    rows = [row for row in read_table(arguments.to) if row["true_dice"]]
+    true = {(row["id"], row["annotator"]): float(row["true_dice"]) for row in rows}
+    found = {}
+    for weight in WEIGHTS:
+        model = fit([judge], decoding, config.data.class_count, weight)
+        expected = {}
+        for drawn in judge.drawn:
+            relative = logits_of(judge.images, drawn.sample.id)
+            masks = masks_at(drawn, (relative.shape[1], relative.shape[2]), decoding)
+            posterior = model.posterior(judge.name, relative, masks).softmax(0)
+            expected |= {(drawn.sample.id, name): expected_dice(posterior, torch.from_numpy(mask))
+                         for name, mask in masks.items()}  # fmt: skip
+        values, truth = (np.array([each[key] for key in true]) for each in (expected, true))
+        found[str(weight)] = figures_of(values, truth, np.arange(len(true))) | {
+            "mean_error": float((values - truth).mean()),
+            "mean_absolute_error": float(np.abs(values - truth).mean()),
+        }
+    content = {"machine": describe_machine("cpu"), "case": place.case, "seed": place.seed, "weights": found}
+    result.parent.mkdir(exist_ok=True)
+    write_atomically(result, json.dumps(content, indent=1) + "\n")
+    print(f"{result.name}: {json.dumps(found)}", flush=True)
 
 
 def relabel(place: Place, shares: Sequence[float]) -> None:
@@ -255,6 +295,16 @@ def summary() -> Iterator[str]:
                      for key in ("spearman", "auroc", "precision", "true_dice_of_worst")}  # fmt: skip
             values = " | ".join(f"{value:.3f}" for value in means.values())
             yield f"| {case} | {mode} | {len(results)} | {score} | {values} |"
+    weights = [json.loads(path.read_text()) for path in sorted((RESULTS / "weights").glob("*.json"))]
+    if weights:
+        yield ""
+        yield "| case, seed | weight | Spearman | AUROC | precision at 10 % | mean error | mean absolute error |"
+        yield "|---|---|---|---|---|---|---|"
+    keys = ("spearman", "auroc", "precision", "mean_error", "mean_absolute_error")
+    for content in weights:
+        for weight, figures in content["weights"].items():
+            values = " | ".join(f"{figures[key]:.3f}" for key in keys)
+            yield f"| {content['case']}, {content['seed']} | {weight} | {values} |"
     test: dict[tuple[str, str, float], list[float]] = {}
     for path in sorted((RESULTS / "relabel").glob("*.json")):
         content = json.loads(path.read_text())
@@ -269,7 +319,7 @@ def summary() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ranking", "relabel", "show"))
+    parser.add_argument("what", choices=("ranking", "weights", "relabel", "show"))
     parser.add_argument("work", type=Path, nargs="?")
     for name in ("isic", "bubil", "lidc"):
         parser.add_argument(f"--{name}", type=Path, help="folder with manifest.csv")
@@ -296,6 +346,8 @@ def main() -> None:
             place = Place(arguments.work.resolve(), case, seed, root.resolve(), tuple(arguments.set))
             if arguments.what == "ranking":
                 rank_masks(place, arguments.modes)
+            elif arguments.what == "weights":
+                weigh(place)
             else:
                 relabel(place, arguments.shares)
 

@@ -57,24 +57,24 @@ class Marked:
     bins: Tensor
     """(R, N) int64 (distances.py)."""
 
-    def posterior(self, counts: Mapping[str, Tensor]) -> Tensor:
+    def posterior(self, counts: Mapping[str, Tensor], weight: float) -> Tensor:
         """(C, N): logits of what each pixel is, given the network and what all R have drawn; one who ignores it says
         nothing."""
-        logits, share = self.logits, WEIGHT / len(self.annotators)
+        logits, share = self.logits, weight / len(self.annotators)
         for annotator, mask, bins in zip(self.annotators, self.masks, self.bins, strict=True):
             evidence = share * log_likelihood(counts[annotator]).to(logits.dtype)[:, bins]
             logits = logits + torch.where(valid_pixels(mask), evidence, 0.0)
         return logits
 
 
-def fit_counts(blocks: Sequence[Marked], classes: int) -> dict[str, Tensor]:
+def fit_counts(blocks: Sequence[Marked], classes: int, weight: float = WEIGHT) -> dict[str, Tensor]:
     """How each annotator errs: counts (C, bins) float64 by name, of distance bins by what is expected to be there."""
     names = sorted({name for block in blocks for name in block.annotators})
     counts = {name: identity_prior(classes, torch.device("cpu")) for name in names}
     for _ in range(ROUNDS):
         found = {name: torch.zeros_like(counts[name]) for name in names}
         for block in blocks:
-            probabilities = block.posterior(counts).softmax(0)[None, :, None]
+            probabilities = block.posterior(counts, weight).softmax(0)[None, :, None]
             for name, mask, bins in zip(block.annotators, block.masks, block.bins, strict=True):
                 found[name] += expected_counts(probabilities, mask[None, None], bins[None, None], bin_count(classes))
         counts = found

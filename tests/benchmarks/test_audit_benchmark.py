@@ -40,12 +40,15 @@ def test_ranking_and_relabelling_run_and_are_taken_up(drawn_data: Path, tmp_path
     )
     common = [str(tmp_path / "work"), "--isic", str(drawn_data), "--only", "isic_polygon", "--seeds", "0"]
     common += ["--results", str(tmp_path / "results"), *(word for key in keys for word in ("--set", key))]
-    for what in (["ranking"], ["relabel", "--shares", "0.2"]):
+    for what in (["ranking"], ["weights"], ["relabel", "--shares", "0.2"]):
         command = [sys.executable, "benchmarks/audit.py", what[0], *common, *what[1:]]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
     results = {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")}
-    assert len(results) == 7  # quick and folds; as drawn, and by four orders
+    assert len(results) == 8  # quick, folds; weights; as drawn, and by four orders
+    weighed = results["isic_polygon-s0.json"]["weights"]["0.5"]
+    ranked = results["isic_polygon-s0-quick.json"]
+    assert weighed["auroc"] == pytest.approx(ranked["scores"]["expected_dice"]["auroc"], abs=1e-3)
     assert results["isic_polygon-s0-quick.json"]["masks"] == results["isic_polygon-s0-folds.json"]["masks"] > 0
     assert results["isic_polygon-s0-random-0.2.json"]["relabelled"] > 0
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}

@@ -49,6 +49,6 @@ def test_who_ignores_a_pixel_says_nothing_of_it() -> None:
     masks, bins = torch.tensor([[1, 255, 0]]), torch.tensor([[12, 12, 0]])
     counts = {"a": torch.ones(2, 18, dtype=torch.float64)}
     counts["a"][1, 12] = 50
-    posterior = Marked(("a",), logits, masks, bins).posterior(counts)
+    posterior = Marked(("a",), logits, masks, bins).posterior(counts, 0.5)
     assert posterior[1, 0] > posterior[0, 0] + 0.5
     assert posterior[:, 1].tolist() == [0, 0]

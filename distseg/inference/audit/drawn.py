@@ -1,6 +1,5 @@
 """The masks that are audited: those that a run has learned from as noisy ones, or all of another data set."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +54,6 @@ def drawn_elsewhere(config: Config) -> list[Drawn]:
     if not drawn:
         raise UserError(f"{config.data.root}: holds no mask to be audited")
     return drawn
-
-
-def annotators_of(drawn: Sequence[Drawn]) -> list[str]:
-    return sorted({annotator for each in drawn for annotator in each.masks})
 
 
 def _drawn(sample: Sample) -> Drawn:

@@ -23,7 +23,7 @@ from distseg.inference.audit.drawn import Drawn
 from distseg.labels.annotators import identity_prior
 from distseg.labels.calibration import calibrated
 from distseg.labels.distances import signed_distance_bins
-from distseg.labels.fitting import Marked, fit_calibration, fit_counts
+from distseg.labels.fitting import WEIGHT, Marked, fit_calibration, fit_counts
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,15 @@ class LabelModel:
     counts: Mapping[str, Tensor]
     habits: Mapping[str, str]
     """Under which name `counts` has an annotator."""
+    weight: float
+    """Of the annotators' evidence (labels/fitting.py)."""
 
     def posterior(self, judge: str, relative: Tensor, masks: Mapping[str, NDArray[np.uint8]]) -> Tensor:
         """(C, H, W) logits of what each pixel truly is, given image and masks (H, W); relative logits (C, H, W)."""
         _, height, width = relative.shape
         logits = calibrated(relative[None], self.thetas[judge])[0]
         names = tuple(self.habits[annotator] for annotator in masks)
-        return _marked(names, logits, [*masks.values()]).posterior(self.counts).view(-1, height, width)
+        return _marked(names, logits, [*masks.values()]).posterior(self.counts, self.weight).view(-1, height, width)
 
 
 def logits_of(folder: Path, id: str) -> Tensor:
@@ -76,7 +78,7 @@ def masks_at(drawn: Drawn, size: tuple[int, int], decoding: Decoding) -> dict[st
     return {name: resize_mask(read_mask(path, decoding), *size) for name, path in drawn.masks.items()}
 
 
-def fit(judges: Sequence[Judge], decoding: Decoding, classes: int) -> LabelModel:
+def fit(judges: Sequence[Judge], decoding: Decoding, classes: int, weight: float = WEIGHT) -> LabelModel:
     """Of all images whose files can be read; the others are named when they are judged (verdicts.py)."""
     thetas = {judge.name: fit_calibration(_references(judge, decoding), classes) for judge in judges}
     drawn = [each for judge in judges for each in judge.drawn]
@@ -94,9 +96,9 @@ def fit(judges: Sequence[Judge], decoding: Decoding, classes: int) -> LabelModel
             part = _marked(names, calibrated(relative[None], thetas[judge.name])[0], [*masks.values()])
             by_annotators.setdefault(names, []).append(_some(part, each.sample.id, max(64, _PIXELS // len(drawn))))
     blocks = [_joined(parts) for _, parts in sorted(by_annotators.items())]
-    counts = fit_counts(blocks, classes)
+    counts = fit_counts(blocks, classes, weight)
     unread = {name: identity_prior(classes, torch.device("cpu")) for name in habits.values()}
-    return LabelModel(thetas, unread | counts, habits)
+    return LabelModel(thetas, unread | counts, habits, weight)
 
 
 def _references(judge: Judge, decoding: Decoding) -> list[tuple[Tensor, Tensor]]:
