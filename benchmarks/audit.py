@@ -12,7 +12,8 @@ ranking: trains on masks whose truth is known and kept back, audits by the run (
 holds each score against the Dice of masks and truth: Spearman's correlation, the AUROC of masks with a true Dice below
 0.8, and which share of the tenth that a score calls worst belongs to the truly worst tenth.
 
-weights: what the expected Dice would be with another weight of the annotators' evidence, of the quick audits in WORK.
+weights: what the expected Dice would be with another weight of the annotators' evidence, and with pixels that are wrong
+independently, of the quick audits in WORK.
 
 relabel: the masks that a score of the folds calls worst become references, as if an expert had drawn them again, and a
 network is trained on the result; test Dice.
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from measure import describe_machine
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distseg.cli import audit as audit_command
 from distseg.config.load import load_config
@@ -169,17 +171,29 @@ def weigh(place: Place) -> None:
             relative = logits_of(judge.images, drawn.sample.id)
             masks = masks_at(drawn, (relative.shape[1], relative.shape[2]), decoding)
             posterior = model.posterior(judge.name, relative, masks).softmax(0)
-            expected |= {(drawn.sample.id, name): expected_dice(posterior, torch.from_numpy(mask))
-                         for name, mask in masks.items()}  # fmt: skip
-        values, truth = (np.array([each[key] for key in true]) for each in (expected, true))
-        found[str(weight)] = figures_of(values, truth, np.arange(len(true))) | {
-            "mean_error": float((values - truth).mean()),
-            "mean_absolute_error": float(np.abs(values - truth).mean()),
-        }
+            for name, mask in masks.items():
+                drawn_mask = torch.from_numpy(mask)
+                expected[drawn.sample.id, name] = (
+                    expected_dice(posterior, drawn_mask),
+                    pixels_apart(posterior, drawn_mask),
+                )
+        truth = np.array([*true.values()])
+        for place_of, name in enumerate((f"{weight}", f"{weight}, pixels apart")):
+            values = np.array([expected[key][place_of] for key in true])
+            found[name] = figures_of(values, truth, np.arange(len(true))) | {
+                "mean_error": float((values - truth).mean()),
+                "mean_absolute_error": float(np.abs(values - truth).mean()),
+            }
     content = {"machine": describe_machine("cpu"), "case": place.case, "seed": place.seed, "weights": found}
     result.parent.mkdir(exist_ok=True)
     write_atomically(result, json.dumps(content, indent=1) + "\n")
     print(f"{result.name}: {json.dumps(found)}", flush=True)
+
+
+def pixels_apart(posterior: Tensor, mask: Tensor) -> float:
+    """2 Σ_A P / (|A| + Σ P) of two classes: the expected Dice where pixels are right or wrong independently."""
+    marked = float(posterior[1].sum() + (mask == 1).sum())
+    return float(2 * posterior[1][mask == 1].sum()) / marked if marked else 1.0
 
 
 def relabel(place: Place, shares: Sequence[float]) -> None:
