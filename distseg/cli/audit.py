@@ -219,7 +219,8 @@ def conclude(arguments: argparse.Namespace, config: "Config", folder: "AuditFold
 
     from distseg.data.sample import Problem
     from distseg.inference.audit.model import fit
-    from distseg.inference.audit.report import Audit, ranked, write_report
+    from distseg.inference.audit.outcome import Audit
+    from distseg.inference.audit.report import ranked, write_report
     from distseg.inference.audit.verdicts import judge_masks
 
     data = config.data

@@ -31,7 +31,8 @@ OWN_COUNTS = 10
 """Masks from which on an annotator has counts of their own; those with fewer share theirs."""
 _SHARED = "\0shared"
 _PIXELS = 2**22
-"""From which habits are counted, over all images about."""
+"""From which habits are counted, and a network is calibrated, over all images about; and the fewest of an image."""
+_LEAST_PIXELS = 64
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def fit(judges: Sequence[Judge], decoding: Decoding, classes: int, weight: float
                 continue
             names = tuple(habits[annotator] for annotator in masks)
             part = _marked(names, calibrated(relative[None], thetas[judge.name])[0], [*masks.values()])
-            by_annotators.setdefault(names, []).append(_some(part, each.sample.id, max(64, _PIXELS // len(drawn))))
+            chosen = _chosen(each.sample.id, part.logits.shape[1], len(drawn))
+            part = Marked(part.annotators, part.logits[:, chosen], part.masks[:, chosen], part.bins[:, chosen])
+            by_annotators.setdefault(names, []).append(part)
     blocks = [_joined(parts) for _, parts in sorted(by_annotators.items())]
     counts = fit_counts(blocks, classes, weight)
     unread = {name: identity_prior(classes, torch.device("cpu")) for name in habits.values()}
@@ -110,7 +113,8 @@ def _references(judge: Judge, decoding: Decoding) -> list[tuple[Tensor, Tensor]]
         except (BadFileError, OSError, ValueError) as error:
             logger.warning("not calibrated on %s: %s", sample.id, error)
             continue
-        pairs.append((relative[None], torch.from_numpy(mask)[None]))
+        chosen = _chosen(sample.id, mask.size, len(judge.references))
+        pairs.append((relative.flatten(1)[None, :, None, chosen], torch.from_numpy(mask.ravel()[chosen])[None, None]))
     return pairs
 
 
@@ -121,13 +125,12 @@ def _marked(names: tuple[str, ...], logits: Tensor, masks: Sequence[NDArray[np.u
     return Marked(names, logits.flatten(1), stacked.flatten(1), bins.flatten(1))
 
 
-def _some(whole: Marked, id: str, count: int) -> Marked:
-    """`count` of an image's pixels, drawn by its id."""
-    pixels = whole.logits.shape[1]
+def _chosen(id: str, pixels: int, images: int) -> NDArray[np.int64]:
+    """Which of an image's pixels take part, drawn by its id, so that those of all `images` fit into memory."""
+    count = max(_LEAST_PIXELS, _PIXELS // images)
     if pixels <= count:
-        return whole
-    chosen = torch.from_numpy(np.sort(generator("audit", id).choice(pixels, count, replace=False)))
-    return Marked(whole.annotators, whole.logits[:, chosen], whole.masks[:, chosen], whole.bins[:, chosen])
+        return np.arange(pixels)
+    return np.sort(generator("audit", id).choice(pixels, count, replace=False))
 
 
 def _joined(parts: Sequence[Marked]) -> Marked:

@@ -11,8 +11,8 @@ import numpy as np
 from distseg.data.decode import Decoding, read_canvas, read_mask
 from distseg.data.geometry import Frame
 from distseg.data.resize import resize_mask
-from distseg.data.sample import Problem
 from distseg.inference.audit.model import Judge, LabelModel
+from distseg.inference.audit.outcome import Audit
 from distseg.inference.audit.verdicts import Verdict, wrong_map
 from distseg.pages.figures import bar_chart, png
 from distseg.pages.html import AuditCard, AuditPage, Fact, LegendEntry, NamedProblem, Picture, Row, Table, audit_page
@@ -37,27 +37,24 @@ _HEADS = {
 
 
 def audit_html(
-    title: str,
-    how: str,
-    verdicts: Sequence[Verdict],
+    audit: Audit,
     annotators: Mapping[str, dict[str, Any]],
-    problems: Sequence[Problem],
-    judges: Mapping[str, Judge],
-    model: LabelModel,
     proposals: Path,
     decoding: Decoding,
     shown: int,
     threads: int,
 ) -> str:
-    """One document of ranked `verdicts`, of which the first `shown` have pictures. `how`: what judged the masks.
+    """One document; the first `shown` masks have pictures. `annotators`: as from `annotator_figures`.
 
     Raises BadFileError, OSError for a file that has gone since it was judged.
     """
 
+    judges, verdicts = {judge.name: judge for judge in audit.judges}, audit.verdicts
+
     def card(verdict: Verdict) -> AuditCard:
         judge = judges[verdict.judge]
         return AuditCard(
-            verdict.drawn.sample.id, _facts(verdict), _pictures(verdict, judge, model, proposals, decoding)
+            verdict.drawn.sample.id, _facts(verdict), _pictures(verdict, judge, audit.model, proposals, decoding)
         )
 
     with ThreadPoolExecutor(threads) as pool:
@@ -82,8 +79,8 @@ def audit_html(
     ]
     return audit_page(
         AuditPage(
-            title=title,
-            paragraphs=[how],
+            title=audit.title,
+            paragraphs=[audit.how],
             facts=_counts(verdicts, known),
             annotators_text="Means with 95 % bootstrap intervals over groups. Contour: how far it is drawn outside of "
             "the proposed one (+) or inside (−); the size of an object is the root of its area. Missed: nothing drawn "
@@ -95,7 +92,7 @@ def audit_html(
             cards=cards,
             charts=_charts(verdicts),
             masks=Table(f"Ranking, {len(rows)} of {len(verdicts)}; table.csv has all", header, rows),
-            problems=[NamedProblem(each.id, f"{each.file}: {each.reason}") for each in problems],
+            problems=[NamedProblem(each.id, f"{each.file}: {each.reason}") for each in audit.problems],
         )
     )
 

@@ -5,7 +5,6 @@ import io
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,11 @@ import numpy as np
 from distseg.data.checks import problems_table
 from distseg.data.config import DataConfig
 from distseg.data.formats.convert import export_proposals
-from distseg.data.sample import Problem
 from distseg.data.seeding import stable_hash
 from distseg.evaluation.intervals import grouped_interval
 from distseg.files import write_atomically
 from distseg.inference.audit.folder import AuditFolder
-from distseg.inference.audit.model import Judge, LabelModel
+from distseg.inference.audit.outcome import Audit
 from distseg.inference.audit.page import audit_html
 from distseg.inference.audit.verdicts import Verdict
 from distseg.text import for_csv
@@ -48,20 +46,6 @@ HABITS: dict[str, Callable[[Verdict], float]] = {
 which something is proposed, invented of those in which something is drawn."""
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What was found."""
-
-    title: str
-    how: str
-    """What has judged the masks, in a sentence."""
-    judges: Sequence[Judge]
-    model: LabelModel
-    verdicts: Sequence[Verdict]
-    """Ranked."""
-    problems: Sequence[Problem]
-
-
 def write_report(audit: Audit, folder: AuditFolder, data: DataConfig, shown: int, queued: int) -> int:
     """Write tables, page and queue into a folder that has the proposals; how many images are in the queue.
 
@@ -76,10 +60,7 @@ def write_report(audit: Audit, folder: AuditFolder, data: DataConfig, shown: int
         write_atomically(folder.failed, problems_table(audit.problems))
     else:
         folder.failed.unlink(missing_ok=True)
-    page = audit_html(
-        audit.title, audit.how, verdicts, figures, audit.problems, {judge.name: judge for judge in audit.judges},
-        audit.model, folder.proposals, data.decoding, shown, data.threads,
-    )  # fmt: skip
+    page = audit_html(audit, figures, folder.proposals, data.decoding, shown, data.threads)
     write_atomically(folder.page, page)
     folder.add({"annotators": figures})
     return write_queue(verdicts, folder, data, queued)
