@@ -98,8 +98,13 @@ def configured(arguments: argparse.Namespace) -> "Config":
     """The run's config, with the data that is audited. Other data brings its own masks."""
     from distseg.config.load import load_config
     from distseg.data.noise.none import NoNoise
+    from distseg.labels.distances import MOST_CLASSES
 
     config = load_config(arguments.run / "config.yaml", arguments.keys)
+    if config.data.class_count > MOST_CLASSES:
+        raise UserError(
+            f"{arguments.run}: has {config.data.class_count} classes; an audit takes {MOST_CLASSES} at most"
+        )
     if not arguments.data:
         return config
     other: dict[str, Any] = {"root": arguments.data, "noise": NoNoise(), "cache": None}

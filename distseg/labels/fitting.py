@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distseg.labels.annotators import expected_counts, identity_prior, log_likelihood
+from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.calibration import calibration_sums, gain_sums, identity, newton_step, relative_gain
 from distseg.labels.distances import bin_count
 from distseg.ops import valid_pixels
@@ -52,18 +52,17 @@ class Marked:
     """The R of them."""
     logits: Tensor
     """(C, N) float32, calibrated."""
-    masks: Tensor
-    """(R, N) class ids, 255 = ignore."""
     bins: Tensor
-    """(R, N) int64 (distances.py)."""
+    """(R, N) uint8, 255 where ignored (distances.py)."""
 
     def posterior(self, counts: Mapping[str, Tensor], weight: float) -> Tensor:
         """(C, N): logits of what each pixel is, given the network and what all R have drawn; one who ignores it says
         nothing."""
         logits, share = self.logits, weight / len(self.annotators)
-        for annotator, mask, bins in zip(self.annotators, self.masks, self.bins, strict=True):
-            evidence = share * log_likelihood(counts[annotator]).to(logits.dtype)[:, bins]
-            logits = logits + torch.where(valid_pixels(mask), evidence, 0.0)
+        for annotator, bins in zip(self.annotators, self.bins, strict=True):
+            known = valid_pixels(bins)
+            evidence = share * log_likelihood(counts[annotator]).to(logits.dtype)
+            logits = logits + torch.where(known, evidence[:, torch.where(known, bins, 0).long()], 0.0)
         return logits
 
 
@@ -74,9 +73,12 @@ def fit_counts(blocks: Sequence[Marked], classes: int, weight: float = WEIGHT) -
     for _ in range(ROUNDS):
         found = {name: torch.zeros_like(counts[name]) for name in names}
         for block in blocks:
-            probabilities = block.posterior(counts, weight).softmax(0)[None, :, None]
-            for name, mask, bins in zip(block.annotators, block.masks, block.bins, strict=True):
-                found[name] += expected_counts(probabilities, mask[None, None], bins[None, None], bin_count(classes))
+            probabilities = block.posterior(counts, weight).softmax(0).double()
+            for name, bins in zip(block.annotators, block.bins, strict=True):
+                known = valid_pixels(bins)
+                found[name] += torch.stack(
+                    [bins[known].bincount(each[known], bin_count(classes)) for each in probabilities]
+                )
         counts = found
     return counts
 

@@ -34,7 +34,7 @@ def test_who_misses_a_quarter_of_the_pixels_is_told_from_who_does_not() -> None:
         calibrated_logits = calibrated(logits[half], torch.tensor([2.0, 2.0], dtype=torch.float64))
         bins = signed_distance_bins(drawn[half])
         flat = calibrated_logits.movedim(1, 0).flatten(1)
-        blocks.append(Marked((name,), flat, drawn[half].flatten()[None], bins.flatten()[None]))
+        blocks.append(Marked((name,), flat, bins.flatten()[None]))
     counts = fit_counts(blocks, 2)
     drawn = drawn_class(2, torch.device("cpu"))
     missed = {name: (each[1, drawn == 0].sum() / each[1].sum()).item() for name, each in counts.items()}
@@ -46,9 +46,9 @@ def test_who_misses_a_quarter_of_the_pixels_is_told_from_who_does_not() -> None:
 
 def test_who_ignores_a_pixel_says_nothing_of_it() -> None:
     logits = torch.zeros(2, 3)
-    masks, bins = torch.tensor([[1, 255, 0]]), torch.tensor([[12, 12, 0]])
+    bins = torch.tensor([[12, 255, 0]], dtype=torch.uint8)
     counts = {"a": torch.ones(2, 18, dtype=torch.float64)}
     counts["a"][1, 12] = 50
-    posterior = Marked(("a",), logits, masks, bins).posterior(counts, 0.5)
+    posterior = Marked(("a",), logits, bins).posterior(counts, 0.5)
     assert posterior[1, 0] > posterior[0, 0] + 0.5
     assert posterior[:, 1].tolist() == [0, 0]

@@ -96,7 +96,7 @@ def fit(judges: Sequence[Judge], decoding: Decoding, classes: int, weight: float
             names = tuple(habits[annotator] for annotator in masks)
             part = _marked(names, calibrated(relative[None], thetas[judge.name])[0], [*masks.values()])
             chosen = _chosen(each.sample.id, part.logits.shape[1], len(drawn))
-            part = Marked(part.annotators, part.logits[:, chosen], part.masks[:, chosen], part.bins[:, chosen])
+            part = Marked(part.annotators, part.logits[:, chosen], part.bins[:, chosen])
             by_annotators.setdefault(names, []).append(part)
     blocks = [_joined(parts) for _, parts in sorted(by_annotators.items())]
     counts = fit_counts(blocks, classes, weight)
@@ -120,9 +120,8 @@ def _references(judge: Judge, decoding: Decoding) -> list[tuple[Tensor, Tensor]]
 
 def _marked(names: tuple[str, ...], logits: Tensor, masks: Sequence[NDArray[np.uint8]]) -> Marked:
     """All pixels of an image: logits (C, H, W), masks (H, W)."""
-    stacked = torch.from_numpy(np.stack(masks))
-    bins = signed_distance_bins(stacked, len(logits))
-    return Marked(names, logits.flatten(1), stacked.flatten(1), bins.flatten(1))
+    bins = signed_distance_bins(torch.from_numpy(np.stack(masks)), len(logits))
+    return Marked(names, logits.flatten(1), bins.flatten(1))
 
 
 def _chosen(id: str, pixels: int, images: int) -> NDArray[np.int64]:
@@ -137,6 +136,5 @@ def _joined(parts: Sequence[Marked]) -> Marked:
     return Marked(
         parts[0].annotators,
         torch.cat([part.logits for part in parts], 1),
-        torch.cat([part.masks for part in parts], 1),
         torch.cat([part.bins for part in parts], 1),
     )
