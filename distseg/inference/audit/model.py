@@ -37,7 +37,7 @@ _LEAST_PIXELS = 64
 
 @dataclass(frozen=True)
 class Judge:
-    """A network, and the images that it judges: it has learned from none of their masks."""
+    """A network, and the images that it judges."""
 
     name: str
     drawn: Sequence[Drawn]
