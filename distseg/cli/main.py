@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "masks of images, by a trained run",
     "evaluate": "score a run, or masks, against references",
     "audit": "which masks are wrong, and where; a queue to draw them again",
+    "export": "write a run as ONNX, as a torch program, or as a model for MLflow",
     "compare": "set finished runs side by side",
     "demo": "see the method work in five minutes",
 }
