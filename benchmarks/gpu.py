@@ -16,7 +16,6 @@ stage. A stage that fails or runs out of time is recorded with what it had, and 
 
 import argparse
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -106,21 +105,13 @@ def _is_there(name: str) -> bool:
 
 
 def install_wheels(wheels: Path, target: Path) -> None:
-    """Unpack the wheels of packages that this Python lacks into `target`, and find them there from now on."""
-    files = [str(path) for path in sorted(wheels.glob("*.whl")) if not _is_installed(path)]
+    """Unpack the wheels into `target`, and find their packages there from now on."""
+    files = [str(path) for path in sorted(wheels.glob("*.whl"))]
     if files:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--target", str(target), *files], check=True)
         sys.path.insert(0, str(target))
         importlib.invalidate_caches()
-
-
-def _is_installed(wheel: Path) -> bool:
-    try:
-        importlib.metadata.distribution(wheel.name.split("-")[0])
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def write_summary(outcomes: Sequence[Outcome], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""One stage in a process of its own: `python -m gpu_stages NAME --device cuda --out FOLDER`, as benchmarks/gpu.py does."""
+"""One stage in a process of its own, as benchmarks/gpu.py starts it: `python -m gpu_stages NAME --device cuda --out DIR`."""
 
 import argparse
 import importlib

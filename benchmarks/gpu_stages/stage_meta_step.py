@@ -36,9 +36,7 @@ def measure(setting: Setting, findings: Findings) -> None:
             measure_one(setting.device, network, size, precision, rounds, findings)
 
 
-def measure_one(
-    device: str, network: Namespace, size: int, precision: str, rounds: int, findings: Findings
-) -> None:
+def measure_one(device: str, network: Namespace, size: int, precision: str, rounds: int, findings: Findings) -> None:
     """The rows of one table: a size and a precision."""
     set_arithmetic(deterministic=False, tf32=precision != "fp32")
     steps = {name: build_step(name, device, network, size, precision) for name in contenders(precision)}

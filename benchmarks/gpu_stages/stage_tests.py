@@ -43,7 +43,9 @@ def run_file(path: Path) -> tuple[dict[str, float], list[str]]:
             return {}, [f"{path.name}: pytest wrote no report"]
         [suite] = ElementTree.parse(report).getroot().iter("testsuite")
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    bad = [case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None]
+    bad = [
+        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
+    ]
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     row = {"passed": passed, "skipped": counts["skipped"], "seconds": float(suite.get("time", 0))}
     return row, [str(case.get("name")) for case in bad]
