@@ -1,4 +1,4 @@
-"""One stage in a process of its own, as benchmarks/gpu.py starts it: `python -m gpu_stages NAME --device cuda --out DIR`."""
+"""One stage of benchmarks/gpu.py in a process of its own: `python -m gpu_stages NAME --device DEVICE --out FOLDER`."""
 
 import argparse
 import importlib

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import distseg.meta.estimators as estimators
 from distseg.errors import InvalidArgument
 from distseg.meta.estimators import LabelledImages
+from distseg.meta.head import Head, HeadGradient
 from distseg.meta.loss import BinaryMasks
 from distseg.meta.network import Network, Parameters, StatelessNetwork, stopped_gradient
 from distseg.meta.placement import Placement, Whole
@@ -37,10 +38,11 @@ class PixelReweighter:
 
     model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers,
         gradients, RNG streams and hooks on parameters are left alone. Frozen parameters are constants.
-    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
-        difference, for networks with operators that have no forward-mode formula). `finite` cannot see where a network
+    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward), `finite` (central
+        difference, for networks with operators that have no forward-mode formula) or `head` (the last layer's part of
+        U, by forward passes alone, for networks that end in a 1×1 convolution). `finite` cannot see where a network
         stops gradients: its first call checks that the model does not, which takes two backward passes and waits for
-        the device.
+        the device. The first call of `head` raises InvalidArgument for a network that ends otherwise.
     granularity, normalise, on_zero, transform: see WeightRule.
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
@@ -77,8 +79,10 @@ class PixelReweighter:
     ) -> None:
         if not (virtual_lr > 0 and initial_weight >= 0):
             raise ValueError(f"virtual_lr {virtual_lr} must be above 0, initial_weight {initial_weight} not below")
-        if estimator not in ("forward", "reverse", "finite"):
-            raise ValueError(f"estimator {estimator!r}: forward, reverse, finite")
+        if estimator not in ("forward", "reverse", "finite", "head"):
+            raise ValueError(f"estimator {estimator!r}: forward, reverse, finite, head")
+        if estimator == "head" and initial_weight:
+            raise ValueError("estimator head: knows no fast weights; leave initial_weight at 0")
         if sum_over_ranks and reduction:
             raise ValueError("sum_over_ranks and reduction say the same: give one of them")
         self.model = model
@@ -92,6 +96,7 @@ class PixelReweighter:
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
+        self._head = Head(model)
         self._binary_masks = BinaryMasks()
 
     def __call__(
@@ -142,7 +147,7 @@ class PixelReweighter:
         weights, self.diagnostics = weight_maps(
             [cells for cells, _ in aligned],
             labels,
-            estimators.norm(gradient, self.reduction),
+            gradient.norm() if isinstance(gradient, HeadGradient) else estimators.norm(gradient, self.reduction),
             self.rule,
             self.reduction,
             true_masks,
@@ -157,18 +162,21 @@ class PixelReweighter:
         self,
         network: Network,
         parameters: Parameters,
-        gradient: Parameters,
+        gradient: Parameters | HeadGradient,
         images: Tensor,
         masks: Tensor,
         with_map: bool,
     ) -> tuple[Cells, Tensor | None]:
         """Cells of a micro-batch; and U (B, H, W), always if `with_map`.
 
-        Where the rule needs no map of U, forward mode goes from logits to cells in one pass, and U is made beside.
+        Where the rule needs no map of U, logits and tangents become cells in one pass, and U is made beside.
         """
         granularity = self.rule.granularity
-        if self.estimator == "forward":
-            logits, tangents = estimators.logits_along(network, parameters, gradient, images)
+        if isinstance(gradient, HeadGradient) or self.estimator == "forward":
+            if isinstance(gradient, HeadGradient):
+                logits, tangents = self._head.logits_along(network, parameters, gradient, images)
+            else:
+                logits, tangents = estimators.logits_along(network, parameters, gradient, images)
             if self.rule.transform == "clamp" and not granularity.needs_alignment and self.class_weights is None:
                 cells = Cells.of_tangents(logits, tangents, masks, granularity)
                 return cells, alignment(logits, tangents, masks) if with_map else None
@@ -203,10 +211,12 @@ class PixelReweighter:
         parameters: Parameters,
         noisy: Sequence[LabelledImages],
         clean: Sequence[LabelledImages],
-    ) -> Parameters:
+    ) -> Parameters | HeadGradient:
         """g, at the parameters that the virtual step starts with: the present ones if it has moved nothing yet."""
 
         loss = partial(estimators.summed_loss, class_weights=self.class_weights)
+        if self.estimator == "head":
+            return self._head.gradient(network, parameters, clean, self.reduction, loss)
 
         def mean_gradient(at: Parameters, batches: Sequence[LabelledImages]) -> Parameters:
             return estimators.mean_gradient(network, at, batches, self.reduction, loss)

@@ -27,10 +27,12 @@ from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.metrics import counts_csv, never_predicted, summarise
 from distseg.files import write_atomically
+from distseg.meta.head import check_head
 from distseg.meta.placement import Whole
 from distseg.methods.context import Context
 from distseg.methods.method import Method, build_method
 from distseg.methods.step import MicroBatch
+from distseg.methods.weighting.aligned import AlignedConfig
 from distseg.models.check import check_network
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
@@ -126,6 +128,9 @@ class Trainer:
         check_network(self.model, config.model.name, side, smallest, config.data.class_count)
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
+        weighting = config.method.weighting
+        if isinstance(weighting, AlignedConfig) and weighting.estimator == "head":
+            check_head(self.model, trial.to(runtime.device))  # now, and not after the warm-up
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(

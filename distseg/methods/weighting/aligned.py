@@ -5,9 +5,9 @@ Zeng, Yang, Urtasun 2018, "Learning to Reweight Examples for Robust Deep Learnin
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from distseg.meta import PixelReweighter
@@ -25,8 +25,9 @@ def _known_granularity(text: str) -> str:
 
 class AlignedConfig(Section):
     kind: Literal["aligned"] = "aligned"
-    estimator: Literal["forward", "reverse", "finite"] = "forward"
-    """forward (exact) | reverse (exact, the paper's double backward) | finite (for operators without forward mode)."""
+    estimator: Literal["forward", "reverse", "finite", "head"] = "forward"
+    """forward (exact) | reverse (exact, the paper's double backward) | finite (for operators without forward mode) |
+    head (fast: the last layer's part alone, of networks that end in a 1×1 convolution)."""
     granularity: Annotated[str, AfterValidator(_known_granularity)] = "pixel"
     """pixel | patch(k) | image."""
     transform: Literal["clamp", "root", "sign"] = "clamp"
@@ -42,6 +43,12 @@ class AlignedConfig(Section):
     """The sum of the weights that the virtual step starts with, the same on every valid pixel of the global batch."""
 
     needs_clean: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _keys_apply(self) -> Self:
+        if self.estimator == "head" and self.initial_weight:
+            raise ValueError("initial_weight does nothing with estimator head; leave it out, or set .estimator=forward")
+        return self
 
     @property
     def by_pixel(self) -> bool:

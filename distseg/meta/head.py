@@ -1,0 +1,160 @@
+"""`head`: the part of the alignment map U that the last layer has, of networks that end in a 1×1 convolution.
+
+Such a network is z = V·φ + b at each pixel, φ the features that its last layer is given. With δ = ∂ℓ/∂z, the part that
+the last layer's parameters have in U_p = ⟨g, ∇_θ ℓ_p⟩ needs no derivative of the network:
+
+    ∇_V ℓ_p = δ_p φ_pᵀ,   G = (1/N) Σ_q δ_q φ_qᵀ and g_b = (1/N) Σ_q δ_q over the N valid clean pixels,
+    U_p = ⟨G, δ_p φ_pᵀ⟩ + ⟨g_b, δ_p⟩ = Σ_c δ_pc ż_pc,   ż = G·φ + g_b
+
+One forward pass of the clean images and one of the noisy ones; no parameter is read, and none need be whole. It is what
+`forward` gives where all that is trained is the last layer, and an approximation elsewhere.
+
+Features φ (B, F, H, W), logits (B, C, H, W).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distseg.errors import InvalidArgument
+from distseg.meta.estimators import LabelledImages, SummedLoss, summed_loss, valid_count
+from distseg.meta.network import Network, Parameters, StatelessNetwork
+from distseg.meta.placement import Whole
+from distseg.meta.reduction import Reduction
+
+
+class HeadGradient(NamedTuple):
+    """The clean gradient by the last layer's parameters: weight (C, F), and bias (C,) where it is trained."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def norm(self) -> Tensor:
+        """Euclidean norm, a scalar."""
+        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return torch.linalg.vector_norm(torch.cat([part.flatten() for part in parts]))
+
+
+class Head:
+    """The last layer of a network, found when the network first runs.
+
+    Raises InvalidArgument there for a network whose output is not that of a 1×1 convolution with a trained weight.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._name: str | None = None
+
+    def gradient(
+        self,
+        network: Network,
+        parameters: Parameters,
+        batches: Sequence[LabelledImages],
+        reduction: Reduction,
+        loss: SummedLoss = summed_loss,
+    ) -> HeadGradient:
+        """G and g_b of a loss averaged over the valid pixels of every clean micro-batch of every rank.
+
+        Sums travel, with the count of valid pixels, in one reduction of CF + C + 1 numbers.
+        """
+        sums = []
+        for images, masks in batches:
+            logits, features = self.logits_and_features(network, parameters, images)
+            sums.append(_summed_gradient(logits, features, masks, loss))
+        total = torch.stack(sums).sum(0)
+        count = valid_count(batches).to(total.dtype)
+        *parts, count = reduction.sum(torch.cat([total, count.reshape(1)])).split([*self._sizes(), 1])
+        mean = [part / count.clamp(min=1) for part in parts]
+        return HeadGradient(mean[0].view(self._layer.out_channels, -1), mean[1] if self._trains_bias else None)
+
+    def logits_along(
+        self, network: Network, parameters: Parameters, gradient: HeadGradient, images: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """z and ż (B, C, H, W), constants to autograd; U = Σ_c ∂ℓ/∂z_c · ż_c."""
+        logits, features = self.logits_and_features(network, parameters, images)
+        return logits, tangents(features, gradient)
+
+    def logits_and_features(self, network: Network, parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor]:
+        """z and φ of images, constants to autograd."""
+        with torch.no_grad(), self._watched() as seen:
+            logits = network(parameters, images)
+        return logits, self._features(seen, logits)
+
+    @contextmanager
+    def _watched(self) -> Iterator[dict[str, tuple[Tensor, Any]]]:
+        """By name, what each 1×1 convolution was last given and what it gave; once it is known, of the last layer."""
+        seen: dict[str, tuple[Tensor, Any]] = {}
+
+        def remember(name: str) -> Any:
+            def hook(_layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                seen[name] = inputs[0], output
+
+            return hook
+
+        candidates = [
+            (name, layer)
+            for name, layer in self._module.named_modules()
+            if isinstance(layer, nn.Conv2d) and _is_pixelwise(layer) and self._name in (None, name)
+        ]
+        handles = [layer.register_forward_hook(remember(name)) for name, layer in candidates]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _features(self, seen: dict[str, tuple[Tensor, Any]], logits: Tensor) -> Tensor:
+        """φ of the pass that gave `logits`; its first call finds the layer."""
+        last = [name for name, (_, output) in seen.items() if output is logits]
+        if not last or not self._module.get_submodule(last[0]).weight.requires_grad:
+            raise InvalidArgument(
+                "estimator head: the network's output is not that of a trained 1×1 convolution (nn.Conv2d); use "
+                "estimator=forward"
+            )
+        self._name = last[0]
+        return seen[last[0]][0]
+
+    @property
+    def _layer(self) -> nn.Conv2d:
+        layer = self._module.get_submodule(self._name or "")
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    @property
+    def _trains_bias(self) -> bool:
+        bias = self._layer.bias
+        return bias is not None and bias.requires_grad
+
+    def _sizes(self) -> tuple[int, int]:
+        """Of G and g_b, flattened."""
+        return self._layer.out_channels * self._layer.in_channels, self._layer.out_channels
+
+
+def check_head(model: nn.Module, images: Tensor) -> None:
+    """Raise InvalidArgument for a network that has no such last layer. Nothing is left changed."""
+    placement = Whole(model)
+    Head(model).logits_and_features(StatelessNetwork(model, placement), placement.trainable(), images)
+
+
+def tangents(features: Tensor, gradient: HeadGradient) -> Tensor:
+    """ż = G·φ + g_b, (B, C, H, W), in the features' precision."""
+    weight = gradient.weight.to(features.dtype)[:, :, None, None]
+    return F.conv2d(features, weight, None if gradient.bias is None else gradient.bias.to(features.dtype))
+
+
+def _summed_gradient(logits: Tensor, features: Tensor, masks: Tensor, loss: SummedLoss) -> Tensor:
+    """(CF + C,): Σ δ φᵀ and Σ δ over the batch."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        [delta] = torch.autograd.grad(loss(leaf, masks), leaf)
+    by_pixel = delta.movedim(1, 0).flatten(1)
+    return torch.cat([(by_pixel @ features.movedim(1, 0).flatten(1).T).flatten(), by_pixel.sum(1)])
+
+
+def _is_pixelwise(layer: nn.Conv2d) -> bool:
+    plain = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding in ((0, 0), "valid", "same")
+    return plain and layer.groups == 1
