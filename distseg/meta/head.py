@@ -14,6 +14,7 @@ Features φ (B, F, H, W), logits (B, C, H, W).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,47 +77,37 @@ class Head:
     ) -> tuple[Tensor, Tensor]:
         """z and ż (B, C, H, W), constants to autograd; U = Σ_c ∂ℓ/∂z_c · ż_c."""
         logits, features = self.logits_and_features(network, parameters, images)
-        return logits, tangents(features, gradient)
+        return logits, tangents(features, gradient).to(logits.dtype)
 
     def logits_and_features(self, network: Network, parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor]:
         """z and φ of images, constants to autograd."""
-        with torch.no_grad(), self._watched() as seen:
+        passed = _Passed()
+        with torch.no_grad(), self._watched(passed):
             logits = network(parameters, images)
-        return logits, self._features(seen, logits)
-
-    @contextmanager
-    def _watched(self) -> Iterator[dict[str, tuple[Tensor, Any]]]:
-        """By name, what each 1×1 convolution was last given and what it gave; once it is known, of the last layer."""
-        seen: dict[str, tuple[Tensor, Any]] = {}
-
-        def remember(name: str) -> Any:
-            def hook(_layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-                seen[name] = inputs[0], output
-
-            return hook
-
-        candidates = [
-            (name, layer)
-            for name, layer in self._module.named_modules()
-            if isinstance(layer, nn.Conv2d) and _is_pixelwise(layer) and self._name in (None, name)
-        ]
-        handles = [layer.register_forward_hook(remember(name)) for name, layer in candidates]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _features(self, seen: dict[str, tuple[Tensor, Any]], logits: Tensor) -> Tensor:
-        """φ of the pass that gave `logits`; its first call finds the layer."""
-        last = [name for name, (_, output) in seen.items() if output is logits]
+        last = [name for name, output in passed.outputs.items() if output is passed.result]
         if not last or not self._module.get_submodule(last[0]).weight.requires_grad:
             raise InvalidArgument(
                 "estimator head: the network's output is not that of a trained 1×1 convolution (nn.Conv2d); use "
                 "estimator=forward"
             )
         self._name = last[0]
-        return seen[last[0]][0]
+        return logits, passed.inputs[self._name]
+
+    @contextmanager
+    def _watched(self, passed: "_Passed") -> Iterator[None]:
+        """Within, the network fills `passed`: of every 1×1 convolution, or of the last layer once it is known."""
+        layers = {
+            name: layer
+            for name, layer in self._module.named_modules()
+            if isinstance(layer, nn.Conv2d) and _is_pixelwise(layer) and self._name in (None, name)
+        }
+        handles = [layer.register_forward_hook(partial(passed.of_layer, name)) for name, layer in layers.items()]
+        handles.append(self._module.register_forward_hook(passed.of_network))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @property
     def _layer(self) -> nn.Conv2d:
@@ -132,6 +123,21 @@ class Head:
     def _sizes(self) -> tuple[int, int]:
         """Of G and g_b, flattened."""
         return self._layer.out_channels * self._layer.in_channels, self._layer.out_channels
+
+
+class _Passed:
+    """What layers were last given and gave, by name, and what the network gave."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.result: Any = None
+
+    def of_layer(self, name: str, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.inputs[name], self.outputs[name] = inputs[0], output
+
+    def of_network(self, _network: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        self.result = output
 
 
 def check_head(model: nn.Module, images: Tensor) -> None:
@@ -151,8 +157,8 @@ def _summed_gradient(logits: Tensor, features: Tensor, masks: Tensor, loss: Summ
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         [delta] = torch.autograd.grad(loss(leaf, masks), leaf)
-    by_pixel = delta.movedim(1, 0).flatten(1)
-    return torch.cat([(by_pixel @ features.movedim(1, 0).flatten(1).T).flatten(), by_pixel.sum(1)])
+    by_pixel, by_feature = (part.movedim(1, 0).flatten(1) for part in (delta, features.to(delta.dtype)))
+    return torch.cat([(by_pixel @ by_feature.T).flatten(), by_pixel.sum(1)])
 
 
 def _is_pixelwise(layer: nn.Conv2d) -> bool:

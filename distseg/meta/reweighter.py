@@ -51,6 +51,8 @@ class PixelReweighter:
         v that of its label, on noisy and clean images alike; U along the gradient of that clean loss is v times as
         much. `weighted_loss` does not know of them: give it weights times v.
     finite_step: relative step of `finite`.
+    precision: of the network in the meta pass: `fp32`, as it is, or `bf16`: parameters, tangents and images are cast;
+        not for `finite`, whose differences that would drown, nor for sharded parameters.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
     reduction: the same as an object, which may also sum in the background: the clean gradient then travels while the
         backward pass that makes it goes on. One of the two at most.
@@ -73,6 +75,7 @@ class PixelReweighter:
         initial_weight: float = 0.0,
         class_weights: Tensor | None = None,
         finite_step: float | None = None,
+        precision: str = "fp32",
         sum_over_ranks: SumOverRanks | None = None,
         reduction: Reduction | None = None,
         placement: Placement | None = None,
@@ -83,6 +86,10 @@ class PixelReweighter:
             raise ValueError(f"estimator {estimator!r}: forward, reverse, finite, head")
         if estimator == "head" and initial_weight:
             raise ValueError("estimator head: knows no fast weights; leave initial_weight at 0")
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision {precision!r}: fp32 or bf16")
+        if precision == "bf16" and (estimator == "finite" or (placement is not None and placement.sharded)):
+            raise ValueError("precision bf16: not for estimator finite, nor for sharded parameters; use fp32")
         if sum_over_ranks and reduction:
             raise ValueError("sum_over_ranks and reduction say the same: give one of them")
         self.model = model
@@ -93,6 +100,7 @@ class PixelReweighter:
         self.estimator, self.finite_step = estimator, finite_step
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
         self.class_weights = class_weights
+        self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
@@ -134,7 +142,7 @@ class PixelReweighter:
         """
         for images, masks in (*noisy, *clean):
             _check(images, masks)
-        network = StatelessNetwork(self.model, self.placement)
+        network = StatelessNetwork(self.model, self.placement, self.dtype)
         parameters = self.placement.trainable()
         labels = [masks for _, masks in noisy]
         with self.placement.saving_shards():

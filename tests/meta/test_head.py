@@ -104,7 +104,7 @@ def test_another_last_layer_is_refused_in_one_line(model: nn.Module) -> None:
         lambda: check_head(model.double(), noisy[0]),
         lambda: PixelReweighter(model.double(), estimator="head")(*noisy, *noisy),
     ):
-        with pytest.raises(InvalidArgument, match=r"not that of a trained 1×1 convolution.*estimator=forward") as caught:
+        with pytest.raises(InvalidArgument, match=r"not that of a trained 1×1 .*; use estimator=forward") as caught:
             call()
         assert "\n" not in str(caught.value)
 

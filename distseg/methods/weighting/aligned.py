@@ -41,6 +41,8 @@ class AlignedConfig(Section):
     weights of 0, as the paper's does."""
     initial_weight: Annotated[float, Field(ge=0)] = 0.0
     """The sum of the weights that the virtual step starts with, the same on every valid pixel of the global batch."""
+    meta_precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the network computes in bfloat16 in the meta pass, whatever train.precision says of the weighted step."""
 
     needs_clean: ClassVar[bool] = True
 
@@ -48,6 +50,11 @@ class AlignedConfig(Section):
     def _keys_apply(self) -> Self:
         if self.estimator == "head" and self.initial_weight:
             raise ValueError("initial_weight does nothing with estimator head; leave it out, or set .estimator=forward")
+        if self.estimator == "finite" and self.meta_precision == "bf16":
+            raise ValueError(
+                "meta_precision bf16: the differences of estimator finite are smaller than its rounding; set "
+                ".meta_precision=fp32, or .estimator=forward"
+            )
         return self
 
     @property
@@ -64,6 +71,7 @@ class AlignedConfig(Section):
             transform=self.transform,
             virtual_lr=self.virtual_lr,
             initial_weight=self.initial_weight,
+            precision=self.meta_precision,
             class_weights=class_weights,
             reduction=context.reduction,
             placement=context.placement,
