@@ -5,8 +5,9 @@ it computes there for a constant. Forward mode carries tangents through `torch.n
 (`tangents_stop_with_gradients`), and differences of the network's values stop nowhere (`stopped_gradient`).
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -39,7 +40,8 @@ class StatelessNetwork:
 
     Buffers are cloned at each call, and attributes that the call assigns get their values back; random numbers come
     from a fork of the streams, so that each pass of a step, and the weighted step after it, drops the same units;
-    autocast, which forward mode does not pass through, is off.
+    autocast, which forward mode does not pass through, is off; so is what torch.compile has made of the module, whose
+    graphs drop tangents without a word (torch 2.13).
 
     dtype: what the module computes in: parameters, their tangents, buffers and images are cast on the way in, the
     logits back on the way out. By default that of the parameters. Casts whole parameters, and no shards.
@@ -62,6 +64,7 @@ class StatelessNetwork:
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             torch.autocast(device.type, enabled=False),
+            _uncompiled(),
             attributes_kept(self._holder.module),
         ):
             return functional_call(self._holder, operands | buffers, (compute, self._dtype))
@@ -81,6 +84,13 @@ class _Holder(nn.Module):
             return self.module(images.contiguous().to(dtype)).to(images.dtype)
 
         return compute(logits)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Within, compiled modules and functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; the import takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
