@@ -9,6 +9,7 @@ import importlib.util
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ def measure(setting: Setting, findings: Findings) -> None:
 def measure_one(device: str, network: Namespace, size: int, precision: str, rounds: int, findings: Findings) -> None:
     """The rows of one table: a size and a precision."""
     set_arithmetic(deterministic=False, tf32=precision != "fp32")
-    steps = {name: build_step(name, device, network, size, precision) for name in contenders(precision)}
+    steps = {each.name: build_step(each, device, network, size) for each in contenders(precision, size)}
     peaks = {name: peak_mib(step, device) for name, step in steps.items()}
     seconds = take_turns(steps, rounds, device)
     title = f"{size}², {network.batch} + {network.batch} images, U-Net width {network.width}, {precision}"
@@ -51,7 +52,7 @@ def measure_one(device: str, network: Namespace, size: int, precision: str, roun
                 "step": name,
                 "ms": 1e3 * statistics.median(times),
                 "× plain": statistics.median(ratios),
-                "× authors": statistics.median(a / b for a, b in zip(seconds["authors"], times, strict=True)),
+                "authors / it": statistics.median(a / b for a, b in zip(seconds["authors"], times, strict=True)),
                 "images/s": network.batch / statistics.median(times),
                 "MiB": peaks[name],
             },
@@ -61,27 +62,50 @@ def measure_one(device: str, network: Namespace, size: int, precision: str, roun
         torch.cuda.empty_cache()
 
 
-def contenders(precision: str) -> dict[str, dict[str, str]]:
-    """Arguments of the reweighter by the name of a contender; plain and authors have none."""
-    found: dict[str, dict[str, str]] = {"plain": {}, "authors": {}}
-    if precision != "bf16":
-        return found | {name: {"estimator": name} for name in ("forward", "reverse", "finite")}
-    return found | {"forward, meta pass fp32": {"estimator": "forward"}}
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    estimator: str | None = None
+    """Of the weights; None: all the same."""
+    meta_precision: str = "fp32"
+    autocast: bool = False
+    """Whether the step itself is in bf16."""
+    channels_last: bool = False
+    """Whether the step's own images are, and with them its features."""
+    compiled: bool = False
+    """Whether the step's own network is."""
 
 
-def build_step(name: str, device: str, network: Namespace, size: int, precision: str) -> Callable[[], None]:
+def contenders(precision: str, size: int) -> list[Contender]:
+    """`plain` and `authors` among them. One is compiled, which takes long, where a GPU waits for Python most."""
+    autocast = precision == "bf16"
+    found = [Contender(name, autocast=autocast) for name in ("plain", "authors")]
+    for estimator in ("forward", "head") if autocast else ("forward", "reverse", "finite", "head"):
+        found.append(Contender(estimator, estimator, autocast=autocast))
+    if autocast:
+        found.append(Contender("forward, meta pass bf16", "forward", "bf16", autocast=True))
+        if size < 512:
+            found.append(Contender("forward, step compiled", "forward", autocast=True, compiled=True))
+    if precision != "fp32":
+        found.append(Contender("plain, channels last", autocast=autocast, channels_last=True))
+    return found
+
+
+def build_step(contender: Contender, device: str, network: Namespace, size: int) -> Callable[[], None]:
     """One training step, with everything that training holds already allocated."""
     torch.manual_seed(0)
     model = UNet(network.width, network.depth).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.99, fused=True)
     noisy, clean = (draw(network.batch, size, device) for _ in range(2))
-    weigh = weigh_by(name, model, contenders(precision)[name], torch.full(noisy[1].shape, 1e-4, device=device))
+    weigh = weigh_by(contender, model, torch.full(noisy[1].shape, 1e-4, device=device))
+    own = torch.compile(model, dynamic=False) if contender.compiled and device == "cuda" else model
+    layout = torch.channels_last if contender.channels_last else torch.contiguous_format
 
     def step() -> None:
-        in_bf16 = torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        in_bf16 = torch.autocast(device, torch.bfloat16) if contender.autocast else contextlib.nullcontext()
         with in_bf16:
             weights = weigh(noisy, clean)
-            loss = weighted_loss(model(noisy[0]), noisy[1], weights)
+            loss = weighted_loss(own(noisy[0].contiguous(memory_format=layout)), noisy[1], weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -89,13 +113,13 @@ def build_step(name: str, device: str, network: Namespace, size: int, precision:
     return step
 
 
-def weigh_by(name: str, model: nn.Module, options: dict[str, str], uniform: Tensor) -> Weigh:
-    if name == "plain":
-        return lambda noisy, clean: uniform
-    if name == "authors":
+def weigh_by(contender: Contender, model: nn.Module, uniform: Tensor) -> Weigh:
+    if contender.name == "authors":
         oracle = load_oracle()
         return lambda noisy, clean: oracle.normalised(oracle.double_backward(model, noisy, clean)).detach()
-    reweighter = PixelReweighter(model, **options)
+    if contender.estimator is None:
+        return lambda noisy, clean: uniform
+    reweighter = PixelReweighter(model, estimator=contender.estimator, precision=contender.meta_precision)
     return lambda noisy, clean: reweighter(*noisy, *clean)
 
 
