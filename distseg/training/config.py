@@ -22,8 +22,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
     deterministic: bool = True
-    """On a GPU: the same bits from the same inputs, by slower operators where there is a choice. A warning names an
-    operator that has no deterministic form."""
+    """On a GPU: the same bits from the same inputs, also after --resume, by slower operators where there is a choice. A
+    warning names an operator that has no deterministic form, and a run that is resumed without this key."""
     tf32: bool = False
     """On a GPU: multiply in TensorFloat-32, with 10 bits of mantissa in place of 23, in the meta pass as well."""
     log_every: Count = 10

@@ -270,6 +270,8 @@ class Trainer:
         restored = None
         if resume:
             restored = load_checkpoint(self.folder.checkpoints, self.engine, self.method, self.config, self.runtime)
+        if restored and self.runtime.is_main:
+            warn_if_bits_may_differ(self.config, self.runtime.device)
         if self.runtime.is_main:
             self.folder.figures.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder.config, dump_config(self.config))
@@ -419,6 +421,16 @@ def warn_if_nothing_is_marked(counts: np.ndarray, config: Config) -> None:
         f"as {' or '.join(unmarked)} " if len(names) > 2 else "",
         mend,
     )
+
+
+def warn_if_bits_may_differ(config: Config, device: torch.device) -> None:
+    """Say so where a resumed run need not give the bits of one that never stopped."""
+    if device.type == "cuda" and not config.train.deterministic:
+        logger.warning(
+            "%s: resumed with train.deterministic=false; what follows may differ, in the last bits at first, from a run "
+            "that never stopped",
+            config.name,
+        )
 
 
 def has_finished(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> bool:
