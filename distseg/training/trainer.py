@@ -427,8 +427,8 @@ def warn_if_bits_may_differ(config: Config, device: torch.device) -> None:
     """Say so where a resumed run need not give the bits of one that never stopped."""
     if device.type == "cuda" and not config.train.deterministic:
         logger.warning(
-            "%s: resumed with train.deterministic=false; what follows may differ, in the last bits at first, from a run "
-            "that never stopped",
+            "%s: resumed with train.deterministic=false; what follows may differ from what a run that never stopped "
+            "gives, in its last bits at first",
             config.name,
         )
 
