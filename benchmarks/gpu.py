@@ -156,8 +156,13 @@ def run(arguments: argparse.Namespace, packages: Path) -> list[Outcome]:
     return outcomes
 
 
+def _sees_a_gpu() -> bool:
+    asked = subprocess.run([sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"])
+    return asked.returncode == 0
+
+
 def main() -> int:
-    """Prints one line a stage; 0 where none has failed."""
+    """Prints one line a stage; 0 where none has failed, 2 where there is no such device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU can rehearse")
@@ -166,6 +171,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="these stages")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not _sees_a_gpu():
+        print(f"gpu.py: torch of {sys.executable} sees no GPU; set GPU_PYTHON, or rehearse by --device cpu --tiny")
+        return 2
     with tempfile.TemporaryDirectory() as packages:
         outcomes = run(arguments, Path(packages))
     print(f"\n{(arguments.out / 'summary.md').read_text()}")

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import describe_machine
 
 
@@ -21,7 +23,8 @@ class Findings:
 
     def __init__(self, path: Path, device: str) -> None:
         self._path = path
-        self._content: dict[str, Any] = {"machine": describe_machine(device), "tables": {}}
+        machine = describe_machine(device) | {"triton": version("triton"), "CUDA": torch.version.cuda or "none"}
+        self._content: dict[str, Any] = {"machine": machine, "tables": {}}
 
     def add(self, table: str, row: dict[str, Any]) -> None:
         """One more row of a table; its values are numbers or short texts by column."""
