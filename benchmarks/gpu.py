@@ -127,19 +127,25 @@ def write_summary(outcomes: Sequence[Outcome], folder: Path) -> None:
         plot(figures, folder / "summary.png")
 
 
+def earlier_outcomes(folder: Path) -> dict[str, Outcome]:
+    """How the stages of the last call ended, for a summary of those that are run again and those that are not."""
+    path = folder / "summary.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    return {each["stage"]: Outcome(**each) for each in found}
+
+
 def run(arguments: argparse.Namespace, packages: Path) -> list[Outcome]:
     deadline = time.monotonic() + arguments.budget
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.json"):
-        old.unlink()
+    outcomes = earlier_outcomes(folder) if arguments.only else {}
     install_wheels(arguments.wheels, packages)
     places = [str(packages), str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONUNBUFFERED": "1"}
-    outcomes: list[Outcome] = []
     for stage in STAGES:
         if arguments.only and stage.name not in arguments.only:
             continue
+        (folder / f"{stage.name}.json").unlink(missing_ok=True)
         left = deadline - time.monotonic()
         if package := missing_package(stage):
             outcome = Outcome(stage.name, stage.title, "left out", why=f"{package} is not installed")
@@ -150,10 +156,10 @@ def run(arguments: argparse.Namespace, packages: Path) -> list[Outcome]:
             command += ["--tiny"] if arguments.tiny else []
             limit = min(stage.limit, left)
             outcome = run_stage(stage, [*map(str, command)], limit, folder / f"{stage.name}.log", environment)
-        outcomes.append(outcome)
-        write_summary(outcomes, folder)
+        outcomes[stage.name] = outcome
+        write_summary([outcomes[each.name] for each in STAGES if each.name in outcomes], folder)
         print(f"{outcome.stage:10s} {outcome.status:12s} {outcome.seconds:6.1f} s  {outcome.why}", flush=True)
-    return outcomes
+    return list(outcomes.values())
 
 
 def _sees_a_gpu() -> bool:
@@ -169,7 +175,12 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=460, help="seconds for everything")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="these stages")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[stage.name for stage in STAGES],
+        help="these stages; what the others found before stays",
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not _sees_a_gpu():
         print(f"gpu.py: torch of {sys.executable} sees no GPU; set GPU_PYTHON, or rehearse by --device cpu --tiny")

@@ -65,4 +65,5 @@ def test_the_summary_has_what_a_cut_off_stage_left(gpu: ModuleType, tmp_path: Pa
     text = (tmp_path / "summary.md").read_text()
     assert "| meta_step | out of time | 9 | ended after 9 s |" in text
     assert "| labels | left out | 0 | cv2 is not installed |" in text
+    assert gpu.earlier_outcomes(tmp_path) == {"meta_step": cut_off, "labels": left_out}
     assert "| step | × plain | MiB |" in text and "| plain | 1 |  |" in text and "| forward | 1.35 | 7 |" in text
