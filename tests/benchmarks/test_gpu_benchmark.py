@@ -59,9 +59,8 @@ def test_the_summary_has_what_a_cut_off_stage_left(gpu: ModuleType, tmp_path: Pa
     tables = {"96², fp32": [{"step": "plain", "× plain": 1.0}, {"step": "forward", "× plain": 1.3456, "MiB": 7}]}
     (tmp_path / "meta_step.json").write_text(json.dumps({"machine": {"device": "H100"}, "tables": tables}))
     cut_off = gpu.Outcome("meta_step", "What a weighted step costs", "out of time", 9.0, "ended after 9 s")
-    gpu.write_summary(
-        [cut_off, gpu.Outcome("labels", "The label model", "left out", why="cv2 is not installed")], tmp_path
-    )
+    left_out = gpu.Outcome("labels", "The label model", "left out", why="cv2 is not installed")
+    gpu.write_summary([cut_off, left_out], tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "| meta_step | out of time | 9 | ended after 9 s |" in text
     assert "| labels | left out | 0 | cv2 is not installed |" in text
