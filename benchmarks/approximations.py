@@ -32,8 +32,7 @@ from distseg.config.load import load_config
 from distseg.distributed.runtime import Runtime, start_runtime, stop_runtime
 from distseg.evaluation.metrics import summarise
 from distseg.meta import PixelReweighter
-from distseg.meta.estimators import LabelledImages
-from distseg.meta.network import Parameters
+from distseg.meta.estimators import LabelledImages, MeanLoss
 from distseg.methods.part import Weighed, Weighting
 from distseg.optim.schedules import learning_rate
 from distseg.training.train_step import train_step
@@ -50,40 +49,18 @@ WAYS = {
 """The runs that are scored, by the keys that they set."""
 
 
-class WithGradientOf(PixelReweighter):
-    """Exact weights, but along a clean gradient that is given."""
-
-    given: Parameters | None = None
-
-    def _clean_gradient(self, *arguments: Any) -> Parameters:
-        assert self.given is not None
-        return self.given
-
-
-class Remembering(PixelReweighter):
-    """Exact weights; the clean gradients of the last steps are kept."""
-
-    def __init__(self, *arguments: Any, **keys: Any) -> None:
-        super().__init__(*arguments, **keys)
-        self.gradients: deque[Parameters] = deque(maxlen=max(LAGS) + 1)
-
-    def _clean_gradient(self, *arguments: Any) -> Parameters:
-        gradient = super()._clean_gradient(*arguments)
-        self.gradients.appendleft({name: value.clone() for name, value in gradient.items()})
-        return gradient
-
-
 class Beside(Weighting):
     """Weighs exactly, and every `every` steps by the other ways too; what they gave is added to `found`."""
 
     def __init__(self, trainer: Trainer, every: int, found: list[dict[str, Any]]) -> None:
         model = trainer.method.weighting.reweighter.model
-        self.exact = Remembering(model)
+        self.exact = PixelReweighter(model)
+        self.gradients: deque[MeanLoss] = deque(maxlen=max(LAGS) + 1)
         self.others = {
             "head": PixelReweighter(model, estimator="head"),
             "bf16": PixelReweighter(model, precision="bf16"),
         }
-        self.lagging = WithGradientOf(model)
+        self.lagging = PixelReweighter(model)
         self.every, self.step, self.found = every, 0, found
 
     def weigh(
@@ -92,7 +69,8 @@ class Beside(Weighting):
         clean: Sequence[LabelledImages],
         true_masks: Sequence[Tensor] | None,
     ) -> Weighed:
-        maps = self.exact.weigh(noisy, clean, true_masks)
+        self.gradients.appendleft(self.exact.clean_loss(clean))
+        maps = self.exact.weigh_along(self.gradients[0], noisy, true_masks)
         self.step += 1
         if self.step % self.every == 0 and true_masks is not None:
             exact = maps[0].full(noisy[0][1])
@@ -101,8 +79,7 @@ class Beside(Weighting):
                 [own] = reweighter.weigh(noisy, clean, true_masks)
                 self._note(name, reweighter, own.full(noisy[0][1]), exact)
             for lag in LAGS:
-                self.lagging.given = self.exact.gradients[lag]
-                [own] = self.lagging.weigh(noisy, clean, true_masks)
+                [own] = self.lagging.weigh_along(self.gradients[lag], noisy, true_masks)
                 self._note(f"g of {lag} steps ago", self.lagging, own.full(noisy[0][1]), exact)
         return Weighed(maps, self.exact.diagnostics)
 

@@ -15,29 +15,17 @@ Features φ (B, F, H, W), logits (B, C, H, W).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.errors import InvalidArgument
-from distseg.meta.estimators import LabelledImages, SummedLoss, summed_loss, valid_count
+from distseg.meta.estimators import LabelledImages, MeanLoss, SummedLoss, summed_loss, valid_count
 from distseg.meta.network import Network, Parameters, StatelessNetwork
 from distseg.meta.placement import Whole
 from distseg.meta.reduction import Reduction
-
-
-class HeadGradient(NamedTuple):
-    """The clean gradient by the last layer's parameters: weight (C, F), and bias (C,) where it is trained."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def norm(self) -> Tensor:
-        """Euclidean norm, a scalar."""
-        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return torch.linalg.vector_norm(torch.cat([part.flatten() for part in parts]))
 
 
 class Head:
@@ -50,36 +38,67 @@ class Head:
         self._module = module
         self._name: str | None = None
 
-    def gradient(
+    def mean_gradient(
         self,
         network: Network,
         parameters: Parameters,
         batches: Sequence[LabelledImages],
         reduction: Reduction,
         loss: SummedLoss = summed_loss,
-    ) -> HeadGradient:
-        """G and g_b of a loss averaged over the valid pixels of every clean micro-batch of every rank.
+    ) -> MeanLoss:
+        """A loss averaged over the valid pixels of the global batch, and the layer's part of its gradient.
 
-        Sums travel, with the count of valid pixels, in one reduction of CF + C + 1 numbers.
+        Every process has the whole of that part, wherever the parameters are. Sums travel, with the count of valid
+        pixels, in one reduction of CF + C + 1 numbers.
         """
-        sums = []
+        sums, values = [], []
         for images, masks in batches:
-            logits, features = self.logits_and_features(network, parameters, images)
-            sums.append(_summed_gradient(logits, features, masks, loss))
+            logits, features = self._logits_and_features(network, parameters, images)
+            own, value = _summed_gradient(logits, features, masks, loss)
+            sums.append(own)
+            values.append(value)
         total = torch.stack(sums).sum(0)
         count = valid_count(batches).to(total.dtype)
-        *parts, count = reduction.sum(torch.cat([total, count.reshape(1)])).split([*self._sizes(), 1])
-        mean = [part / count.clamp(min=1) for part in parts]
-        return HeadGradient(mean[0].view(self._layer.out_channels, -1), mean[1] if self._trains_bias else None)
+        weight, bias, count = reduction.sum(torch.cat([total, count.reshape(1)])).split(self._sizes())
+        count = count.squeeze().clamp(min=1)
+        layer = self._layer
+        gradient = {"weight": (weight / count).view(layer.out_channels, layer.in_channels, 1, 1), "bias": bias / count}
+        trained = {f"{self._prefix}{name}": value for name, value in gradient.items() if self._trains(name)}
+        return MeanLoss(trained, torch.stack(values).sum() / count)
 
     def logits_along(
-        self, network: Network, parameters: Parameters, gradient: HeadGradient, images: Tensor
+        self, network: Network, parameters: Parameters, gradient: Parameters, images: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """z and ż (B, C, H, W), constants to autograd; U = Σ_c ∂ℓ/∂z_c · ż_c."""
-        logits, features = self.logits_and_features(network, parameters, images)
-        return logits, tangents(features, gradient).to(logits.dtype)
+        """z and ż (B, C, H, W), constants to autograd; U = Σ_c ∂ℓ/∂z_c · ż_c. The gradient may have other parts too."""
+        logits, features = self._logits_and_features(network, parameters, images)
+        return logits, self._tangents(features, gradient).to(logits.dtype)
 
-    def logits_and_features(self, network: Network, parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor]:
+    def carry(self, network: nn.Module, gradient: Parameters, images: Tensor) -> tuple[Tensor, Tensor]:
+        """z with its graph and ż, a constant, of a pass of a module that has this layer's parameters. Needs `find`."""
+        passed, weight = _Passed(), self._layer.weight
+        [layer] = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.weight is weight]
+        handle = layer.register_forward_hook(partial(passed.of_layer, ""))
+        try:
+            logits = network(images)
+        finally:
+            handle.remove()
+        return logits, self._tangents(passed.inputs[""].detach(), gradient).to(logits.dtype)
+
+    def find(self, network: Network, parameters: Parameters, images: Tensor) -> None:
+        """Find the layer, if no pass has yet."""
+        if self._name is None:
+            self._logits_and_features(network, parameters, images)
+
+    def part(self, gradient: Parameters) -> Parameters:
+        """What of a gradient is by the layer's parameters: weight (C, F, 1, 1), and bias (C,) where it is trained."""
+        return {name: gradient[f"{self._prefix}{name}"] for name in ("weight", "bias") if self._trains(name)}
+
+    def _tangents(self, features: Tensor, gradient: Parameters) -> Tensor:
+        """ż = G·φ + g_b, (B, C, H, W), in the features' precision."""
+        part = {name: value.to(features.dtype) for name, value in self.part(gradient).items()}
+        return F.conv2d(features, part["weight"], part.get("bias"))
+
+    def _logits_and_features(self, network: Network, parameters: Parameters, images: Tensor) -> tuple[Tensor, Tensor]:
         """z and φ of images, constants to autograd."""
         passed = _Passed()
         with torch.no_grad(), self._watched(passed):
@@ -111,18 +130,23 @@ class Head:
 
     @property
     def _layer(self) -> nn.Conv2d:
-        layer = self._module.get_submodule(self._name or "")
+        assert self._name is not None, "no pass has found the layer yet"
+        layer = self._module.get_submodule(self._name)
         assert isinstance(layer, nn.Conv2d)
         return layer
 
     @property
-    def _trains_bias(self) -> bool:
-        bias = self._layer.bias
-        return bias is not None and bias.requires_grad
+    def _prefix(self) -> str:
+        return f"{self._name}." if self._name else ""
 
-    def _sizes(self) -> tuple[int, int]:
-        """Of G and g_b, flattened."""
-        return self._layer.out_channels * self._layer.in_channels, self._layer.out_channels
+    def _trains(self, name: str) -> bool:
+        parameter = getattr(self._layer, name)
+        return parameter is not None and parameter.requires_grad
+
+    def _sizes(self) -> list[int]:
+        """Of G and g_b, flattened, and of the count."""
+        layer = self._layer
+        return [layer.out_channels * layer.in_channels, layer.out_channels, 1]
 
 
 class _Passed:
@@ -143,22 +167,17 @@ class _Passed:
 def check_head(model: nn.Module, images: Tensor) -> None:
     """Raise InvalidArgument for a network that has no such last layer. Nothing is left changed."""
     placement = Whole(model)
-    Head(model).logits_and_features(StatelessNetwork(model, placement), placement.trainable(), images)
+    Head(model).find(StatelessNetwork(model, placement), placement.trainable(), images)
 
 
-def tangents(features: Tensor, gradient: HeadGradient) -> Tensor:
-    """ż = G·φ + g_b, (B, C, H, W), in the features' precision."""
-    weight = gradient.weight.to(features.dtype)[:, :, None, None]
-    return F.conv2d(features, weight, None if gradient.bias is None else gradient.bias.to(features.dtype))
-
-
-def _summed_gradient(logits: Tensor, features: Tensor, masks: Tensor, loss: SummedLoss) -> Tensor:
-    """(CF + C,): Σ δ φᵀ and Σ δ over the batch."""
+def _summed_gradient(logits: Tensor, features: Tensor, masks: Tensor, loss: SummedLoss) -> tuple[Tensor, Tensor]:
+    """(CF + C,): Σ δ φᵀ and Σ δ over the batch; and the loss."""
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
-        [delta] = torch.autograd.grad(loss(leaf, masks), leaf)
+        value = loss(leaf, masks)
+        [delta] = torch.autograd.grad(value, leaf)
     by_pixel, by_feature = (part.movedim(1, 0).flatten(1) for part in (delta, features.to(delta.dtype)))
-    return torch.cat([(by_pixel @ by_feature.T).flatten(), by_pixel.sum(1)])
+    return torch.cat([(by_pixel @ by_feature.T).flatten(), by_pixel.sum(1)]), value.detach()
 
 
 def _is_pixelwise(layer: nn.Conv2d) -> bool:

@@ -62,6 +62,16 @@ def test_compiled_and_eager_weights_agree(model: nn.Module, estimator: str) -> N
     assert torch.equal(actual, expected)
 
 
+def test_one_pass_of_a_compiled_network_is_one_as_written() -> None:
+    model = networks()[0]
+    _, expected, _ = PixelReweighter(model).one_pass(*batch(0), *batch(1))
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(batch(0)[0])
+    logits, weights, _ = PixelReweighter(compiled).one_pass(*batch(0), *batch(1))
+    assert torch.equal(weights, expected)
+    assert logits.requires_grad
+
+
 def test_the_weighted_step_is_compiled_as_before() -> None:
     images, masks = batch(0)
     calls = []
