@@ -47,7 +47,7 @@ class Stage:
 _DATA = ("pydantic", "cv2", "simplejpeg", "zlib_ng")
 STAGES = (
     Stage("tests", "Tests on the GPU", 120, ("pytest",)),
-    Stage("meta_step", "What a weighted step costs", 130),
+    Stage("meta_step", "What a weighted step costs", 150),
     Stage("resume", "Resumed = never stopped", 40),
     Stage("kernels", "Operators beside copying their bytes", 110),
     Stage("training", "Training, images per second", 60, ("deepspeed", "omegaconf", *_DATA)),

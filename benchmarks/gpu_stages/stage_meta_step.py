@@ -1,7 +1,8 @@
 """A plain step, a step under each estimator, and one by the authors' procedure, in three precisions and at two sizes.
 
 A plain step is forward, backward and SGD with momentum on the noisy images; the others first weigh these by as many
-clean ones. fp32, tf32: everything in it. bf16: autocast in the step; the meta pass in fp32 (with TF32), or in bf16.
+clean ones. `both streams` learns from the clean images too, which plain training would do as well. fp32, tf32:
+everything in it. bf16: autocast in the step; the meta pass in fp32 (with TF32), or in bf16.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import importlib.util
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -24,17 +25,19 @@ from distseg.models.unet import UNet
 from gpu_stages.findings import Findings, Setting
 
 ROOT = Path(__file__).parents[2]
-Weigh = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def measure(setting: Setting, findings: Findings) -> None:
-    """The paper's network and batch; at 512² with fewer rounds, whose steps are 28 times as long."""
-    sizes = {16: 2} if setting.tiny else {96: 9, 512: 3}
-    network = Namespace(width=4, depth=1, batch=2) if setting.tiny else Namespace(width=64, depth=4, batch=6)
-    for size, rounds in sizes.items():
-        for precision in PRECISIONS:
-            measure_one(setting.device, network, size, precision, rounds, findings)
+    """The paper's network and batch; at 512², whose steps are 28 times as long, fewer rounds and the slowest last."""
+    if setting.tiny:
+        network, tables = Namespace(width=4, depth=1, batch=2), [(16, precision, 2) for precision in PRECISIONS]
+    else:
+        network = Namespace(width=64, depth=4, batch=6)
+        tables = [(96, precision, 9) for precision in PRECISIONS]
+        tables += [(512, precision, 2) for precision in reversed(PRECISIONS)]
+    for size, precision, rounds in tables:
+        measure_one(setting.device, network, size, precision, rounds, findings)
 
 
 def measure_one(device: str, network: Namespace, size: int, precision: str, rounds: int, findings: Findings) -> None:
@@ -45,14 +48,18 @@ def measure_one(device: str, network: Namespace, size: int, precision: str, roun
     seconds = take_turns(steps, rounds, device)
     title = f"{size}², {network.batch} + {network.batch} images, U-Net width {network.width}, {precision}"
     for name, times in seconds.items():
-        ratios = [own / plain for own, plain in zip(times, seconds["plain"], strict=True)]
+
+        def ratio(other: str, times: list[float] = times) -> float:
+            return statistics.median(own / its for own, its in zip(times, seconds[other], strict=True))
+
         findings.add(
             title,
             {
                 "step": name,
                 "ms": 1e3 * statistics.median(times),
-                "× plain": statistics.median(ratios),
-                "authors / it": statistics.median(a / b for a, b in zip(seconds["authors"], times, strict=True)),
+                "× plain": ratio("plain"),
+                "× plain, both streams": ratio("plain, both streams"),
+                "authors / it": 1 / ratio("authors"),
                 "images/s": network.batch / statistics.median(times),
                 "MiB": peaks[name],
             },
@@ -67,6 +74,10 @@ class Contender:
     name: str
     estimator: str | None = None
     """Of the weights; None: all the same."""
+    learns_clean: bool = False
+    """Whether the step learns from the clean images too, half and half."""
+    one_pass: bool = False
+    """Whether weights and logits come from one pass: PixelReweighter.one_pass."""
     meta_precision: str = "fp32"
     autocast: bool = False
     """Whether the step itself is in bf16."""
@@ -78,17 +89,25 @@ class Contender:
 
 def contenders(precision: str, size: int) -> list[Contender]:
     """`plain` and `authors` among them. One is compiled, which takes long, where a GPU waits for Python most."""
-    autocast = precision == "bf16"
-    found = [Contender(name, autocast=autocast) for name in ("plain", "authors")]
-    for estimator in ("forward", "head") if autocast else ("forward", "reverse", "finite", "head"):
-        found.append(Contender(estimator, estimator, autocast=autocast))
-    if autocast:
-        found.append(Contender("forward, meta pass bf16", "forward", "bf16", autocast=True))
-        if size < 512:
-            found.append(Contender("forward, step compiled", "forward", autocast=True, compiled=True))
-    if precision != "fp32":
-        found.append(Contender("plain, channels last", autocast=autocast, channels_last=True))
-    return found
+    found = [
+        Contender("plain"),
+        Contender("plain, both streams", learns_clean=True),
+        Contender("authors"),
+        Contender("forward", "forward"),
+        Contender("forward, both streams", "forward", learns_clean=True, one_pass=True),
+        Contender("head", "head"),
+        Contender("head, both streams", "head", learns_clean=True, one_pass=True),
+    ]
+    if precision == "fp32":
+        found += [Contender(estimator, estimator) for estimator in ("reverse", "finite")]
+    else:
+        found.append(Contender("plain, channels last", channels_last=True))
+    if precision != "bf16":
+        return [*found, Contender("forward, one pass", "forward", one_pass=True)]
+    found.append(Contender("forward, meta pass bf16", "forward", meta_precision="bf16"))
+    if size < 512:
+        found.append(Contender("forward, step compiled", "forward", compiled=True))
+    return [replace(each, autocast=True) for each in found]
 
 
 def build_step(contender: Contender, device: str, network: Namespace, size: int) -> Callable[[], None]:
@@ -97,30 +116,49 @@ def build_step(contender: Contender, device: str, network: Namespace, size: int)
     model = UNet(network.width, network.depth).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.99, fused=True)
     noisy, clean = (draw(network.batch, size, device) for _ in range(2))
-    weigh = weigh_by(contender, model, torch.full(noisy[1].shape, 1e-4, device=device))
-    own = torch.compile(model, dynamic=False) if contender.compiled and device == "cuda" else model
-    layout = torch.channels_last if contender.channels_last else torch.contiguous_format
+    make_loss = loss_of(contender, model, noisy, clean)
 
     def step() -> None:
-        in_bf16 = torch.autocast(device, torch.bfloat16) if contender.autocast else contextlib.nullcontext()
-        with in_bf16:
-            weights = weigh(noisy, clean)
-            loss = weighted_loss(own(noisy[0].contiguous(memory_format=layout)), noisy[1], weights)
         optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16) if contender.autocast else contextlib.nullcontext():
+            loss, gradient = make_loss()
         loss.backward()
+        for name, parameter in model.named_parameters() if gradient else ():
+            parameter.grad.add_(gradient[name], alpha=0.5)
         optimizer.step()
 
     return step
 
 
-def weigh_by(contender: Contender, model: nn.Module, uniform: Tensor) -> Weigh:
+def loss_of(
+    contender: Contender, model: nn.Module, noisy: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]
+) -> Callable[[], tuple[Tensor, dict[str, Tensor] | None]]:
+    """Makes the loss of a step and, where it is known without a pass, the gradient of its clean half."""
+    images, masks = noisy
+    own = torch.compile(model, dynamic=False) if contender.compiled and images.is_cuda else model
+    layout = torch.channels_last if contender.channels_last else torch.contiguous_format
+
+    def by(weights: Tensor, images: Tensor = images, masks: Tensor = masks) -> Tensor:
+        return weighted_loss(own(images.contiguous(memory_format=layout)), masks, weights)
+
     if contender.name == "authors":
         oracle = load_oracle()
-        return lambda noisy, clean: oracle.normalised(oracle.double_backward(model, noisy, clean)).detach()
+        return lambda: (by(oracle.normalised(oracle.double_backward(model, noisy, clean)).detach()), None)
     if contender.estimator is None:
-        return lambda noisy, clean: uniform
+        if contender.learns_clean:
+            images, masks = torch.cat([images, clean[0]]), torch.cat([masks, clean[1]])
+        uniform = torch.full(masks.shape, 1 / masks.numel(), device=masks.device)
+        return lambda: (by(uniform, images, masks), None)
     reweighter = PixelReweighter(model, estimator=contender.estimator, precision=contender.meta_precision)
-    return lambda noisy, clean: reweighter(*noisy, *clean)
+    if not contender.one_pass:
+        return lambda: (by(reweighter(*noisy, *clean)), None)
+
+    def in_one_pass() -> tuple[Tensor, dict[str, Tensor] | None]:
+        logits, weights, mean = reweighter.one_pass(*noisy, *clean)
+        loss = weighted_loss(logits, masks, weights)
+        return (0.5 * loss, mean.gradient) if contender.learns_clean else (loss, None)
+
+    return in_one_pass
 
 
 def load_oracle() -> ModuleType:

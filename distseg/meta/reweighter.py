@@ -228,7 +228,7 @@ class PixelReweighter:
 
     @property
     def may_take_one_pass(self) -> bool:
-        """Whether the weights can come from the weighted pass itself, if the model can carry the tangents of `forward`."""
+        """Whether the weights can come from the weighted pass itself; of `forward`, if the model can carry tangents."""
         plain = not (self.initial_weight or self.placement.sharded)
         return plain and (self.estimator == "head" or (self.estimator == "forward" and self.dtype is None))
 
