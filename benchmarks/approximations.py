@@ -5,12 +5,11 @@
 PATH holds manifest.csv, with true masks; noise is drawn, polygons of 3 vertices, and 50 images are clean. The network,
 optimiser and schedule are those of configs/isic2017.yaml, on one rank.
 
-First one run learns from the exact weights. Every so many steps the other weights of the same step are made beside
-them, and change nothing: how well U tells wrong pixels (AUROC), the weight on wrong pixels, and half the sum of the
-differences from the exact weights, which is 0 for the same map and 1 for one that shares no pixel. `g of n steps ago`
-is what refreshing the clean gradient every n + 1 steps comes to at its oldest.
-
-Then a run by each way, of the same budget, and the Dice of the test split.
+Every way has a run of its own, of the same budget and seeds, and the Dice of its test split. In the first run by the
+exact weights, every so many steps the other weights of the same step are made beside them, and change nothing: how well
+U tells wrong pixels (AUROC), the weight on wrong pixels, and half the sum of the differences from the exact weights,
+which is 0 for the same map and 1 for one that shares no pixel. `g of n steps ago` is what refreshing the clean gradient
+every n + 1 steps comes to at its oldest.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -105,7 +105,8 @@ def trained(
         trainer = Trainer(config, Path(folder), runtime)
         watch(trainer)
         for step in range(trainer.steps):
-            train_step(trainer.engine, trainer.method, step, learning_rate(config.optim, step, trainer.steps), True)
+            diagnose = (step + 1) % arguments.every == 0
+            train_step(trainer.engine, trainer.method, step, learning_rate(config.optim, step, trainer.steps), diagnose)
         counts, _ = trainer.score(trainer.splits.test, own=False)
         trainer.close()
     return summarise(counts, "test", class_names=config.data.class_names)["test/dice"]
@@ -120,11 +121,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         weighting = Beside(trainer, arguments.every, along)
         trainer.method = dataclasses.replace(trainer.method, weighting=weighting)
 
-    trained(arguments, runtime, arguments.seeds[0], WAYS["exact"], beside)
-    dice = {
-        way: [trained(arguments, runtime, seed, keys, lambda trainer: None) for seed in arguments.seeds]
-        for way, keys in WAYS.items()
-    }
+    dice: dict[str, list[float]] = {way: [] for way in WAYS}
+    for seed in arguments.seeds:
+        for way, keys in WAYS.items():
+            watch = beside if way == "exact" and seed == arguments.seeds[0] else lambda trainer: None
+            dice[way].append(trained(arguments, runtime, seed, keys, watch))
+            print(f"seed {seed}, {way}: test Dice {dice[way][-1]:.3f}", file=sys.stderr, flush=True)
     stop_runtime()
     setting = {name: getattr(arguments, name) for name in ("steps", "every", "seeds", "threads", "set")}
     return {"machine": describe_machine("cpu"), "setting": setting, "along": along, "dice": dice}

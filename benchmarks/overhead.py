@@ -5,7 +5,8 @@
 The same steps are made twice: of the network and images as given, and of a network of one channel and as many layers
 on one image of the least size, where next to nothing is left to compute. The time that this takes is what a device
 that computes at once would still wait for the host: Python, torch's dispatcher and the set-up of its operators. Beside
-it, the step of channels-last images. Contenders take turns in a random order; ratios are of one round.
+it, the step of channels-last images. A step of both streams learns from the clean images too, and is held against the
+plain step that does. Contenders take turns in a random order; ratios are of one round.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from measure import describe_machine, take_turns
 CONTENDERS = (
     Contender("plain"),
     Contender("plain, channels last", channels_last=True),
+    Contender("plain, both streams", learns_clean=True),
     *(Contender(name, name) for name in ("forward", "reverse", "finite", "head")),
+    *(Contender(f"{name}, both streams", name, learns_clean=True, one_pass=True) for name in ("forward", "head")),
 )
 
 
@@ -33,7 +36,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = take_turns(entries, arguments.rounds, "cpu")
     rows = {}
     for name in (each.name for each in CONTENDERS):
-        whole, host, plain = seconds[name], seconds[f"{name}: host"], seconds["plain"]
+        whole, host = seconds[name], seconds[f"{name}: host"]
+        plain = seconds["plain, both streams" if name.endswith("both streams") else "plain"]
         rows[name] = {
             "ms": 1e3 * statistics.median(whole),
             "over_plain": statistics.quantiles([a / b for a, b in zip(whole, plain, strict=True)], n=4),

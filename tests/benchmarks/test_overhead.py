@@ -16,6 +16,6 @@ def test_the_benchmark_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     rows = json.loads(figures.read_text())["rows"]
-    assert list(rows) == ["plain", "plain, channels last", "forward", "reverse", "finite", "head"]
+    assert {"plain", "plain, channels last", "plain, both streams", "forward", "head, both streams"} < rows.keys()
     assert all(row["ms"] > 0 and row["host_ms"] > 0 for row in rows.values())
     assert all(name in done.stdout for name in rows)
