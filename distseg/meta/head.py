@@ -63,7 +63,7 @@ class Head:
         count = count.squeeze().clamp(min=1)
         layer = self._layer
         gradient = {"weight": (weight / count).view(layer.out_channels, layer.in_channels, 1, 1), "bias": bias / count}
-        trained = {f"{self._prefix}{name}": value for name, value in gradient.items() if self._trains(name)}
+        trained = {_parameter(self._name, name): value for name, value in gradient.items() if self._trains(name)}
         return MeanLoss(trained, torch.stack(values).sum() / count)
 
     def logits_along(
@@ -91,7 +91,7 @@ class Head:
 
     def part(self, gradient: Parameters) -> Parameters:
         """What of a gradient is by the layer's parameters: weight (C, F, 1, 1), and bias (C,) where it is trained."""
-        return {name: gradient[f"{self._prefix}{name}"] for name in ("weight", "bias") if self._trains(name)}
+        return {name: gradient[_parameter(self._name, name)] for name in ("weight", "bias") if self._trains(name)}
 
     def _tangents(self, features: Tensor, gradient: Parameters) -> Tensor:
         """ż = G·φ + g_b, (B, C, H, W), in the features' precision."""
@@ -104,7 +104,7 @@ class Head:
         with torch.no_grad(), self._watched(passed):
             logits = network(parameters, images)
         last = [name for name, output in passed.outputs.items() if output is passed.result]
-        if not last or not self._module.get_submodule(last[0]).weight.requires_grad:
+        if not last or _parameter(last[0], "weight") not in parameters:
             raise InvalidArgument(
                 "estimator head: the network's output is not that of a trained 1×1 convolution (nn.Conv2d); use "
                 "estimator=forward"
@@ -134,10 +134,6 @@ class Head:
         layer = self._module.get_submodule(self._name)
         assert isinstance(layer, nn.Conv2d)
         return layer
-
-    @property
-    def _prefix(self) -> str:
-        return f"{self._name}." if self._name else ""
 
     def _trains(self, name: str) -> bool:
         parameter = getattr(self._layer, name)
@@ -178,6 +174,11 @@ def _summed_gradient(logits: Tensor, features: Tensor, masks: Tensor, loss: Summ
         [delta] = torch.autograd.grad(value, leaf)
     by_pixel, by_feature = (part.movedim(1, 0).flatten(1) for part in (delta, features.to(delta.dtype)))
     return torch.cat([(by_pixel @ by_feature.T).flatten(), by_pixel.sum(1)]), value.detach()
+
+
+def _parameter(layer: str | None, name: str) -> str:
+    """The name of a layer's parameter in the network, whose last layer it may be all of."""
+    return f"{layer}.{name}" if layer else name
 
 
 def _is_pixelwise(layer: nn.Conv2d) -> bool:
