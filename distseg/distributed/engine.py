@@ -237,13 +237,15 @@ def add_gradient(engine: Any, gradient: Mapping[str, Tensor], factor: float) -> 
     for part in _fragments(engine):
         own = gradient[part.name].reshape(-1)
         own = own if own.numel() == part.count else own[part.start : part.start + part.count]
-        if isinstance(part.owner, nn.Parameter) and part.replicated:
-            if part.owner.grad is None:
+        if part.replicated:
+            if part.owner.grad is None:  # in the noisy images' pass the parameter had no part
                 part.owner.grad = torch.zeros_like(part.owner)
-            part.owner.grad.add_(own.view(part.owner.shape), alpha=factor)
+            place = part.owner.grad
         else:
-            place = places[id(part.owner), part.owner_start].view(-1)
-            place[: part.count].add_(own, alpha=factor)
+            place = places[id(part.owner), part.owner_start]
+        if place.numel() != part.count:  # a shard that is made as long as those of other ranks
+            place = place.view(-1)[: part.count]
+        place.add_(own.view(place.shape), alpha=factor)
 
 
 def _gradient_places(engine: Any) -> dict[tuple[int, int], Tensor]:
