@@ -281,13 +281,17 @@ class _PlaceOf(torch.autograd.Function):
         return direction
 
 
+def owns_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def apart(tensor: Tensor) -> Tensor:
     """The same memory as a storage of its own.
 
     Forward mode gives a tangent the storage size of its primal. Under ZeRO a parameter, or its shard, is a view of one
     flat buffer, and every tangent would be as large as that.
     """
-    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+    if owns_storage(tensor):
         return tensor
     return torch.from_dlpack(tensor.detach()) if tensor.numel() else tensor.new_empty(tensor.shape)
 

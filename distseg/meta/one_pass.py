@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from distseg.meta.estimators import apart, logits_along
+from distseg.meta.estimators import apart, logits_along, owns_storage
 from distseg.meta.network import (
     Forward,
     ForwardModeFollowsGradMode,
@@ -162,4 +162,4 @@ class _Apart(torch.autograd.Function):
 def _own_storage(parameter: Tensor) -> Tensor:
     # Contiguous, because group normalisation has no forward mode for channels-last features (torch 2.13).
     parameter = parameter.contiguous()
-    return parameter if apart(parameter) is parameter else _Apart.apply(parameter)
+    return parameter if owns_storage(parameter) else _Apart.apply(parameter)

@@ -120,7 +120,7 @@ class PixelReweighter:
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
-        self._agrees: bool | None = None
+        self._agrees: bool | None = None  # until the model has been tried
         self._head = Head(model)
         self._binary_masks = BinaryMasks()
 
@@ -228,9 +228,11 @@ class PixelReweighter:
 
     @property
     def may_take_one_pass(self) -> bool:
-        """Whether the weights can come from the weighted pass itself; of `forward`, if the model can carry tangents."""
-        plain = not (self.initial_weight or self.placement.sharded)
-        return plain and (self.estimator == "head" or (self.estimator == "forward" and self.dtype is None))
+        """Whether the weights can come from the weighted pass itself, for all that is known before `takes_one_pass`."""
+        if self.initial_weight or self.placement.sharded:
+            return False
+        carries = self.estimator == "forward" and self.dtype is None and self._agrees is not False
+        return carries or self.estimator == "head"
 
     def takes_one_pass(self, clean: MeanLoss, images: Tensor) -> bool:
         """Whether `carry` is right for the model: every rank tries it in its first call, which waits for the device."""
