@@ -40,6 +40,7 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
+	$(RUN) benchmarks/label_step.py --json benchmarks/results/label_step.json
 	$(RUN) benchmarks/kernels.py --json benchmarks/results/kernels_cpu.json --plot benchmarks/results/kernels_cpu.png
 
 # Everything that one H100 or H200 can say, in under eight minutes: benchmarks/results/gpu/. It needs a Python with torch and

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpu_stages.findings import Findings, Setting
 
 ROOT = Path(__file__).parents[2]
-FILES = {"test_on_gpu.py": (), "test_data_on_gpu.py": ("nvidia", "pydantic", "simplejpeg", "zlib_ng")}
+FILES = {"test_on_gpu.py": ("pydantic", "cv2"), "test_data_on_gpu.py": ("nvidia", "pydantic", "simplejpeg", "zlib_ng")}
 """With what they need. test_benchmark.py is the stage `kernels`."""
 
 

@@ -137,7 +137,7 @@ class Step:
         micro = self.micro_batches[index]
         batch, drawn, labels = micro.batch, micro.drawn, micro.batch.masks
         if self._label_model and drawn:
-            labels = self._label_model.labels(logits, labels, drawn.bins)
+            labels, _ = self._label_model.correct(logits, labels, drawn.bins, None)
             drawn = replace(drawn, labels=labels)
         weighed = pending.weigh(logits, tangents, labels, batch.true_masks if self._diagnose else None)
         [weights] = weighed.maps
@@ -155,10 +155,10 @@ class Step:
     def _labels(self, index: int, model: LabelModel, batch: Batch, drawn: Drawn, logits: Tensor) -> Tensor:
         """What to learn from, (B, H, W): the noisy images' labels by the label model, the clean ones' as they are."""
         masks, rest = batch.masks[: drawn.count], batch.masks[drawn.count :]
-        self._label_evidence[index] = model.evidence(logits[: drawn.count], masks, drawn.bins, drawn.held_out)
-        labels = drawn.labels
-        if labels is None:
-            labels = model.labels(logits[: drawn.count], masks, drawn.bins)
+        found = model.correct(logits[: drawn.count], masks, drawn.bins, drawn.held_out)
+        labels, self._label_evidence[index] = found
+        if drawn.labels is not None:
+            labels = drawn.labels
         if self._diagnose and drawn.truth is not None:
             self._wrong[index] = _wrong_pixels(masks, labels, drawn.truth)
         return torch.cat([labels, rest])

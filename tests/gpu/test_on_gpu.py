@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from distseg import PixelReweighter, ops, weighted_loss
+from distseg.data.batch import Batch
+from distseg.methods.labels.corrected import Corrected
 from distseg.models.unet import UNet
-from distseg.testing.operator_cases import CASES, Case, check
+from distseg.testing.operator_cases import CASES, MASK_CASES, Case, MaskCase, check, check_bins
+from distseg.testing.steps import method_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +22,11 @@ pytestmark = [
 def test_agrees_with_float64_eager_torch(case: Case) -> None:
     assert ops.backend("cuda") == "triton"
     check(case, "cuda")
+
+
+@pytest.mark.parametrize("case", MASK_CASES, ids=lambda case: case.name)
+def test_bins_are_those_of_eager_torch_on_the_cpu(case: MaskCase) -> None:
+    check_bins(case, "cuda")
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -72,6 +80,30 @@ def test_weights_are_those_of_the_cpu(estimator: str) -> None:
         actual = PixelReweighter(model.cuda(), estimator=estimator)(*(part.cuda() for part in batches))
     difference = (actual.cpu() - expected).abs().sum()
     assert difference < 1e-4, difference
+
+
+@pytest.mark.parametrize("clean_share", [0.5, 0.0], ids=["learned from", "held out"])
+def test_a_corrected_step_does_not_wait_for_the_device(clean_share: float) -> None:
+    model = torch.nn.Conv2d(3, 1, 3, padding=1).cuda()
+    images = torch.rand(4, 3, 32, 32, device="cuda")
+    batch = Batch(images, (images[:, 0] > 0.5).to(torch.uint8), None, ("a", "b", "c", "d"))
+    label_model = Corrected(torch.device("cuda"), 2, 4, least_gain=-1, decide_after=1)
+    method = method_on(batch, batch, clean_share, label_model, lambda x: model(x).detach())
+    skipped = torch.zeros((), dtype=torch.bool, device="cuda")
+
+    def step() -> None:
+        made = method.begin(0, diagnose=False)
+        [micro] = made.micro_batches
+        made.loss(0, model(micro.batch.images)).backward()
+        made.finish(skipped, 0.1)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_label_that_is_no_class_makes_the_loss_and_the_weights_nan() -> None:
