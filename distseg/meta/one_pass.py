@@ -98,6 +98,8 @@ class _TangentsHaveNoGraph(ForwardModeFollowsGradMode):
     """Within, what a torch function returns has a tangent that is a constant to autograd."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.nn.functional.group_norm:
+            return _with_tangent_apart(function, args, kwargs or {})
         result = super().__torch_function__(function, types, args, kwargs)
         if isinstance(result, Tensor):
             in_place = any(result is argument for argument in args)
@@ -122,13 +124,59 @@ def _cut(tensor: Tensor) -> bool:
     return True
 
 
+def _with_tangent_apart(function: Any, args: tuple, kwargs: dict) -> Tensor:
+    """A function's value with its graph, and its tangent from a second call without one.
+
+    For group normalisation, whose saved means and deviations have tangents too, with graphs that cannot be reached and
+    hold several times the features (torch 2.13).
+    """
+    torch._C._set_fwd_grad_enabled(False)
+    try:
+        value = function(*args, **kwargs)
+    finally:
+        torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
+    with torch.no_grad():
+        tangent = forward_ad.unpack_dual(function(*args, **kwargs)).tangent
+    # The tangent is a view made without gradients, which an in-place function of the value could not write to.
+    tangent = None if tangent is None else tangent.detach()
+    if tangent is None or not torch.is_grad_enabled():
+        return value
+    return _Joined.apply(value, tangent, *args, *kwargs.values())
+
+
+class _Joined(torch.autograd.Function):
+    """`value` with `tangent`; the other inputs are those that it is a function of, one of which has a tangent."""
+
+    @staticmethod
+    def forward(value: Tensor, tangent: Tensor, *inputs: Any) -> Tensor:
+        return _alias(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tangent, ctx.count = inputs[1], len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return cotangent, *[None] * (ctx.count - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        tangent, ctx.tangent = ctx.tangent, None
+        return tangent
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, and no view of `tensor` to autograd, which in-place functions would cost more."""
+    place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return tensor.new_empty(0).set_(*place)
+
+
 class _ConstantTangent(torch.autograd.Function):
-    """The same memory, and a tangent without a graph. No view to autograd, which in-place functions would cost more."""
+    """The same values, and their tangent without a graph."""
 
     @staticmethod
     def forward(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-        return tensor.new_empty(0).set_(*place)
+        return _alias(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
