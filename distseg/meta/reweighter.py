@@ -157,7 +157,7 @@ class PixelReweighter:
             logits, weights, clean = reweighter.one_pass(images, masks, clean_images, clean_masks)
             weighted_loss(logits, masks, weights).backward()
 
-        It takes the place of `reweighter(…)` and `model(images)`, in about 0.9 of the time, and gives the same numbers.
+        It takes the place of `reweighter(…)` and `model(images)`, a forward pass less, and gives the same numbers.
         Tangents take as much memory as the features until it returns. For the estimator `forward`, without autocast;
         the first call tries whether the model can do it, and a model that cannot takes two passes. `head` takes the
         features of that pass, and no tangents. To learn from the clean batch too, add a share of `clean.gradient[name]`
