@@ -46,6 +46,7 @@ from distseg.training.recorder import RunRecorder
 from distseg.training.scoring import Counts, score
 from distseg.training.splits import Splits, prepare_splits
 from distseg.training.train_step import Outcome, train_step
+from distseg.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class Trainer:
         weighting = config.method.weighting
         if isinstance(weighting, AlignedConfig) and weighting.estimator == "head":
             check_head(self.model, trial.to(runtime.device))  # now, and not after the warm-up
+        if (source := config.model.init_from) is not None:
+            main_rank_first(lambda: warm_start(self.model, source, self.folder, runtime.is_main), runtime.device)
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(
