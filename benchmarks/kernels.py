@@ -14,7 +14,8 @@
 float32 logits, uint8 masks. The bytes are those that have to be moved, each tensor read or written once; the copy
 beside a time moves as many, half of them read and half written, between two buffers of its own on the same device.
 The contenders and the copy take turns in a random order; ratios are of one round. On a GPU the L2 cache is overwritten
-before each measurement. torch.compile has no double backward.
+before each measurement, and times are the device's: it has work until all is launched. torch.compile has no double
+backward.
 """
 
 import argparse
@@ -124,9 +125,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     contenders = CONTENDERS if arguments.compile else CONTENDERS[:2]
     flush = None
     if arguments.device == "cuda":
-        # Four times the cache: what the last measurement left there would be read at another speed.
-        cache = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
-        flush = cache.zero_
+        flush = flush_of_gpu()
     for size in arguments.sizes:
         for channels in arguments.channels:
             batch, height, width = (int(side) for side in size.split("x"))
@@ -156,6 +155,18 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 print(show_row(rows[-1]), flush=True)
     return rows
+
+
+def flush_of_gpu() -> Callable[[], object]:
+    """Overwrites the L2 cache, and keeps the GPU busy for about a millisecond more, while launches are queued."""
+    # Four times the cache: what the last measurement left there would be read at another speed.
+    cache = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+
+    def flush() -> None:
+        cache.zero_()
+        torch.cuda._sleep(2_000_000)  # cycles
+
+    return flush
 
 
 def quartiles(times: list[float], others: list[float]) -> list[float]:

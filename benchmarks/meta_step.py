@@ -6,10 +6,10 @@ A plain step is forward, backward and SGD with momentum: on the noisy batch (`pl
 batch together (`plain_both`). The others find the weights of the noisy batch from the clean one, and learn from the
 noisy batch; those with `_clean` learn from the clean batch too, half and half. `one_pass` carries the tangents in the
 step's own forward pass, and its clean gradient is the update's clean half; `forward` takes a pass of its own for them,
-and its clean images are joined to the noisy ones. Contenders take turns in a random order, round after round, and each
-is compared with the plain steps of its own round, because a machine's speed drifts. Beside the time stands what
-counting passes predicts: F, one forward pass of a batch; a backward is 2F, a Jacobian-vector product 3F, or 2F where
-the pass itself is made anyway.
+and its clean images are joined to the noisy ones. `head_clean` too finds its weights in the step's own pass. Contenders
+take turns in a random order, round after round, and each is compared with the plain steps of its own round, because a
+machine's speed drifts. Beside the time stands what counting passes predicts: F, one forward pass of a batch; a backward
+is 2F, a Jacobian-vector product 3F, or 2F where the pass itself is made anyway.
 
 Memory is the peak above what any training of the network holds (parameters, gradients, momentum, the batches): on CUDA
 what the allocator counts; on the CPU the growth of the resident set, each contender in a process of its own where glibc
@@ -42,10 +42,12 @@ PASSES = {
     "forward_clean": 12,
     "reverse": 11,
     "finite": 8,
+    "head": 5,
+    "head_clean": 6,
 }
 """In F. plain: 1 + 2. one_pass: clean 3, tangents 2, step 3. forward: clean 3, JVP 3, step 3, or 6 of both batches.
 reverse: clean 3, inner forward and backward 3, its transpose about 2, step 3. finite: clean 3, two noisy forwards,
-step 3."""
+step 3. head: a clean and a noisy forward, step 3; head_clean: clean 3, step 3."""
 SHARE = 0.5
 """Of the clean loss, where the step learns from it."""
 
@@ -69,7 +71,9 @@ def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], No
     both = tuple(torch.cat(parts) for parts in zip(noisy, clean, strict=True))
     uniform = torch.full(noisy[1].shape, 1 / noisy[1].numel(), device=device)
     estimator = contender.removesuffix("_clean")
-    reweighter = PixelReweighter(model, estimator=estimator if estimator in ("reverse", "finite") else "forward")
+    reweighter = PixelReweighter(
+        model, estimator=estimator if estimator in ("reverse", "finite", "head") else "forward"
+    )
 
     def plain() -> None:
         weighted_loss(model(noisy[0]), noisy[1], uniform).backward()
@@ -96,6 +100,7 @@ def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], No
         weighted_loss(model(both[0]), both[1], torch.cat([weights * (1 - SHARE), uniform * SHARE])).backward()
 
     made = {step.__name__: step for step in (plain, plain_both, one_pass, one_pass_clean, forward_clean)}
+    made["head_clean"] = one_pass_clean
     gradient = made.get(contender, two_passes)
 
     def step() -> None:

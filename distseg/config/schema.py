@@ -47,6 +47,11 @@ class Config(Section):
             raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
         if self.method.weighting.kind == "learned" and self.deepspeed.zero_stage == 3:
             raise ValueError("deepspeed.zero_stage 3: learned weights need whole parameters; set it to 2 or less")
+        if self.deepspeed.zero_stage == 3 and getattr(self.method.weighting, "meta_precision", "fp32") == "bf16":
+            raise ValueError(
+                "deepspeed.zero_stage 3: a meta pass in bf16 needs whole parameters; set it to 2 or less, or "
+                "method.weighting.meta_precision=fp32"
+            )
         if self.method.phases.kind == "union" and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even for union, half and half")
         return self

@@ -5,8 +5,9 @@ it computes there for a constant. Forward mode carries tangents through `torch.n
 (`tangents_stop_with_gradients`), and differences of the network's values stop nowhere (`stopped_gradient`).
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -39,11 +40,15 @@ class StatelessNetwork:
 
     Buffers are cloned at each call, and attributes that the call assigns get their values back; random numbers come
     from a fork of the streams, so that each pass of a step, and the weighted step after it, drops the same units;
-    autocast, which forward mode does not pass through, is off.
+    autocast, which forward mode does not pass through, is off; so is what torch.compile has made of the module, whose
+    graphs drop tangents without a word (torch 2.13).
+
+    dtype: what the module computes in: parameters, their tangents, buffers and images are cast on the way in, the
+    logits back on the way out. By default that of the parameters. Casts whole parameters, and no shards.
     """
 
-    def __init__(self, module: nn.Module, placement: Placement) -> None:
-        self._holder, self._placement = _Holder(module), placement
+    def __init__(self, module: nn.Module, placement: Placement, dtype: torch.dtype | None = None) -> None:
+        self._holder, self._placement, self._dtype = _Holder(module), placement, dtype
 
     def __call__(self, parameters: Parameters, images: Tensor) -> Tensor:
         return self.run(parameters, lambda forward: forward(images))
@@ -51,13 +56,18 @@ class StatelessNetwork:
     def run(self, parameters: Parameters, compute: Callable[[Forward], Result]) -> Result:
         buffers = {name: buffer.detach().clone() for name, buffer in self._holder.named_buffers()}
         operands = {f"module.{name}": value for name, value in self._placement.operands(parameters).items()}
+        if self._dtype is not None:
+            constants = {name: p.detach() for name, p in self._holder.named_parameters() if name not in operands}
+            operands = {name: value.to(self._dtype) for name, value in (constants | operands).items()}
+            buffers = {name: b.to(self._dtype) if b.is_floating_point() else b for name, b in buffers.items()}
         device = next(iter(parameters.values())).device
         with (
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             torch.autocast(device.type, enabled=False),
+            as_written(),
             attributes_kept(self._holder.module),
         ):
-            return functional_call(self._holder, operands | buffers, (compute,))
+            return functional_call(self._holder, operands | buffers, (compute, self._dtype))
 
 
 class _Holder(nn.Module):
@@ -67,8 +77,20 @@ class _Holder(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, compute: Callable[[Forward], Result]) -> Result:
-        return compute(lambda images: self.module(images.contiguous()))
+    def forward(self, compute: Callable[[Forward], Result], dtype: torch.dtype | None) -> Result:
+        def logits(images: Tensor) -> Tensor:
+            if dtype is None:
+                return self.module(images.contiguous())
+            return self.module(images.contiguous().to(dtype)).to(images.dtype)
+
+        return compute(logits)
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Within, compiled modules and functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; the import takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from distseg.meta.network import (
     ForwardModeFollowsGradMode,
     Network,
     Parameters,
+    as_written,
     tangents_stop_with_gradients,
 )
 
@@ -48,7 +49,7 @@ def logits_and_tangents(
             for name, parameter in network.named_parameters()
             if parameter.requires_grad
         }
-        with tangents_stop_with_gradients(_TangentsHaveNoGraph()):
+        with as_written(), tangents_stop_with_gradients(_TangentsHaveNoGraph()):
             logits, tangents = forward_ad.unpack_dual(functional_call(network, duals, (images.contiguous(),)))
     return logits, torch.zeros_like(logits) if tangents is None else tangents.detach()
 

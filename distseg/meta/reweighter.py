@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import distseg.meta.estimators as estimators
 from distseg.errors import InvalidArgument
 from distseg.meta.estimators import LabelledImages, MeanLoss
+from distseg.meta.head import Head
 from distseg.meta.loss import BinaryMasks
 from distseg.meta.network import Network, Parameters, StatelessNetwork, stopped_gradient
 from distseg.meta.one_pass import logits_and_tangents, one_pass_agrees
@@ -53,10 +54,11 @@ class PixelReweighter:
 
     model: (B, 3, H, W) → logits (B, C, H, W), C = 1 binary. Its training flag is respected; its parameters, buffers,
         gradients, RNG streams and hooks on parameters are left alone. Frozen parameters are constants.
-    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward) or `finite` (central
-        difference, for networks with operators that have no forward-mode formula). `finite` cannot see where a network
+    estimator: `forward` (exact, the default), `reverse` (exact, the paper's double backward), `finite` (central
+        difference, for networks with operators that have no forward-mode formula) or `head` (the last layer's part of
+        U, by forward passes alone, for networks that end in a 1×1 convolution). `finite` cannot see where a network
         stops gradients: its first call checks that the model does not, which takes two backward passes and waits for
-        the device.
+        the device. The first call of `head` raises InvalidArgument for a network that ends otherwise.
     granularity, normalise, on_zero, transform: see WeightRule.
     virtual_lr, initial_weight: the virtual step is of size α = virtual_lr, with the weight initial_weight/N on each of
         the N valid pixels of the global noisy batch. The paper starts at 0, and α then does not matter. Elsewhere the
@@ -65,6 +67,8 @@ class PixelReweighter:
         v that of its label, on noisy and clean images alike; U along the gradient of that clean loss is v times as
         much. `weighted_loss` does not know of them: give it weights times v.
     finite_step: relative step of `finite`.
+    precision: of the network in the meta pass: `fp32`, as it is, or `bf16`: parameters, tangents and images are cast;
+        not for `finite`, whose differences that would drown, nor for sharded parameters.
     sum_over_ranks: sums a tensor over the processes that share the global batch, for instance an all-reduce.
     reduction: the same as an object, which may also sum in the background: the clean gradient then travels while the
         backward pass that makes it goes on. One of the two at most.
@@ -87,14 +91,21 @@ class PixelReweighter:
         initial_weight: float = 0.0,
         class_weights: Tensor | None = None,
         finite_step: float | None = None,
+        precision: str = "fp32",
         sum_over_ranks: SumOverRanks | None = None,
         reduction: Reduction | None = None,
         placement: Placement | None = None,
     ) -> None:
         if not (virtual_lr > 0 and initial_weight >= 0):
             raise ValueError(f"virtual_lr {virtual_lr} must be above 0, initial_weight {initial_weight} not below")
-        if estimator not in ("forward", "reverse", "finite"):
-            raise ValueError(f"estimator {estimator!r}: forward, reverse, finite")
+        if estimator not in ("forward", "reverse", "finite", "head"):
+            raise ValueError(f"estimator {estimator!r}: forward, reverse, finite, head")
+        if estimator == "head" and initial_weight:
+            raise ValueError("estimator head: knows no fast weights; leave initial_weight at 0")
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision {precision!r}: fp32 or bf16")
+        if precision == "bf16" and (estimator == "finite" or (placement is not None and placement.sharded)):
+            raise ValueError("precision bf16: not for estimator finite, nor for sharded parameters; use fp32")
         if sum_over_ranks and reduction:
             raise ValueError("sum_over_ranks and reduction say the same: give one of them")
         self.model = model
@@ -105,10 +116,12 @@ class PixelReweighter:
         self.estimator, self.finite_step = estimator, finite_step
         self.virtual_lr, self.initial_weight = virtual_lr, initial_weight
         self.class_weights = class_weights
+        self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.rule = WeightRule(Granularity.parse(granularity), normalise, on_zero, transform)
         self.diagnostics: Diagnostics = {}
         self._unchecked = estimator == "finite"
         self._agrees: bool | None = None  # until the model has been tried
+        self._head = Head(model)
         self._binary_masks = BinaryMasks()
 
     def __call__(
@@ -146,9 +159,10 @@ class PixelReweighter:
 
         It takes the place of `reweighter(…)` and `model(images)`, a forward pass less, and gives the same numbers.
         Tangents take as much memory as the features until it returns. For the estimator `forward`, without autocast;
-        the first call tries whether the model can do it, and a model that cannot takes two passes. To learn from the
-        clean batch too, add a share of `clean.gradient[name]` to `.grad` of each trained parameter after `backward`,
-        which saves another pass. Both need an `initial_weight` of 0.
+        the first call tries whether the model can do it, and a model that cannot takes two passes. `head` takes the
+        features of that pass, and no tangents. To learn from the clean batch too, add a share of `clean.gradient[name]`
+        to `.grad` of each trained parameter after `backward`, which saves another pass. Both need an `initial_weight`
+        of 0.
         """
         noisy, clean_batch = (images, masks), (clean_images, clean_masks)
         self._look(noisy, clean_batch)
@@ -171,17 +185,22 @@ class PixelReweighter:
 
         The maps are the same bits with and without `true_masks`, which only add to the diagnostics.
         """
-        return self.weigh_along(self.clean_loss(clean, noisy), noisy, true_masks)
+        return self.weigh_along(self.clean_loss(clean, noisy, whole=False), noisy, true_masks)
 
-    def clean_loss(self, clean: Sequence[LabelledImages], noisy: Sequence[LabelledImages] = ()) -> MeanLoss:
+    def clean_loss(
+        self, clean: Sequence[LabelledImages], noisy: Sequence[LabelledImages] = (), whole: bool = True
+    ) -> MeanLoss:
         """The mean clean loss and g after the virtual step's start: at the present parameters if initial_weight is 0.
 
-        The noisy micro-batches matter only where it is not.
+        The noisy micro-batches matter only where it is not. Without `whole`, g is only what the estimator needs of it:
+        of `head` the last layer's part, which takes no backward pass.
         """
         for images, masks in (*noisy, *clean):
             _check(images, masks)
         network, parameters = self._network_and_parameters()
         loss = partial(estimators.summed_loss, class_weights=self.class_weights)
+        if self.estimator == "head" and not whole:
+            return self._head.mean_gradient(network, parameters, clean, self.reduction, loss)
 
         def mean_gradient(batches: Sequence[LabelledImages]) -> MeanLoss:
             return estimators.mean_gradient(network, parameters, batches, self.reduction, loss)
@@ -210,11 +229,15 @@ class PixelReweighter:
     @property
     def may_take_one_pass(self) -> bool:
         """Whether the weights can come from the weighted pass itself, for all that is known before `takes_one_pass`."""
-        fits = self.estimator == "forward" and not (self.initial_weight or self.placement.sharded)
-        return fits and self._agrees is not False
+        if self.initial_weight or self.placement.sharded:
+            return False
+        carries = self.estimator == "forward" and self.dtype is None and self._agrees is not False
+        return carries or self.estimator == "head"
 
     def takes_one_pass(self, clean: MeanLoss, images: Tensor) -> bool:
         """Whether `carry` is right for the model: every rank tries it in its first call, which waits for the device."""
+        if self.estimator == "head":
+            return True
         if torch.is_autocast_enabled(images.device.type):
             return False
         if self._agrees is None:
@@ -229,6 +252,9 @@ class PixelReweighter:
 
         `network` is the model, or a module around it that has its parameters.
         """
+        if self.estimator == "head":
+            self._head.find(*self._network_and_parameters(), images)
+            return self._head.carry(network, clean.gradient, images)
         directions: dict[Tensor, Tensor] = {
             parameter: clean.gradient[name]
             for name, parameter in self.model.named_parameters()
@@ -255,7 +281,7 @@ class PixelReweighter:
         weights, self.diagnostics = weight_maps(
             [cells for cells, _ in aligned],
             labels,
-            estimators.norm(clean.gradient, self.reduction),
+            self._norm(clean.gradient),
             self.rule,
             self.reduction,
             true_masks,
@@ -276,6 +302,8 @@ class PixelReweighter:
         with_map: bool,
     ) -> tuple[Cells, Tensor | None]:
         """Cells of a micro-batch; and U (B, H, W), always if `with_map`."""
+        if self.estimator == "head":
+            return self._cells_along(*self._head.logits_along(network, parameters, gradient, images), masks, with_map)
         if self.estimator == "forward":
             logits, tangents = estimators.logits_along(network, parameters, gradient, images)
             return self._cells_along(logits, tangents, masks, with_map)
@@ -302,7 +330,12 @@ class PixelReweighter:
         return Cells.of_alignment(TRANSFORMS[self.rule.transform](u), masks, self.rule.granularity), u
 
     def _network_and_parameters(self) -> tuple[Network, Parameters]:
-        return StatelessNetwork(self.model, self.placement), self.placement.trainable()
+        return StatelessNetwork(self.model, self.placement, self.dtype), self.placement.trainable()
+
+    def _norm(self, gradient: Parameters) -> Tensor:
+        if self.estimator == "head":  # every process has the whole of its part
+            return estimators.norm(self._head.part(gradient), OneProcess())
+        return estimators.norm(gradient, self.reduction)
 
     def _look(self, noisy: LabelledImages, clean: LabelledImages) -> None:
         for batch in (noisy, clean):

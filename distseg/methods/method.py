@@ -27,7 +27,7 @@ def build_method(config: MethodConfig, context: Context) -> "Method":
         reduction=context.reduction,
         logits_of=context.logits,
         labels_first=config.weighting.needs_clean,
-        one_pass=context.one_pass and context.accumulation == 1,
+        one_pass=context.accumulation == 1,
         reuses_clean=context.adds_gradients and loss.is_cross_entropy,
     )
 
@@ -101,7 +101,8 @@ class Method:
         # Images that are joined to the noisy ones would carry tangents for nothing, and change what these are.
         if not self.one_pass or phase.clean_share is None or (phase.clean_share and not self.reuses_clean):
             return None
-        return self.weighting.begin(noisy[0].images, [(batch.images, batch.masks) for batch in clean])
+        labelled = [(batch.images, batch.masks) for batch in clean]
+        return self.weighting.begin(noisy[0].images, labelled, bool(phase.clean_share))
 
     def _clean_term(
         self, phase: Phase, weighed: Weighed | PendingWeights | None, clean: Sequence[Batch]

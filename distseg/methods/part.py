@@ -58,10 +58,12 @@ class PendingWeights(Protocol):
 
 
 class Weighting(Part, ABC):
-    def begin(self, images: Tensor, clean: Sequence[LabelledImages]) -> PendingWeights | None:
+    def begin(
+        self, images: Tensor, clean: Sequence[LabelledImages], learns_clean: bool = False
+    ) -> PendingWeights | None:
         """Weights for noisy images (B, 3, H, W) from the pass that is weighed; None: `weigh` needs passes of its own.
 
-        Called where a step has one noisy micro-batch and its parameters are whole, without autocast.
+        Called where a step has one noisy micro-batch. `learns_clean`: its update takes the gradient of `clean` too.
         """
         return None
 

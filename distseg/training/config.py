@@ -20,10 +20,10 @@ class TrainConfig(Section):
     accumulation: Count = 1
     """Micro-batches a step, whose gradients add up to those of one large batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is torch autocast in the weighted step; the meta pass stays in fp32."""
+    """bf16 is torch autocast in the weighted step; method.meta_precision is that of the meta pass."""
     deterministic: bool = True
-    """On a GPU: the same bits from the same inputs, by slower operators where there is a choice. A warning names an
-    operator that has no deterministic form."""
+    """On a GPU: the same bits from the same inputs, also after --resume, by slower operators where there is a choice. A
+    warning names an operator that has no deterministic form, and a run that is resumed without this key."""
     tf32: bool = False
     """On a GPU: multiply in TensorFloat-32, with 10 bits of mantissa in place of 23, in the meta pass as well."""
     log_every: Count = 10

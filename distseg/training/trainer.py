@@ -27,10 +27,12 @@ from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.metrics import counts_csv, never_predicted, summarise
 from distseg.files import write_atomically
+from distseg.meta.head import check_head
 from distseg.meta.placement import Whole
 from distseg.methods.context import Context
 from distseg.methods.method import Method, build_method
 from distseg.methods.step import MicroBatch
+from distseg.methods.weighting.aligned import AlignedConfig
 from distseg.models.check import check_network
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
@@ -127,6 +129,9 @@ class Trainer:
         check_network(self.model, config.model.name, side, smallest, config.data.class_count)
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
+        weighting = config.method.weighting
+        if isinstance(weighting, AlignedConfig) and weighting.estimator == "head":
+            check_head(self.model, trial.to(runtime.device))  # now, and not after the warm-up
         if (source := config.model.init_from) is not None:
             main_rank_first(lambda: warm_start(self.model, source, self.folder, runtime.is_main), runtime.device)
         if runtime.shard.world_size > 1:
@@ -271,6 +276,8 @@ class Trainer:
         restored = None
         if resume:
             restored = load_checkpoint(self.folder.checkpoints, self.engine, self.method, self.config, self.runtime)
+        if restored and self.runtime.is_main:
+            warn_if_bits_may_differ(self.config, self.runtime.device)
         if self.runtime.is_main:
             self.folder.figures.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder.config, dump_config(self.config))
@@ -420,6 +427,16 @@ def warn_if_nothing_is_marked(counts: np.ndarray, config: Config) -> None:
         f"as {' or '.join(unmarked)} " if len(names) > 2 else "",
         mend,
     )
+
+
+def warn_if_bits_may_differ(config: Config, device: torch.device) -> None:
+    """Say so where a resumed run need not give the bits of one that never stopped."""
+    if device.type == "cuda" and not config.train.deterministic:
+        logger.warning(
+            "%s: resumed with train.deterministic=false; what follows may differ from what a run that never stopped "
+            "gives, in its last bits at first",
+            config.name,
+        )
 
 
 def has_finished(config: Config, folder: Path, resume: Literal["auto", "always"] | None) -> bool:

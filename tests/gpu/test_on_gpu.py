@@ -1,11 +1,14 @@
 """The operators' matrix on a GPU, and that no step waits for it."""
 
+import copy
+
 import pytest
 import torch
 
 from distseg import PixelReweighter, ops, weighted_loss
 from distseg.data.batch import Batch
 from distseg.methods.labels.corrected import Corrected
+from distseg.models.unet import UNet
 from distseg.testing.operator_cases import CASES, MASK_CASES, Case, MaskCase, check, check_bins
 from distseg.testing.steps import method_on
 
@@ -41,14 +44,17 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_a_step_does_not_wait_for_the_device() -> None:
-    model = torch.nn.Conv2d(3, 1, 3, padding=1).cuda()
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 1)).cuda()
     images = torch.rand(4, 3, 32, 32, device="cuda")
     masks = (images[:, 0] > 0.5).to(torch.uint8)
     class_weights = torch.tensor([1.0, 5.0], device="cuda")
-    plain, by_class = PixelReweighter(model), PixelReweighter(model, class_weights=class_weights)
+    by_class = PixelReweighter(model, class_weights=class_weights)
+    others = [{}, {"estimator": "reverse"}, {"estimator": "head"}, {"precision": "bf16"}]
+    reweighters = [PixelReweighter(model, **keys) for keys in others]
 
     def step() -> None:
-        weighted_loss(model(images), masks, plain(images, masks, images, masks)).backward()
+        for reweighter in reweighters:
+            weighted_loss(model(images), masks, reweighter(images, masks, images, masks)).backward()
         weights = by_class(images, masks, images, masks)
         ops.dice_cross_entropy(model(images), masks, weights, class_weights=class_weights).backward()
 
@@ -59,6 +65,21 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("estimator", ["forward", "reverse", "head"])
+def test_weights_are_those_of_the_cpu(estimator: str) -> None:
+    torch.manual_seed(0)
+    model = UNet(8, 2)
+    images, masks = torch.randn(2, 4, 3, 32, 32), torch.randint(0, 2, (2, 4, 32, 32), dtype=torch.uint8)
+    batches = images[0], masks[0], images[1], masks[1]
+    expected = PixelReweighter(copy.deepcopy(model).double(), estimator=estimator)(
+        *(part.double() if part.is_floating_point() else part for part in batches)
+    )
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        actual = PixelReweighter(model.cuda(), estimator=estimator)(*(part.cuda() for part in batches))
+    difference = (actual.cpu() - expected).abs().sum()
+    assert difference < 1e-4, difference
 
 
 @pytest.mark.parametrize("clean_share", [0.5, 0.0], ids=["learned from", "held out"])

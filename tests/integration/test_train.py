@@ -152,6 +152,15 @@ def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_pat
         (["data.root=/no/such/folder"], "/no/such/folder"),
         (["model.name=nowhere:Net"], "model.width=null takes it back"),
         (["model.name=nowhere:Net", "model={width: null, depth: null, norm: null}"], "model.name 'nowhere:Net'"),
+        (["deepspeed.zero_stage=3", "method.meta_precision=bf16"], "a meta pass in bf16 needs whole parameters"),
+        (
+            [
+                "model={name: 'tests.training.smooth_network:SmoothNetwork', width: null, depth: null, norm: null}",
+                "method.estimator=head",
+                "method.warm_up=0.5",
+            ],
+            "estimator head: the network's output is not that of a trained 1×1 convolution",
+        ),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(

@@ -80,10 +80,13 @@ def network_and_batches(name: str, dtype: torch.dtype) -> tuple[nn.Module, tuple
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("granularity", ["pixel", "patch(4)"])
-def test_one_pass_is_two_passes(name: str, granularity: str) -> None:
+@pytest.mark.parametrize("estimator", ["forward", "head"])
+def test_one_pass_is_two_passes(name: str, granularity: str, estimator: str) -> None:
     network, batches = network_and_batches(name, torch.float64)
     twin = copy.deepcopy(network)
-    reweighter, of_twin = (PixelReweighter(each, granularity=granularity) for each in (network, twin))
+    reweighter, of_twin = (
+        PixelReweighter(each, granularity=granularity, estimator=estimator) for each in (network, twin)
+    )
     for _ in range(2):  # the first call also tries whether the network can
         network.zero_grad()
         twin.zero_grad()

@@ -76,6 +76,8 @@ def test_a_key_needs_no_part_before_it() -> None:
     [
         ({"name": "noisy_only", "estimator": "reverse"}, "estimator is no key of uniform; remove it"),
         ({"name": "noisy_only", "estimator": "reverse"}, ".estimator=null takes it back), or set .kind=aligned"),
+        ({"estimator": "head", "initial_weight": 1.0}, "initial_weight does nothing with estimator head"),
+        ({"estimator": "finite", "meta_precision": "bf16"}, "set .meta_precision=fp32, or .estimator=forward"),
         ({"name": "finetune", "q": 0.5}, "or set .kind=generalised_cross_entropy"),
         ({"name": "finetune", "dice": 0.5}, "dice is no key of cross_entropy"),
         ({"name": "finetune", "class_weights": [1, 0]}, "greater than 0"),

@@ -15,6 +15,7 @@ from distseg.training.trainer import Trainer
 pytestmark = pytest.mark.slow
 METHODS = (
     {"name": "pixel_reweight", "virtual_lr": 0.1, "initial_weight": 1.0},
+    {"name": "image_reweight", "estimator": "head"},
     {"name": "label_correction", "warm_up": 0.0},
 )
 SCORED = 9

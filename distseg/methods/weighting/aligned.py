@@ -6,9 +6,9 @@ Zeng, Yang, Urtasun 2018, "Learning to Reweight Examples for Robust Deep Learnin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from distseg.meta import PixelReweighter
@@ -26,8 +26,9 @@ def _known_granularity(text: str) -> str:
 
 class AlignedConfig(Section):
     kind: Literal["aligned"] = "aligned"
-    estimator: Literal["forward", "reverse", "finite"] = "forward"
-    """forward (exact) | reverse (exact, the paper's double backward) | finite (for operators without forward mode)."""
+    estimator: Literal["forward", "reverse", "finite", "head"] = "forward"
+    """forward (exact) | reverse (exact, the paper's double backward) | finite (for operators without forward mode) |
+    head (fast: the last layer's part alone, of networks that end in a 1×1 convolution)."""
     granularity: Annotated[str, AfterValidator(_known_granularity)] = "pixel"
     """pixel | patch(k) | image."""
     transform: Literal["clamp", "root", "sign"] = "clamp"
@@ -41,12 +42,26 @@ class AlignedConfig(Section):
     weights of 0, as the paper's does."""
     initial_weight: Annotated[float, Field(ge=0)] = 0.0
     """The sum of the weights that the virtual step starts with, the same on every valid pixel of the global batch."""
+    meta_precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the network computes in bfloat16 in the meta pass, whatever train.precision says of the weighted step."""
     one_pass: bool = True
     """Let the weighted step's own forward pass carry the tangents, which saves a pass and holds the features' tangents
     beside them. For estimator forward, float32, ZeRO 0 to 2, one micro-batch a step, and networks without activation
-    checkpointing; a pass of their own elsewhere, with the same weights."""
+    checkpointing; a pass of their own elsewhere, with the same weights. Estimator head takes the features of that pass,
+    at ZeRO 0 to 2 and one micro-batch a step."""
 
     needs_clean: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _keys_apply(self) -> Self:
+        if self.estimator == "head" and self.initial_weight:
+            raise ValueError("initial_weight does nothing with estimator head; leave it out, or set .estimator=forward")
+        if self.estimator == "finite" and self.meta_precision == "bf16":
+            raise ValueError(
+                "meta_precision bf16: the differences of estimator finite are smaller than its rounding; set "
+                ".meta_precision=fp32, or .estimator=forward"
+            )
+        return self
 
     @property
     def by_pixel(self) -> bool:
@@ -62,21 +77,25 @@ class AlignedConfig(Section):
             transform=self.transform,
             virtual_lr=self.virtual_lr,
             initial_weight=self.initial_weight,
+            precision=self.meta_precision,
             class_weights=class_weights,
             reduction=context.reduction,
             placement=context.placement,
         )
-        return Aligned(reweighter, self.one_pass)
+        return Aligned(reweighter, self.one_pass and (context.one_pass or self.estimator == "head"))
 
 
 class Aligned(Weighting):
     def __init__(self, reweighter: PixelReweighter, one_pass: bool) -> None:
         self.reweighter, self.one_pass = reweighter, one_pass
 
-    def begin(self, images: Tensor, clean: Sequence[LabelledImages]) -> PendingWeights | None:
-        if not (self.one_pass and self.reweighter.may_take_one_pass):
+    def begin(
+        self, images: Tensor, clean: Sequence[LabelledImages], learns_clean: bool = False
+    ) -> PendingWeights | None:
+        rough = learns_clean and self.reweighter.dtype is not None
+        if rough or not (self.one_pass and self.reweighter.may_take_one_pass):
             return None
-        loss = self.reweighter.clean_loss(clean)
+        loss = self.reweighter.clean_loss(clean, whole=learns_clean)
         return _OnePass(self.reweighter, loss) if self.reweighter.takes_one_pass(loss, images) else None
 
     def weigh(
@@ -85,11 +104,13 @@ class Aligned(Weighting):
         clean: Sequence[LabelledImages],
         true_masks: Sequence[Tensor] | None,
     ) -> Weighed:
-        loss = self.reweighter.clean_loss(clean, noisy)
-        maps = self.reweighter.weigh_along(loss, noisy, true_masks)
-        # With an initial weight the clean loss is at the fast weights, not at the present parameters.
-        here = None if self.reweighter.initial_weight else loss
-        return Weighed(maps, self.reweighter.diagnostics, clean=here)
+        reweighter = self.reweighter
+        loss = reweighter.clean_loss(clean, noisy, whole=False)
+        maps = reweighter.weigh_along(loss, noisy, true_masks)
+        # With an initial weight the clean loss is at the fast weights, not at the present parameters; of `head` its
+        # gradient is a part; and in bfloat16 it is no gradient for an update.
+        elsewhere = reweighter.initial_weight or reweighter.estimator == "head" or reweighter.dtype is not None
+        return Weighed(maps, reweighter.diagnostics, clean=None if elsewhere else loss)
 
 
 @dataclass(frozen=True)
