@@ -1,10 +1,10 @@
-"""One mask of several annotators'."""
+"""Several annotators of an image: who they are, and one mask of theirs."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,32 @@ from distseg.errors import UserError
 from distseg.files import write_atomically
 
 Rule = Literal["majority", "staple"]
+
+
+def drawn_masks(sample: Sample) -> tuple[Annotation, ...]:
+    """What a noisy image is learned from: its annotations, or its reference where a study leaves that as it is."""
+    return sample.annotations or (Annotation("", sample.truth),)
+
+
+@dataclass(frozen=True)
+class Annotators:
+    """Who has drawn masks of the training images, and how many of one image at most."""
+
+    names: tuple[str, ...]
+    """Sorted; an empty one for those without a name."""
+    most: int
+
+    @classmethod
+    def of(cls, noisy: Sequence[Sample], clean: Sequence[Sample]) -> Self:
+        """Of both streams, so that all batches are alike."""
+        drawn = [*map(drawn_masks, noisy), *(sample.annotations for sample in clean)]
+        names = {each.annotator for annotations in drawn for each in annotations}
+        return cls(tuple(sorted(names)), max(map(len, drawn), default=0))
+
+    def places(self, drawn: Sequence[Annotation]) -> tuple[int, ...]:
+        """(most,) the place of each one's name, then −1."""
+        known = tuple(self.names.index(each.annotator) for each in drawn)
+        return known + (-1,) * (self.most - len(known))
 
 
 def fuse_annotations(

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from distseg.data import torch_loader
+from distseg.data.annotators import Annotators
 from distseg.data.augment import draw_transform, identity_transform
 from distseg.data.batch import Batch, Labels, Request
 from distseg.data.cache import open_cache
@@ -43,8 +44,12 @@ class Stream:
         batch_size: int,
         accumulation: int,
         device: torch.device,
+        annotators: Annotators | None = None,
     ) -> None:
-        """`batch_size` is per rank and micro-batch. Raises UserError where there are no samples or no such loader."""
+        """`batch_size` is per rank and micro-batch; with `annotators`, batches have all annotations.
+
+        Raises UserError where there are no samples or no such loader.
+        """
         if not samples:
             raise UserError(f"the {name} stream has no images: data.clean_count divides the training split; change it")
         unknown = [sample.id for sample in samples if sample.reference is None]
@@ -64,6 +69,7 @@ class Stream:
         self._batch_size = batch_size
         self._accumulation = accumulation
         self._device = device
+        self._annotators = annotators
         self._load_batches = _find_loader(config.pipeline)
         cache = open_cache(config)
         on_device = None
@@ -119,7 +125,7 @@ class Stream:
         if config.shape == "crop":
             row, column = generator(self._seed, "window", self._name, position).random(2)
             window = float(row), float(column)
-        return Request.of(sample, self._labels, transform, annotation, self._truth_known, window)
+        return Request.of(sample, self._labels, transform, annotation, self._truth_known, window, self._annotators)
 
 
 def evaluation_batches(

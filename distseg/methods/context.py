@@ -38,6 +38,8 @@ class Context:
     placement: Placement
     reduction: Reduction
     device: torch.device
+    annotators: int = 1
+    """Who have drawn the noisy masks; 1 where a batch does not tell them apart."""
     classes: int = 2
     """Of the masks; the network has as many channels, or one for two classes."""
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)
