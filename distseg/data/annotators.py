@@ -38,6 +38,14 @@ class Annotators:
         names = {each.annotator for annotations in drawn for each in annotations}
         return cls(tuple(sorted(names)), max(map(len, drawn), default=0))
 
+    def check_several(self) -> None:
+        """Raises UserError where nobody's mask has another's beside it."""
+        if self.most < 2:
+            raise UserError(
+                "data.annotators all: no training image has two annotations, and all of one are the drawn one; set "
+                "data.annotators=drawn"
+            )
+
     def places(self, drawn: Sequence[Annotation]) -> tuple[int, ...]:
         """(most,) the place of each one's name, then −1."""
         known = tuple(self.names.index(each.annotator) for each in drawn)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform
 from distseg.data.sample import Sample
 
 Labels = Literal["noisy", "true"]
+
+
+class EveryAnnotation(NamedTuple):
+    masks: Tensor
+    """(B, R, H, W): `Batch.annotations`."""
+    annotators: Tensor
+    """(B, R): `Batch.annotators`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,13 @@ class Batch:
     stream. Of data.annotators=all, else None. R is the most of any training image; what an image lacks is 255."""
     annotators: Tensor | None = None
     """(B, R) int64: who has drawn them, by place in `Annotators.names`; −1 for what an image lacks."""
+
+    @property
+    def every(self) -> "EveryAnnotation | None":
+        """`annotations` and `annotators`, where there are any."""
+        if self.annotations is None or self.annotators is None:
+            return None
+        return EveryAnnotation(self.annotations, self.annotators)
 
     @property
     def pictures(self) -> Tensor:

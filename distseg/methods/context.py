@@ -38,8 +38,8 @@ class Context:
     placement: Placement
     reduction: Reduction
     device: torch.device
-    annotators: int = 1
-    """Who have drawn the noisy masks; 1 where a batch does not tell them apart."""
+    annotators: int | None = None
+    """How many there are where batches have all annotations, else None."""
     classes: int = 2
     """Of the masks; the network has as many channels, or one for two classes."""
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)

@@ -92,9 +92,9 @@ class Method:
         return uniform_weights([batch.masks for batch in batches], self.reduction, batches[0].images.dtype)
 
     def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None) -> Drawn:
-        bins = model.bins(batch.masks)
+        bins = model.bins(batch.masks, batch.every)
         labels = model.labels(self.logits_of(batch.images), batch.masks, bins) if self.labels_first else None
-        held_out = HeldOut(self.logits_of(clean.images), clean.masks) if clean else None
+        held_out = HeldOut(self.logits_of(clean.images), clean.masks, clean.every) if clean else None
         return Drawn(len(batch.ids), bins, labels, held_out, batch.true_masks)
 
     def _weigh(

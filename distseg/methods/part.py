@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from distseg.data.batch import EveryAnnotation
 from distseg.meta.estimators import LabelledImages
 from distseg.meta.weights import Diagnostics, WeightMap
 
@@ -71,17 +72,22 @@ class HeldOut(NamedTuple):
 
     logits: Tensor
     masks: Tensor
+    every: EveryAnnotation | None = None
+    """What annotators have drawn of them, of data.annotators=all."""
 
 
 class LabelModel(Part, ABC):
     @abstractmethod
-    def bins(self, masks: Tensor) -> Tensor:
-        """What of drawn masks (B, H, W) a label depends on, (B, H, W) int64; may wait for the device."""
+    def bins(self, masks: Tensor, every: EveryAnnotation | None) -> Any:
+        """What a label depends on of the drawn masks (B, H, W), and of `every` annotation where there are all.
+
+        It is handed back to `labels` and `evidence`. May wait for the device.
+        """
 
     @abstractmethod
-    def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
+    def labels(self, logits: Tensor, masks: Tensor, bins: Any) -> Tensor:
         """The label of each pixel, (B, H, W) like `masks`; 255 = ignore."""
 
     @abstractmethod
-    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
+    def evidence(self, logits: Tensor, masks: Tensor, bins: Any, held_out: HeldOut | None) -> Tensor:
         """What the model learns from: a float64 vector that adds up over images, micro-batches and ranks."""

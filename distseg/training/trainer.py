@@ -154,6 +154,8 @@ class Trainer:
         )
         every = config.data.annotators == "all"
         self.annotators = Annotators.of(self.splits.noisy, self.splits.clean) if every else None
+        if self.annotators:
+            self.annotators.check_several()
         self.streams = []
         context = Context(
             noisy=self.splits.noisy,
@@ -168,7 +170,7 @@ class Trainer:
             placement=sharded_parameters(shadow) if self.sharded else Whole(shadow),
             reduction=AllReduce(self.sharded),
             device=runtime.device,
-            annotators=len(self.annotators.names) if self.annotators else 1,
+            annotators=len(self.annotators.names) if self.annotators else None,
             classes=config.data.class_count,
         )
         self.method = build_method(config.method, context)

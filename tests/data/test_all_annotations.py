@@ -23,6 +23,7 @@ from distseg.data.splits import split_clean
 from distseg.data.streams import Stream
 from distseg.data.survey import read_samples
 from distseg.distributed.ranks import ShardSpec
+from distseg.errors import UserError
 
 CPU = torch.device("cpu")
 SIZE = 24
@@ -139,6 +140,9 @@ def test_who_draws_is_counted_over_both_streams_and_a_mask_of_nobody_is_one(root
     assert both == Annotators(("", "cy"), 1) and both.places(unnamed.annotations) == (0,)
     # A study leaves an image without an annotation the mask that it has.
     assert Annotators.of([by_id["s3"]], []) == Annotators(("",), 1)
+    with pytest.raises(UserError, match=r"no training image has two annotations.*set data.annotators=drawn$"):
+        both.check_several()
+    Annotators(("a", "b"), 2).check_several()
 
 
 def test_labels_that_know_no_annotators_refuse_them(tmp_path: Path) -> None:
@@ -147,5 +151,5 @@ def test_labels_that_know_no_annotators_refuse_them(tmp_path: Path) -> None:
         return Config.model_validate({"name": "x", "data": data, "method": {"name": method}, "train": {"steps": 1}})
 
     assert config("label_correction").data.annotators == "all"
-    with pytest.raises(ValueError, match="data.annotators all: .* not drawn; set it to drawn, majority or staple"):
+    with pytest.raises(ValueError, match=r"data.annotators all: .* not drawn; set it to drawn, majority or staple"):
         config("pixel_reweight")

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from distseg.data.batch import EveryAnnotation
 from distseg.labels.annotators import expected_counts, identity_prior, most_probable_labels, posterior_logits
 from distseg.labels.calibration import (
     calibrated,
@@ -27,11 +28,11 @@ from distseg.labels.calibration import (
 from distseg.labels.distances import signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
+from distseg.methods.labels.averages import averaged
+from distseg.methods.labels.combined import Combined
 from distseg.methods.part import HeldOut, LabelModel
 from distseg.section import Section
 
-DECAY = 0.9
-"""Of the exponential moving averages, a step: they remember about ten."""
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
@@ -40,13 +41,19 @@ class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
     least_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     """Labels stay as drawn unless the clean images show systematic errors that cost the network a share of its loss
-    which is above its standard error by this. −1 corrects always."""
+    which is above its standard error by this. −1 corrects always. Of data.annotators=all, the same of what the
+    network takes away from the loss of the annotators alone."""
+    pooled: bool = False
+    """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
     needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
-        return Corrected(context.device, context.classes, len(context.clean), self.least_gain, decide_after)
+        rule = (len(context.clean), self.least_gain, decide_after)
+        if context.annotators is None:
+            return Corrected(context.device, context.classes, *rule)
+        return Combined(context.device, context.classes, context.annotators, *rule, self.pooled)
 
 
 class Corrected(LabelModel):
@@ -72,7 +79,7 @@ class Corrected(LabelModel):
         self.corrects = torch.zeros((), dtype=torch.float64, device=device)
         """1 if labels are corrected, 0 if not, or not yet."""
 
-    def bins(self, masks: Tensor) -> Tensor:
+    def bins(self, masks: Tensor, every: EveryAnnotation | None = None) -> Tensor:
         return signed_distance_bins(masks, self.classes)
 
     def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
@@ -99,11 +106,11 @@ class Corrected(LabelModel):
         )
         keep = ~skipped & evidence.isfinite().all()
         held_out = keep & (fit[0, 0] > 0)
-        self.counts = torch.where(keep, _averaged(self.counts, counts), self.counts)
-        self.fit = torch.where(held_out, _averaged(self.fit, fit), self.fit)
+        self.counts = torch.where(keep, averaged(self.counts, counts), self.counts)
+        self.fit = torch.where(held_out, averaged(self.fit, fit), self.fit)
         ahead = torch.stack([newton_step(self.theta[0], self.fit[0]), newton_step(self.theta[1], self.fit[1], False)])
         self.theta = torch.where(held_out, ahead, self.theta)
-        self.gain = torch.where(held_out, _averaged(self.gain, gain), self.gain)
+        self.gain = torch.where(held_out, averaged(self.gain, gain), self.gain)
         self.known = self.known + held_out
         share, error = relative_gain(self.gain, self.clean_count)
         pays = held_out & (self.known >= self.decide_after) & (share - error >= self.least_gain)
@@ -130,7 +137,3 @@ class Corrected(LabelModel):
 
 
 _STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
-
-
-def _averaged(average: Tensor, new: Tensor) -> Tensor:
-    return DECAY * average + (1 - DECAY) * new
