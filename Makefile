@@ -13,7 +13,7 @@ test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 test-faults: $(INSTALLED)
-	$(RUN) -m pytest -m faults --timeout 3000
+	$(RUN) -m pytest -m "faults or counted" --timeout 3000
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
