@@ -40,6 +40,7 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
+	$(RUN) benchmarks/label_step.py --json benchmarks/results/label_step.json
 	$(RUN) benchmarks/kernels.py --json benchmarks/results/kernels_cpu.json --plot benchmarks/results/kernels_cpu.png
 
 # The MLflow server, on this machine only: http://127.0.0.1:5000 (from elsewhere: ssh -L 5000:127.0.0.1:5000 HOST). To train

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distseg.data.classes import IGNORE
 from distseg.data.decode import Decoding, read_mask
@@ -90,6 +92,12 @@ def majority(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     votes = np.stack([(masks == id).sum(axis=0) for id in ids])
     winner = np.array(ids, np.uint8)[votes.argmax(axis=0)]
     return np.where((masks == IGNORE).all(axis=0), np.uint8(IGNORE), winner)
+
+
+def vote(annotations: Tensor, classes: int) -> Tensor:
+    """`majority` of (B, R, H, W) uint8 to (B, H, W), on their device."""
+    votes = torch.stack([(annotations == index).sum(1) for index in range(classes)])
+    return torch.where(votes.sum(0) > 0, votes.argmax(0), IGNORE).to(torch.uint8)
 
 
 def staple(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:

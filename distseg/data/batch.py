@@ -34,7 +34,7 @@ class Batch:
     image of the stream has one."""
     ids: tuple[str, ...]
     annotations: Tensor | None = None
-    """(B, R, H, W) uint8 class ids, 255 = ignore: what each annotator has drawn, one of which is `masks` in the noisy
+    """(B, R, H, W) uint8 class ids, 255 = ignore: what each annotator has drawn; `masks` is their vote in the noisy
     stream. Of data.annotators=all, else None. R is the most of any training image; what an image lacks is 255."""
     annotators: Tensor | None = None
     """(B, R) int64: who has drawn them, by place in `Annotators.names`; −1 for what an image lacks."""

@@ -127,7 +127,7 @@ class DataConfig(Section):
     annotators: Literal["drawn", "majority", "staple", "all"] = "drawn"
     """What is learned from where an image has several annotations: one drawn by seed each time, the class that most of
     them mark, STAPLE's estimate (Warfield et al. 2004; needs SimpleITK), or all of them, for labels of kind corrected;
-    until these are corrected, one is drawn."""
+    until these are corrected, they are the class that most mark."""
     classes: _Classes = None
     """The classes and the values that mean each in a mask's file, background first: numbers as they are stored (greys
     of 1 to 16 bits, indices of a palette) or colours, "#rrggbb". null: background is 0, lesion 1 or 255."""

@@ -10,39 +10,19 @@ images that are annotated too and that the network has not learned from: a logis
 Bins by distance (distances.py) are for one mask alone. All annotators know about where the object is, so that their
 distances are far from independent, whatever τ: docs/ablation.md has the figures.
 
-Annotations (B, R, H, W) class ids, 255 = ignore; annotators (B, R) int64, −1 = none; logits and scores (B, C, H, W);
-counts (A, C, C) float64: annotator, expected class, drawn class.
+The sum, its labels and the expected counts are `ops.correct_labels`, to which the drawn class is the bin. Annotations
+(B, R, H, W) class ids, 255 = ignore; annotators (B, R)
+int64, −1 = none; scores (B, C, H, W); counts (A, C, C) float64: annotator, expected class, drawn class.
 """
 
 import torch
 from torch import Tensor
 
 from distseg.data.classes import IGNORE
-from distseg.ops import valid_pixels
 
 OWN_FROM = 10.0
 """Annotations of an annotator from which on the own counts weigh more than those of all. Pixels of one mask err
 together, so that it counts as one observation."""
-
-
-def plurality(annotations: Tensor, masks: Tensor, classes: int) -> Tensor:
-    """masks (B, H, W) with the class that most annotators mark at each valid pixel; a tie goes to the lowest id."""
-    votes = torch.stack([(annotations == index).sum(1) for index in range(classes)], 1)
-    return torch.where(valid_pixels(masks), votes.argmax(1).to(masks.dtype), masks)
-
-
-def confusion_counts(probabilities: Tensor, annotations: Tensor, annotators: Tensor, count: int) -> Tensor:
-    """(A, C, C): of the pixels that each annotator has drawn as each class, how many are expected to be of which.
-
-    probabilities (B, C, H, W); count: A.
-    """
-    classes = probabilities.shape[1]
-    expected = probabilities.double().flatten(2).transpose(1, 2)  # (B, H·W, C)
-    drawn = [(annotations == index).double().flatten(2) @ expected for index in range(classes)]
-    by_annotation = torch.stack(drawn, -1).flatten(0, 1).flatten(1)  # (B·R, C·C)
-    # Annotator −1 has a row of his own, which is dropped: no index that a GPU would have to be asked for.
-    own = torch.nn.functional.one_hot(annotators.flatten() + 1, count + 1)[:, 1:]
-    return (own.T.double() @ by_annotation).view(count, classes, classes)
 
 
 def annotation_counts(annotators: Tensor, count: int) -> Tensor:

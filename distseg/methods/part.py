@@ -81,13 +81,12 @@ class LabelModel(Part, ABC):
     def bins(self, masks: Tensor, every: EveryAnnotation | None) -> Any:
         """What a label depends on of the drawn masks (B, H, W), and of `every` annotation where there are all.
 
-        It is handed back to `labels` and `evidence`. May wait for the device.
+        It is handed back to `correct`.
         """
 
     @abstractmethod
-    def labels(self, logits: Tensor, masks: Tensor, bins: Any) -> Tensor:
-        """The label of each pixel, (B, H, W) like `masks`; 255 = ignore."""
+    def correct(self, logits: Tensor, masks: Tensor, bins: Any, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
+        """The label of each pixel, (B, H, W) like `masks`, 255 = ignore; and what the model learns from.
 
-    @abstractmethod
-    def evidence(self, logits: Tensor, masks: Tensor, bins: Any, held_out: HeldOut | None) -> Tensor:
-        """What the model learns from: a float64 vector that adds up over images, micro-batches and ranks."""
+        That is a float64 vector that adds up over images, micro-batches and ranks.
+        """

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distseg.config.schema import Config
-from distseg.data.annotators import Annotators
+from distseg.data.annotators import Annotators, majority, vote
 from distseg.data.augment import draw_transform
 from distseg.data.batch import Batch, Request
 from distseg.data.cache import write_cache
@@ -109,16 +109,20 @@ def test_every_annotation_is_warped_as_the_label_is(root: Path, load_batches) ->
 
 
 @pytest.mark.parametrize("pipeline", ["torch", pytest.param("dali", marks=needs_dali)])
-def test_a_stream_draws_the_label_that_it_draws_without_the_others(root: Path, pipeline: str, tmp_path: Path) -> None:
+def test_a_streams_labels_are_the_vote_and_the_rest_is_as_it_is_without_the_others(
+    root: Path, pipeline: str, tmp_path: Path
+) -> None:
     config = config_of(root, pipeline=pipeline)
     clean, noisy = split_clean(read_samples(config), 1, 0)
     annotators = Annotators.of(noisy, clean)
     every, one = batches_of(noisy, config, annotators), batches_of(noisy, config, None)
     for batch, drawn in zip(every, one, strict=True):
         assert batch.ids == drawn.ids
-        for name in ("images", "masks", "true_masks"):
+        for name in ("images", "true_masks"):
             assert torch.equal(getattr(batch, name), getattr(drawn, name)), name
-        assert (batch.annotations == batch.masks[:, None]).all((2, 3)).any(1).all()
+        assert (batch.annotations == drawn.masks[:, None]).all((2, 3)).any(1).all()
+        for masks, annotations in zip(batch.masks, batch.annotations, strict=True):
+            np.testing.assert_array_equal(masks, majority(annotations.numpy()))
     assert len({tuple(row.tolist()) for batch in every for row in batch.annotators}) >= 3
 
     halves = [batches_of(noisy, config, annotators, ShardSpec(rank, 2)) for rank in range(2)]
@@ -143,6 +147,13 @@ def test_who_draws_is_counted_over_both_streams_and_a_mask_of_nobody_is_one(root
     with pytest.raises(UserError, match=r"no training image has two annotations.*set data.annotators=drawn$"):
         both.check_several()
     Annotators(("a", "b"), 2).check_several()
+
+
+def test_the_vote_of_classes_and_of_what_is_ignored() -> None:
+    masks = np.array([[0, 1, 2, 255, 255, 1], [0, 1, 0, 255, 1, 2], [1, 2, 1, 255, 255, 255]], np.uint8)[:, None]
+    found = vote(torch.as_tensor(masks)[None], 3)
+    assert found.tolist() == [[[0, 1, 0, 255, 1, 1]]] and found.dtype == torch.uint8
+    np.testing.assert_array_equal(found[0], majority(masks))
 
 
 def test_labels_that_know_no_annotators_refuse_them(tmp_path: Path) -> None:

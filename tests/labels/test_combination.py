@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from distseg import ops
+from distseg.data.annotators import vote
 from distseg.data.batch import EveryAnnotation
 from distseg.labels.calibration import calibration_sums, joint_newton_step, relative_logits
 from distseg.labels.combination import (
     OWN_FROM,
     annotation_counts,
     annotator_scores,
-    confusion_counts,
-    plurality,
     reliability,
 )
 from distseg.methods.labels.averages import MEMORY
@@ -39,11 +39,12 @@ def case(seed: int, classes: int = 2, network: float = 2.0) -> tuple[Tensor, Ten
     return truth, logits, EveryAnnotation(masks, who)
 
 
-def test_the_vote_by_hand() -> None:
-    masks = torch.tensor([[0, 1, 2, IGNORE, IGNORE, 1], [0, 1, 0, IGNORE, 1, 2], [1, 2, 1, IGNORE, IGNORE, IGNORE]])
-    drawn = torch.tensor([[0, 1, 2, IGNORE, 1, IGNORE]], dtype=torch.uint8)[None]
-    vote = plurality(masks.to(torch.uint8)[None, :, None], drawn, 3)
-    assert vote.tolist() == [[[0, 1, 0, IGNORE, 1, IGNORE]]] and vote.dtype == torch.uint8
+def counts_of(logits: Tensor, every: EveryAnnotation) -> Tensor:
+    """What annotators have drawn, against the network alone."""
+    classes = logits.shape[1]
+    silent, as_it_is = torch.zeros(5, classes, classes), torch.tensor([1.0, *[0.0] * (classes - 1)])
+    everywhere = torch.zeros_like(every.masks[:, 0])
+    return ops.correct_labels(logits, everywhere, *every, silent.double(), as_it_is.double())[1]
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -58,7 +59,7 @@ def test_counts_scores_and_reliabilities_by_their_formula(classes: int) -> None:
         for h, w in np.ndindex(6, 7):
             if (m := int(every.masks[b, r, h, w])) != IGNORE:
                 counts[who, :, m] += p[b, :, h, w].numpy()
-    actual = confusion_counts(p, *every, 5)
+    actual = counts_of(logits, every)
     np.testing.assert_allclose(actual, counts, rtol=1e-12)
     assert annotation_counts(every.annotators, 5).tolist() == drawn.tolist()
 
@@ -94,9 +95,7 @@ def test_the_joint_fit_is_the_maximum_of_the_likelihood(classes: int) -> None:
     truth, logits, every = case(3, classes)
     truth[0, :2] = IGNORE
     z = relative_logits(logits)
-    s = annotator_scores(
-        *every, reliability(confusion_counts(logits.softmax(1), *every, 5), torch.ones(5), False), z.dtype
-    )
+    s = annotator_scores(*every, reliability(counts_of(logits, every), torch.ones(5), False), z.dtype)
     theta = torch.cat([torch.ones(1), torch.zeros(classes)]).double()
     for _ in range(30):
         theta = joint_newton_step(theta, calibration_sums(z, truth, theta, s))
@@ -120,7 +119,7 @@ def test_the_joint_fit_is_the_maximum_of_the_likelihood(classes: int) -> None:
 
 def test_a_network_that_knows_nothing_gets_no_weight_below_zero() -> None:
     truth, logits, every = case(4, network=-3.0)  # it says the contrary
-    tables = reliability(confusion_counts(logits.softmax(1), *every, 5), torch.ones(5), True)
+    tables = reliability(counts_of(logits, every), torch.ones(5), True)
     z, s = relative_logits(logits), annotator_scores(*every, -tables, torch.float64)
     theta = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     for _ in range(30):
@@ -146,7 +145,9 @@ def learn(model: Combined, steps: range, network: float = 2.0, skipped: Tensor =
         truth, clean_logits, clean = case(seed + 1000, model.classes, network)
         if not paired:
             clean = EveryAnnotation(torch.full_like(clean.masks, IGNORE), torch.full_like(clean.annotators, -1))
-        evidence = model.evidence(logits, every.masks[:, 1], every, HeldOut(clean_logits, truth, clean))
+        _, evidence = model.correct(
+            logits, vote(every.masks, model.classes), every, HeldOut(clean_logits, truth, clean)
+        )
         found = model.learn(evidence, skipped, 0.1)
     return found
 
@@ -156,10 +157,8 @@ def wrong_of(model: Combined, network: float = 2.0) -> tuple[float, float]:
     wrong = torch.zeros(2)
     for seed in range(500, 520):
         truth, logits, every = case(seed, model.classes, network)
-        labels = model.labels(logits, every.masks[:, 1], every)
-        vote = plurality(every.masks, every.masks[:, 1], model.classes)
-        assert torch.equal(labels == IGNORE, every.masks[:, 1] == IGNORE)
-        wrong += torch.stack([(each != truth).double().mean() for each in (labels, vote)])
+        labels, _ = model.correct(logits, vote(every.masks, model.classes), every, None)
+        wrong += torch.stack([(each != truth).double().mean() for each in (labels, vote(every.masks, model.classes))])
     return tuple((wrong / 20).tolist())
 
 
@@ -167,32 +166,32 @@ def wrong_of(model: Combined, network: float = 2.0) -> tuple[float, float]:
 def test_a_network_that_adds_something_is_heard_and_annotators_are_told_apart(classes: int) -> None:
     model = model_of(classes)
     assert learn(model, range(19))["labels/corrects"] == 0, "too early"
-    mine, vote = wrong_of(model)
-    assert mine == vote
+    mine, votes = wrong_of(model)
+    assert mine == votes
     assert learn(model, range(19, 90))["labels/corrects"] == 1
-    mine, vote = wrong_of(model)
-    assert mine < 0.6 * vote
+    mine, votes = wrong_of(model)
+    assert mine < 0.6 * votes
     tables = reliability(MEMORY * model.counts, MEMORY * model.drawn, False).exp()
     errs = 1 - tables.diagonal(dim1=1, dim2=2).mean(1)
     assert errs.argsort().tolist() == [0, 1, 2, 3, 4]
     together = model_of(classes, pooled=True)
     learn(together, range(90))
-    assert mine < wrong_of(together)[0] < vote
+    assert mine < wrong_of(together)[0] < votes
 
 
 def test_a_network_that_adds_nothing_leaves_the_vote() -> None:
     model = model_of(pooled=True)
     assert learn(model, range(60), network=0.0)["labels/corrects"] == 0
-    mine, vote = wrong_of(model, network=0.0)
-    assert mine == vote
+    mine, votes = wrong_of(model, network=0.0)
+    assert mine == votes
 
 
 def test_clean_images_that_nobody_has_annotated_leave_the_vote() -> None:
     model = model_of()
     found = learn(model, range(40), paired=False)
     assert found["labels/corrects"] == 0 and model.known == 0 and found["labels/scale"] == 1
-    mine, vote = wrong_of(model)
-    assert mine == vote
+    mine, votes = wrong_of(model)
+    assert mine == votes
 
 
 def test_the_last_word_stands_when_the_clean_images_are_learned_from() -> None:
@@ -200,7 +199,7 @@ def test_the_last_word_stands_when_the_clean_images_are_learned_from() -> None:
     learn(model, range(60))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, logits, every = case(70)
-    model.learn(model.evidence(logits, every.masks[:, 1], every, None), NO, 0.1)
+    model.learn(model.correct(logits, vote(every.masks, model.classes), every, None)[1], NO, 0.1)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
     assert changed == {"counts", "drawn"} and model.corrects == 1
 
@@ -213,7 +212,7 @@ def test_a_step_that_is_skipped_or_not_finite_leaves_all_of_the_state(fault: str
     _, logits, every = case(70)
     truth, clean_logits, clean = case(71)
     {"skipped": logits, "noisy": logits, "clean": clean_logits}[fault][0, 0, 3, 3] = torch.nan
-    evidence = model.evidence(logits, every.masks[:, 1], every, HeldOut(clean_logits, truth, clean))
+    _, evidence = model.correct(logits, vote(every.masks, model.classes), every, HeldOut(clean_logits, truth, clean))
     if fault == "skipped":
         evidence = torch.zeros_like(evidence)
     model.learn(evidence, YES if fault == "skipped" else NO, 0.1)

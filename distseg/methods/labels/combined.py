@@ -1,14 +1,16 @@
 """The labels of noisy images from all of their annotators and the network (distseg/labels/combination.py).
 
-Before anything is known of them the annotators are a vote: the class that most of them mark. What the network adds is
-measured on clean images that it has not learned from and that are annotated too, where there are such: there, it must
-take away a share of the loss of what the annotators alone say that is above its own standard error by `least_gain`.
-Clean images without annotations say nothing of that, and the vote stands. docs/ablation.md has the figures.
+Before anything is known of them the annotators are a vote, the masks of the batch: the class that most of them mark.
+What the network adds is measured on clean images that it has not learned from and that are annotated too, where there
+are such: there, it must take away a share of the loss of what the annotators alone say that is above its own standard
+error by `least_gain`. Clean images without annotations say nothing of that, and the vote stands. docs/ablation.md has
+the figures.
 """
 
 import torch
 from torch import Tensor
 
+from distseg import ops
 from distseg.data.batch import EveryAnnotation
 from distseg.data.classes import IGNORE
 from distseg.labels.calibration import (
@@ -23,14 +25,11 @@ from distseg.labels.calibration import (
 from distseg.labels.combination import (
     annotation_counts,
     annotator_scores,
-    confusion_counts,
-    plurality,
     reliability,
 )
 from distseg.meta.weights import Diagnostics
 from distseg.methods.labels.averages import MEMORY, averaged
 from distseg.methods.part import HeldOut, LabelModel
-from distseg.ops import valid_pixels
 
 
 class Combined(LabelModel):
@@ -77,39 +76,27 @@ class Combined(LabelModel):
             raise ValueError("batches without annotations")
         return every
 
-    def labels(self, logits: Tensor, masks: Tensor, bins: EveryAnnotation) -> Tensor:
-        vote = plurality(bins.masks, masks, self.classes)
-        best = self._posterior(logits, bins).argmax(1).to(masks.dtype)
-        return torch.where((self.corrects > 0) & valid_pixels(vote), best, vote)
-
-    def evidence(self, logits: Tensor, masks: Tensor, bins: EveryAnnotation, held_out: HeldOut | None) -> Tensor:
-        expected = self._posterior(logits, bins).softmax(1)
-        count = len(self.counts)
-        parts = [confusion_counts(expected, *bins, count), annotation_counts(bins.annotators, count)]
-        if held_out is None or held_out.every is None:
-            parts += [torch.zeros_like(each) for each in (self.fit, self.fit_alone, self.gain)]
-        else:
+    def correct(
+        self, logits: Tensor, masks: Tensor, bins: EveryAnnotation, held_out: HeldOut | None
+    ) -> tuple[Tensor, Tensor]:
+        tables = self.theta[1] * self._reliability()
+        calibration = torch.cat([self.theta[:1], self.theta[2:]])
+        best, counts = ops.correct_labels(logits, masks, bins.masks, bins.annotators, tables, calibration)
+        labels = torch.where(self.corrects > 0, best, masks)
+        parts = [counts, annotation_counts(bins.annotators, len(self.counts))]
+        if held_out is not None and held_out.every is not None:
             parts += self._evidence_of_clean(held_out, held_out.every)
-        return torch.cat([part.flatten() for part in parts])
+        return labels, torch.cat([part.flatten() for part in parts])
 
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
-        like = (self.counts, self.drawn, self.fit, self.fit_alone, self.gain)
-        parts = evidence.split([each.numel() for each in like])
-        counts, drawn, fit, alone, gain = (part.view_as(each) for part, each in zip(parts, like, strict=True))
+        sizes = [self.counts.numel(), self.drawn.numel()]
+        counts, drawn, clean = evidence.split([*sizes, len(evidence) - sum(sizes)])
         keep = ~skipped & evidence.isfinite().all()
-        held_out = keep & (gain[0] > 0)
-        self.counts = torch.where(keep, averaged(self.counts, counts), self.counts)
+        self.counts = torch.where(keep, averaged(self.counts, counts.view_as(self.counts)), self.counts)
         self.drawn = torch.where(keep, averaged(self.drawn, drawn), self.drawn)
-        self.fit = torch.where(held_out, averaged(self.fit, fit), self.fit)
-        self.fit_alone = torch.where(held_out, averaged(self.fit_alone, alone), self.fit_alone)
-        self.theta = torch.where(held_out, joint_newton_step(self.theta, self.fit), self.theta)
-        self.alone = torch.where(held_out, newton_step(self.alone, self.fit_alone), self.alone)
-        self.gain = torch.where(held_out, averaged(self.gain, gain), self.gain)
-        self.known = self.known + held_out
+        if len(clean):
+            self._learn_from_clean(clean, keep)
         share, error = relative_gain(self.gain, self.clean_count)
-        pays = (self.known >= self.decide_after) & (share - error >= self.least_gain)
-        # Asked again at every step; when the clean images are learned from, the last word stands.
-        self.corrects = torch.where(held_out, pays.double(), self.corrects)
         return {
             "labels/gain": share,
             "labels/gain_error": error,
@@ -130,26 +117,34 @@ class Combined(LabelModel):
         """What `fit`, `fit_alone` and `gain` are averaged from, of the images that are annotated."""
         annotated = (every.annotators >= 0).any(1)[:, None, None]
         masks = torch.where(annotated, clean.masks, IGNORE)
-        relative, scores = self._scores(clean.logits, every)
+        relative = relative_logits(clean.logits)
+        scores = annotator_scores(*every, self._reliability(), relative.dtype)
+        theta = self.theta.to(relative.dtype)
+        joint = theta[1] * scores + calibrated(relative, torch.cat([theta[:1], theta[2:]]))
         return [
             calibration_sums(relative, masks, self.theta, scores),
             calibration_sums(scores, masks, self.alone),
-            sums_of_gain(self._joined(relative, scores), calibrated(scores, self.alone), masks),
+            sums_of_gain(joint, calibrated(scores, self.alone), masks),
         ]
 
-    def _posterior(self, logits: Tensor, every: EveryAnnotation) -> Tensor:
-        """(B, C, H, W): log P(c | x, m_1 … m_R), up to a constant."""
-        return self._joined(*self._scores(logits, every))
+    def _learn_from_clean(self, evidence: Tensor, keep: Tensor) -> None:
+        """From clean images that the network has not learned from; and whose labels count from here on."""
+        sums = evidence.split([each.numel() for each in (self.fit, self.fit_alone, self.gain)])
+        keep = keep & (sums[0][0] > 0)
+        self.fit, self.fit_alone, self.gain = (
+            torch.where(keep, averaged(average, new), average)
+            for average, new in zip((self.fit, self.fit_alone, self.gain), sums, strict=True)
+        )
+        self.theta = torch.where(keep, joint_newton_step(self.theta, self.fit), self.theta)
+        self.alone = torch.where(keep, newton_step(self.alone, self.fit_alone), self.alone)
+        self.known = self.known + keep
+        share, error = relative_gain(self.gain, self.clean_count)
+        pays = (self.known >= self.decide_after) & (share - error >= self.least_gain)
+        # Asked again at every step; when the clean images are learned from, the last word stands.
+        self.corrects = torch.where(keep, pays.double(), self.corrects)
 
-    def _scores(self, logits: Tensor, every: EveryAnnotation) -> tuple[Tensor, Tensor]:
-        tables = reliability(MEMORY * self.counts, MEMORY * self.drawn, self.pooled)
-        relative = relative_logits(logits)
-        return relative, annotator_scores(every.masks, every.annotators, tables, relative.dtype)
-
-    def _joined(self, relative: Tensor, scores: Tensor) -> Tensor:
-        theta = self.theta.to(relative.dtype)
-        shift = torch.cat([theta[:1] * 0, theta[2:]])[:, None, None]
-        return theta[0] * relative + theta[1] * scores + shift
+    def _reliability(self) -> Tensor:
+        return reliability(MEMORY * self.counts, MEMORY * self.drawn, self.pooled)
 
 
 _STATE = ("counts", "drawn", "theta", "alone", "fit", "fit_alone", "gain", "known", "corrects")
