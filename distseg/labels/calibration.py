@@ -52,26 +52,24 @@ def calibration_sums(relative: Tensor, masks: Tensor, theta: Tensor, *others: Te
     others: more scores like `relative`, each with a scale of its own after a in θ = (a, a′, …, b): the logits of P are
     a·z + a′·z′ + … + b.
     """
-    classes = relative.shape[1]
     valid = valid_pixels(masks)
+    # Classes first: sums over them then run along pixels, which takes a fifth of the time.
     scores = [
-        torch.where(valid[:, None], score, 0.0).movedim(1, -1).reshape(-1, classes).double()
-        for score in (relative, *others)
+        torch.where(valid[:, None], score, 0.0).transpose(0, 1).double().flatten(1) for score in (relative, *others)
     ]
-    scales, b = theta[: len(scores)], _shift(theta[len(scores) - 1 :])
-    p = (sum(scale * z for scale, z in zip(scales, scores, strict=True)) + b).softmax(1)
-    labels = torch.where(valid, masks, 0).flatten().long()
-    residual = p - torch.nn.functional.one_hot(labels, classes)
+    joint = torch.stack([scale * z for scale, z in zip(theta[: len(scores)], scores, strict=True)]).sum(0)
+    p = (joint + _shift(theta[len(scores) - 1 :])[:, None]).softmax(0)
     seen = valid.flatten().double()
+    number = torch.arange(len(p), device=masks.device)[:, None]
+    residual = (p - (masks.flatten() == number).double()) * seen
     # dθ of the logits: z for a, the unit vectors for b. Rows of the Jacobian J: a, a′, …, then b_1 …
-    of_scales = torch.stack([((residual * z).sum(1) * seen).sum() for z in scores])
-    gradient = torch.cat([of_scales, (residual[:, 1:] * seen[:, None]).sum(0)])
-    with_scales = [p * (z - (p * z).sum(1)[:, None]) for z in scores]  # J H_z of a, H_z = diag(p) − p pᵀ
-    of_scale = torch.stack([torch.stack([((w * z).sum(1) * seen).sum() for z in scores]) for w in with_scales])
-    mixed = torch.stack([(w[:, 1:] * seen[:, None]).sum(0) for w in with_scales])
-    weighted = p[:, 1:] * seen[:, None]
-    of_shift = torch.diag(weighted.sum(0)) - p[:, 1:].T @ weighted
-    hessian = torch.cat([torch.cat([of_scale, mixed], 1), torch.cat([mixed.T, of_shift], 1)])
+    gradient = torch.cat([torch.stack([(residual * z).sum() for z in scores]), residual[1:].sum(1)])
+    weighted = p * seen
+    with_scales = [weighted * (z - (p * z).sum(0)) for z in scores]  # J H_z of a, H_z = diag(p) − p pᵀ
+    of_scales = torch.stack([torch.stack([(with_scale * z).sum() for z in scores]) for with_scale in with_scales])
+    mixed = torch.stack([with_scale[1:].sum(1) for with_scale in with_scales])
+    of_shift = torch.diag(weighted[1:].sum(1)) - p[1:] @ weighted[1:].T
+    hessian = torch.cat([torch.cat([of_scales, mixed], 1), torch.cat([mixed.T, of_shift], 1)])
     return torch.cat([seen.sum()[None], hessian @ theta - gradient, hessian.flatten()])
 
 
