@@ -69,6 +69,13 @@ class CorrectedConfig(Section):
         return Combined(context.device, context.classes, context.annotators, *rule, self.pooled)
 
 
+def credible(labels: Tensor, masks: Tensor) -> Tensor:
+    """(B, 1, 1) whether so much of an image can be wrong as drawn."""
+    drawn = ((masks > 0) & valid_pixels(masks)).sum((1, 2))
+    changed = (labels != masks).sum((1, 2))
+    return ((changed <= MOST_CHANGED * drawn) | (drawn == 0))[:, None, None]
+
+
 class Corrected(LabelModel):
     """All state is the same on every rank, float64."""
 
@@ -98,7 +105,7 @@ class Corrected(LabelModel):
     def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
         tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
         most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta[0])
-        labels = torch.where((self.corrects > 0) & _credible(most_probable, masks), most_probable, masks)
+        labels = torch.where((self.corrects > 0) & credible(most_probable, masks), most_probable, masks)
         parts = [counts]
         if held_out is not None:
             relative = relative_logits(held_out.logits)
@@ -142,13 +149,6 @@ class Corrected(LabelModel):
         pays = keep & (self.known >= self.decide_after) & (share - error >= self.least_gain)
         # For good: corrected labels take the shift away.
         self.corrects = torch.where(pays, 1.0, self.corrects)
-
-
-def _credible(labels: Tensor, masks: Tensor) -> Tensor:
-    """(B, 1, 1) whether so much of an image can be wrong as drawn."""
-    drawn = ((masks > 0) & valid_pixels(masks)).sum((1, 2))
-    changed = (labels != masks).sum((1, 2))
-    return ((changed <= MOST_CHANGED * drawn) | (drawn == 0))[:, None, None]
 
 
 _STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
