@@ -43,8 +43,7 @@ from distseg.labels.calibration import (
 )
 from distseg.labels.combination import annotation_counts, annotator_scores, reliability
 from distseg.labels.distances import bin_count, signed_distance_bins
-from distseg.methods.labels.corrected import credible
-from distseg.ops import correct_labels
+from distseg.ops import correct_labels, valid_pixels
 from distseg.optim.schedules import learning_rate
 from distseg.testing.ranks import run_ranks
 from distseg.training.train_step import train_step
@@ -59,6 +58,10 @@ COLUMNS = (
 OF_ANNOTATORS = ("drawn", "vote", "STAPLE", "by distance", "joint", "gain", "its error", "scale", "exponent", "shift")
 
 
+MOST_CHANGED = 2.0
+"""An image keeps its mask where more pixels would change than this many times those that are drawn: "credible"."""
+
+
 class Seen(NamedTuple):
     """Images without augmentation: relative logits, drawn and true masks, and every annotation if asked for."""
 
@@ -66,6 +69,13 @@ class Seen(NamedTuple):
     drawn: Tensor
     truth: Tensor
     every: EveryAnnotation | None
+
+
+def credible(labels: Tensor, masks: Tensor) -> Tensor:
+    """(B, 1, 1) whether so much of an image can be wrong as drawn."""
+    drawn = ((masks > 0) & valid_pixels(masks)).sum((1, 2))
+    changed = (labels != masks).sum((1, 2))
+    return ((changed <= MOST_CHANGED * drawn) | (drawn == 0))[:, None, None]
 
 
 def figures(noisy: Seen, clean: tuple[Tensor, Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ Labels = Literal["noisy", "true"]
 
 
 class EveryAnnotation(NamedTuple):
+    """What all annotators have drawn of the images of a batch."""
+
     masks: Tensor
     """(B, R, H, W): `Batch.annotations`."""
     annotators: Tensor

@@ -10,9 +10,9 @@ images that are annotated too and that the network has not learned from: a logis
 Bins by distance (distances.py) are for one mask alone. All annotators know about where the object is, so that their
 distances are far from independent, whatever τ: docs/ablation.md has the figures.
 
-The sum, its labels and the expected counts are `ops.correct_labels`, to which the drawn class is the bin. Annotations
-(B, R, H, W) class ids, 255 = ignore; annotators (B, R)
-int64, −1 = none; scores (B, C, H, W); counts (A, C, C) float64: annotator, expected class, drawn class.
+The sum, its labels and the expected counts are those of `ops.correct_labels`, to which the drawn class is the bin.
+Annotations (B, R, H, W) uint8 class ids, 255 = ignore; annotators (B, R) int64, −1 = none; scores (B, C, H, W); counts
+(A, C, C) float64: annotator, expected class, drawn class.
 """
 
 import torch

@@ -79,23 +79,6 @@ def test_it_is_decided_after_so_many_steps_and_for_good() -> None:
     assert learn(other, range(60, 100), 4.0)["labels/corrects"] == 1, "a shift may show later"
 
 
-def test_an_image_keeps_its_mask_where_more_would_change_than_can_be_wrong() -> None:
-    model = model_of()
-    learn(model, range(LEAST_STEPS + 5), 4.0)
-    assert model.corrects == 1
-    masks = torch.zeros(4, SIDE, SIDE, dtype=torch.uint8)
-    masks[:3, 8:12, 8:12] = 1  # 16 pixels
-    masks[3, :, :2] = 255  # ignored, and otherwise empty
-    logits = torch.full((4, 1, SIDE, SIDE), -200.0, dtype=torch.float64)
-    logits[0, 0, 8:12, 8:20] = 200  # 32 pixels more
-    logits[1, 0, 8:12, 8:20], logits[1, 0, 0, 0] = 200, 200  # 33 more
-    logits[2, 0, 9:12, 8:12] = 200  # 4 fewer
-    logits[3, 0, 8:12, 8:12] = 200
-    labels, _ = model.correct(logits, masks, model.bins(masks), None)
-    assert [int((each == 1).sum()) for each in labels] == [48, 16, 12, 16]
-    assert torch.equal(labels[1], masks[1]) and (labels[3, :, :2] == 255).all()
-
-
 def test_without_held_out_images_the_calibration_stays_and_nothing_is_decided() -> None:
     model = model_of()
     learn(model, range(3), 4.0)

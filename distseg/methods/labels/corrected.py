@@ -32,16 +32,10 @@ from distseg.methods.context import Context
 from distseg.methods.labels.averages import averaged
 from distseg.methods.labels.combined import Combined
 from distseg.methods.part import HeldOut, LabelModel
-from distseg.ops import valid_pixels
 from distseg.section import Section
 
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
-
-MOST_CHANGED = 2.0
-"""An image keeps its mask where more pixels would change than this many times those that are drawn. A mask that shows
-less than a third of its object is rarer than an image that the network fails on (docs/ablation.md). An empty mask says
-nothing of the size and may be filled."""
 
 
 class CorrectedConfig(Section):
@@ -67,13 +61,6 @@ class CorrectedConfig(Section):
         if context.annotators is None:
             return Corrected(context.device, context.classes, *rule)
         return Combined(context.device, context.classes, context.annotators, *rule, self.pooled)
-
-
-def credible(labels: Tensor, masks: Tensor) -> Tensor:
-    """(B, 1, 1) whether so much of an image can be wrong as drawn."""
-    drawn = ((masks > 0) & valid_pixels(masks)).sum((1, 2))
-    changed = (labels != masks).sum((1, 2))
-    return ((changed <= MOST_CHANGED * drawn) | (drawn == 0))[:, None, None]
 
 
 class Corrected(LabelModel):
@@ -105,7 +92,7 @@ class Corrected(LabelModel):
     def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
         tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
         most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta[0])
-        labels = torch.where((self.corrects > 0) & credible(most_probable, masks), most_probable, masks)
+        labels = torch.where(self.corrects > 0, most_probable, masks)
         parts = [counts]
         if held_out is not None:
             relative = relative_logits(held_out.logits)
