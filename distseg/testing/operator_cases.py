@@ -65,6 +65,8 @@ CASES = [
             ("NaN where ignored, bfloat16", (2, channels, 13, 29), {"poisoned": True, "dtype": torch.bfloat16}),
         )
     ),
+    Case("5-a few tiles", (1, 5, 19, 23)),
+    Case("20 classes", (1, 20, 7, 11)),
     Case("many classes", (1, 150, 7, 11)),
     Case("many classes, channels last", (1, 150, 7, 11), layout="channels_last"),
 ]
