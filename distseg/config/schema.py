@@ -45,6 +45,13 @@ class Config(Section):
             )
         if self.data.clean_count == 0 and self.method.needs_clean:
             raise ValueError(f"data.clean_count 0: {self.method.name} learns from clean images; set it to 1 or more")
+        if self.data.annotators == "all" and self.method.labels.kind != "corrected":
+            raise ValueError(
+                f"data.annotators all: is for labels of kind corrected, not {self.method.labels.kind}; set it to "
+                "drawn, majority or staple"
+            )
+        if self.data.annotators != "all" and getattr(self.method.labels, "pooled", False):
+            raise ValueError("method.labels.pooled: applies to data.annotators=all alone; set that, or leave it out")
         if self.method.weighting.kind == "learned" and self.deepspeed.zero_stage == 3:
             raise ValueError("deepspeed.zero_stage 3: learned weights need whole parameters; set it to 2 or less")
         if self.deepspeed.zero_stage == 3 and getattr(self.method.weighting, "meta_precision", "fp32") == "bf16":

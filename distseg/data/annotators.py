@@ -1,13 +1,15 @@
-"""One mask of several annotators'."""
+"""Several annotators of an image: who they are, and one mask of theirs."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distseg.data.classes import IGNORE
 from distseg.data.decode import Decoding, read_mask
@@ -16,6 +18,40 @@ from distseg.errors import UserError
 from distseg.files import write_atomically
 
 Rule = Literal["majority", "staple"]
+
+
+def drawn_masks(sample: Sample) -> tuple[Annotation, ...]:
+    """What a noisy image is learned from: its annotations, or its reference where a study leaves that as it is."""
+    return sample.annotations or (Annotation("", sample.truth),)
+
+
+@dataclass(frozen=True)
+class Annotators:
+    """Who has drawn masks of the training images, and how many of one image at most."""
+
+    names: tuple[str, ...]
+    """Sorted; an empty one for those without a name."""
+    most: int
+
+    @classmethod
+    def of(cls, noisy: Sequence[Sample], clean: Sequence[Sample]) -> Self:
+        """Of both streams, so that all batches are alike."""
+        drawn = [*map(drawn_masks, noisy), *(sample.annotations for sample in clean)]
+        names = {each.annotator for annotations in drawn for each in annotations}
+        return cls(tuple(sorted(names)), max(map(len, drawn), default=0))
+
+    def check_several(self) -> None:
+        """Raises UserError where nobody's mask has another's beside it."""
+        if self.most < 2:
+            raise UserError(
+                "data.annotators all: no training image has two annotations, and all of one are the drawn one; set "
+                "data.annotators=drawn"
+            )
+
+    def places(self, drawn: Sequence[Annotation]) -> tuple[int, ...]:
+        """(most,) the place of each one's name, then −1."""
+        known = tuple(self.names.index(each.annotator) for each in drawn)
+        return known + (-1,) * (self.most - len(known))
 
 
 def fuse_annotations(
@@ -56,6 +92,12 @@ def majority(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     votes = np.stack([(masks == id).sum(axis=0) for id in ids])
     winner = np.array(ids, np.uint8)[votes.argmax(axis=0)]
     return np.where((masks == IGNORE).all(axis=0), np.uint8(IGNORE), winner)
+
+
+def vote(annotations: Tensor, classes: int) -> Tensor:
+    """`majority` of (B, R, H, W) uint8 to (B, H, W), on their device."""
+    votes = torch.stack([(annotations == index).sum(1) for index in range(classes)])
+    return torch.where(votes.sum(0) > 0, votes.argmax(0), IGNORE).to(torch.uint8)
 
 
 def staple(masks: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,16 +1,26 @@
 """What a loader is asked for, and what it yields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from distseg.data.annotators import Annotators, drawn_masks
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS, Transform
 from distseg.data.sample import Sample
 
 Labels = Literal["noisy", "true"]
+
+
+class EveryAnnotation(NamedTuple):
+    """What all annotators have drawn of the images of a batch."""
+
+    masks: Tensor
+    """(B, R, H, W): `Batch.annotations`."""
+    annotators: Tensor
+    """(B, R): `Batch.annotators`."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,18 @@ class Batch:
     """(B, H, W) uint8: the references; the same tensor as `masks` where those are learned from, and None unless every
     image of the stream has one."""
     ids: tuple[str, ...]
+    annotations: Tensor | None = None
+    """(B, R, H, W) uint8 class ids, 255 = ignore: what each annotator has drawn; `masks` is their vote in the noisy
+    stream. Of data.annotators=all, else None. R is the most of any training image; what an image lacks is 255."""
+    annotators: Tensor | None = None
+    """(B, R) int64: who has drawn them, by place in `Annotators.names`; −1 for what an image lacks."""
+
+    @property
+    def every(self) -> "EveryAnnotation | None":
+        """`annotations` and `annotators`, where there are any."""
+        if self.annotations is None or self.annotators is None:
+            return None
+        return EveryAnnotation(self.annotations, self.annotators)
 
     @property
     def pictures(self) -> Tensor:
@@ -49,6 +71,16 @@ class Request:
     transform: Transform
     window: tuple[float, float] | None = None
     """The part of a larger canvas that is wanted, as `geometry.cut` takes it; None: all of it."""
+    annotations: tuple[Path, ...] | None = None
+    """All of the sample's, where they are wanted; of all requests of a loader or of none."""
+    annotators: tuple[int, ...] = ()
+    """Who has drawn them, then −1 for as many as `Batch.annotations` has room for."""
+
+    @property
+    def masks(self) -> list[Path]:
+        """Each file of a mask once: the label, the true mask, the annotations."""
+        truth = () if self.truth is None else (self.truth,)
+        return list(dict.fromkeys((self.label, *truth, *(self.annotations or ()))))
 
     @classmethod
     def of(
@@ -59,8 +91,15 @@ class Request:
         annotation: int = 0,
         truth_known: bool = True,
         window: tuple[float, float] | None = None,
+        annotators: Annotators | None = None,
     ) -> Self:
-        """Of the reference (`true`), or of one of the annotations (`noisy`), where a study has made the sample some."""
-        noisy = labels == "noisy" and sample.annotations
-        label = sample.annotations[annotation].mask if noisy else sample.truth
-        return cls(sample.id, sample.image, label, sample.reference if truth_known else None, transform, window)
+        """Of the reference (`true`), or of one of the annotations (`noisy`), where a study has made the sample some.
+
+        annotators: those of the training; then all annotations come beside the label.
+        """
+        drawn = drawn_masks(sample) if labels == "noisy" else sample.annotations
+        label = drawn[annotation].mask if labels == "noisy" else sample.truth
+        request = cls(sample.id, sample.image, label, sample.reference if truth_known else None, transform, window)
+        if annotators is None:
+            return request
+        return replace(request, annotations=tuple(each.mask for each in drawn), annotators=annotators.places(drawn))

@@ -137,9 +137,10 @@ class DataConfig(Section):
     which that many references, drawn by the run's seed, are known, and the others' serve diagnostics alone."""
     expert: str = ""
     """The annotator whose masks are the references, where the data says whose masks they are and not which count."""
-    annotators: Literal["drawn", "majority", "staple"] = "drawn"
+    annotators: Literal["drawn", "majority", "staple", "all"] = "drawn"
     """What is learned from where an image has several annotations: one drawn by seed each time, the class that most of
-    them mark, or STAPLE's estimate (Warfield et al. 2004; needs SimpleITK)."""
+    them mark, STAPLE's estimate (Warfield et al. 2004; needs SimpleITK), or all of them, for labels of kind corrected;
+    until these are corrected, they are the class that most mark."""
     classes: _Classes = None
     """The classes and the values that mean each in a mask's file, background first: numbers as they are stored (greys
     of 1 to 16 bits, indices of a palette) or colours, "#rrggbb". null: background is 0, lesion 1 or 255."""

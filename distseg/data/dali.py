@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distseg.data.augment import Transform, warp_elastically
 from distseg.data.batch import Batch, Request
+from distseg.data.classes import IGNORE
 from distseg.data.decode import read_image
 from distseg.data.geometry import Frame, cut
 from distseg.data.reader import PixelReader, read_ahead
@@ -41,7 +42,7 @@ _INPUTS = {
     "file": Input(types.UINT8, 1),
     "pixels": Input(types.UINT8, 3, "HWC"),
     "kept": Input(types.UINT8, 3, "HWC"),  # pixels that are on the device already
-    "masks": Input(types.UINT8, 3, "HWC"),  # the label's, then the true one
+    "masks": Input(types.UINT8, 3, "HWC"),  # the label's, the true one, then each annotator's
     "matrix": Input(types.FLOAT, 2),
     "colour": Input(types.FLOAT, 2),
     "elastic_x": Input(types.FLOAT, 2, "HW"),
@@ -103,7 +104,7 @@ def load_batches(
                     _raise_for_bad_file(pending, reader)
                 raise
             batch = pending.popleft()
-            labels, true = _split(masks, device, stream)
+            labels, true, *annotations = _split(masks, device, stream)
             known = batch[0].truth is not None
             corrupted = any(request.label != request.truth for request in batch)
             yield Batch(
@@ -111,6 +112,7 @@ def load_batches(
                 masks=labels if corrupted else true,
                 true_masks=true if known else None,
                 ids=tuple(request.id for request in batch),
+                **_of_annotators(batch, annotations, device),
             )
     finally:
         ahead.close()
@@ -192,9 +194,13 @@ def _inputs(request: Request, reader: PixelReader, decoding: bool) -> dict[str, 
     transform, frame = request.transform, reader.frame
     label = reader.mask(request.label)
     true = label if request.truth in (None, request.label) else reader.mask(request.truth)
-    masks = np.stack([cut(mask, request.window, frame.size) for mask in (label, true)], axis=-1)
+    drawn = [reader.mask(path) for path in request.annotations or ()]
+    planes = [cut(mask, request.window, frame.size) for mask in (label, true, *drawn)]
     if transform.elastic is not None:
-        masks = warp_elastically(masks, transform.elastic, cv2.INTER_NEAREST, 2 * (frame.mask_fill,))
+        fill = (frame.mask_fill,)
+        planes = [warp_elastically(plane, transform.elastic, cv2.INTER_NEAREST, fill) for plane in planes]
+    lacking = len(request.annotators) - len(drawn)
+    masks = np.stack([*planes, *lacking * [np.full_like(planes[0], IGNORE)]], axis=-1)
     image: dict[str, Array]
     if decoding:
         reader.check_unchanged(request.image)
@@ -234,13 +240,30 @@ def _to_torch(output: Any, device: torch.device, stream: torch.cuda.Stream | Non
     return feed_ndarray(dense, torch.empty(dense.shape(), dtype=dtype, device=device), cuda_stream=stream)
 
 
-def _split(masks: Any, device: torch.device, stream: torch.cuda.Stream | None) -> tuple[Tensor, Tensor]:
+def _split(masks: Any, device: torch.device, stream: torch.cuda.Stream | None) -> list[Tensor]:
+    """(B, H, W) of each plane of "masks"."""
     if stream is not None:
-        labels, true = _to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous()
-        return labels, true
+        return list(_to_torch(masks, device, stream).permute(3, 0, 1, 2).contiguous())
     # By numpy, because torch's operators would start a team of OpenMP threads for this thread (torch_loader.py).
-    labels, true = np.moveaxis(np.asarray(masks.as_tensor()), -1, 0)
-    return torch.from_numpy(labels.copy()), torch.from_numpy(true.copy())
+    return [torch.from_numpy(plane.copy()) for plane in np.moveaxis(np.asarray(masks.as_tensor()), -1, 0)]
+
+
+def _of_annotators(batch: Sequence[Request], planes: list[Tensor], device: torch.device) -> dict[str, Tensor]:
+    """`Batch.annotations` and `annotators`; none where they are not wanted."""
+    if batch[0].annotations is None:
+        return {}
+    places = np.array([request.annotators for request in batch], np.int64)
+    if device.type == "cuda":
+        annotators = torch.from_numpy(places).pin_memory().to(device, non_blocking=True)
+        stacked = torch.stack(planes, 1)
+        # Warping has filled what it brought in from outside of the frame, here too.
+        return {
+            "annotations": stacked.masked_fill_((annotators < 0)[:, :, None, None], IGNORE),
+            "annotators": annotators,
+        }
+    pixels = np.stack([plane.numpy() for plane in planes], axis=1)
+    pixels[places < 0] = IGNORE
+    return {"annotations": torch.from_numpy(pixels), "annotators": torch.from_numpy(places)}
 
 
 def _raise_for_bad_file(pending: Sequence[Sequence[Request]], reader: PixelReader) -> None:

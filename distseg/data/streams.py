@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from distseg.data import torch_loader
+from distseg.data.annotators import Annotators, vote
 from distseg.data.augment import draw_transform, identity_transform
 from distseg.data.batch import Batch, Labels, Request
 from distseg.data.cache import open_cache
@@ -43,8 +45,13 @@ class Stream:
         batch_size: int,
         accumulation: int,
         device: torch.device,
+        annotators: Annotators | None = None,
     ) -> None:
-        """`batch_size` is per rank and micro-batch. Raises UserError where there are no samples or no such loader."""
+        """`batch_size` is per rank and micro-batch; with `annotators`, batches have all annotations,
+        and the noisy stream's masks are their vote at the network's resolution.
+
+        Raises UserError where there are no samples or no such loader.
+        """
         if not samples:
             raise UserError(f"the {name} stream has no images: data.clean_count divides the training split; change it")
         unknown = [sample.id for sample in samples if sample.reference is None]
@@ -64,6 +71,7 @@ class Stream:
         self._batch_size = batch_size
         self._accumulation = accumulation
         self._device = device
+        self._annotators = annotators
         self._load_batches = _find_loader(config.pipeline)
         cache = open_cache(config)
         on_device = None
@@ -90,6 +98,8 @@ class Stream:
             # On a GPU the loader queues its work on the caller's CUDA stream, which another thread does not have.
             self._batches = taken_by_a_thread(batches) if self._device.type == "cpu" else batches
         batch = next(self._batches)
+        if batch.annotations is not None and self._labels == "noisy":
+            batch = replace(batch, masks=vote(batch.annotations, self._config.class_count))
         self._next_index = index + 1
         self.waited += time.perf_counter() - started
         return batch
@@ -112,14 +122,14 @@ class Stream:
         transform = draw_transform(config.augment, config.image_size, self._seed, self._name, position)
         sample = self._samples[order[offset]]
         annotation = 0
-        if len(sample.annotations) > 1:
+        if len(sample.annotations) > 1 and self._annotators is None:
             rng = generator(self._seed, "annotator", self._name, position)
             annotation = int(rng.integers(len(sample.annotations)))
         window = None
         if config.shape == "crop":
             row, column = generator(self._seed, "window", self._name, position).random(2)
             window = float(row), float(column)
-        return Request.of(sample, self._labels, transform, annotation, self._truth_known, window)
+        return Request.of(sample, self._labels, transform, annotation, self._truth_known, window, self._annotators)
 
 
 def evaluation_batches(

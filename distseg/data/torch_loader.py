@@ -5,7 +5,8 @@ calls them, and teams burn the cores that training and decoding need, waiting fo
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from distseg.data.augment import warp_elastically
 from distseg.data.batch import Batch, Request
+from distseg.data.classes import IGNORE
 from distseg.data.geometry import Frame, cut
 from distseg.data.reader import PixelReader, read_ahead
 
@@ -38,16 +40,14 @@ def load_batches(
         batches.close()
 
 
-Loaded = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8] | None]
+Loaded = tuple[NDArray[np.float32], dict[Path, NDArray[np.uint8]]]
 
 
 def _load(request: Request, reader: PixelReader) -> Loaded:
-    """(3, H, W) float32 image, (H, W) uint8 label and, where it is another file, true mask."""
+    """(3, H, W) float32 image, and (H, W) uint8 of each file of a mask."""
     frame = reader.frame
-    label = _warped_mask(request, reader.mask(request.label), frame)
-    other = request.truth is not None and request.truth != request.label
-    true = _warped_mask(request, reader.mask(request.truth), frame) if request.truth is not None and other else None
-    return _warped_image(request, reader.image(request.image), frame), label, true
+    masks = {path: _warped_mask(request, reader.mask(path), frame) for path in request.masks}
+    return _warped_image(request, reader.image(request.image), frame), masks
 
 
 def _warped_image(request: Request, canvas: NDArray[np.uint8], frame: Frame) -> NDArray[np.float32]:
@@ -85,13 +85,25 @@ def _warp(
 
 
 def _collate(batch: Sequence[Request], loaded: list[Loaded], device: torch.device) -> Batch:
-    images, labels, trues = zip(*loaded, strict=True)
-    masks = _to_device(labels, device)
+    images, warped = zip(*loaded, strict=True)
+    masks = _to_device([of[request.label] for request, of in zip(batch, warped, strict=True)], device)
     true_masks: Tensor | None = masks if batch[0].truth is not None else None
-    if any(true is not None for true in trues):
-        truths = [label if true is None else true for label, true in zip(labels, trues, strict=True)]
-        true_masks = _to_device(truths, device)
-    return Batch(_to_device(images, device), masks, true_masks, tuple(request.id for request in batch))
+    if any(request.truth not in (None, request.label) for request in batch):
+        true_masks = _to_device([of[request.truth] for request, of in zip(batch, warped, strict=True)], device)
+    ids = tuple(request.id for request in batch)
+    if batch[0].annotations is None:
+        return Batch(_to_device(images, device), masks, true_masks, ids)
+    annotations = [_annotations(request, of) for request, of in zip(batch, warped, strict=True)]
+    annotators = _to_device([np.array(request.annotators, np.int64) for request in batch], device)
+    return Batch(_to_device(images, device), masks, true_masks, ids, _to_device(annotations, device), annotators)
+
+
+def _annotations(request: Request, warped: Mapping[Path, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """(R, H, W), IGNORE where there are fewer."""
+    stack = np.full((len(request.annotators), *warped[request.label].shape), IGNORE, np.uint8)
+    for place, path in zip(stack, request.annotations or (), strict=False):
+        place[:] = warped[path]
+    return stack
 
 
 def _to_device(arrays: Sequence[NDArray], device: torch.device) -> Tensor:

@@ -46,45 +46,51 @@ def calibrated(relative: Tensor, theta: Tensor) -> Tensor:
     return scale * relative + shift[:, None, None]
 
 
-def calibration_sums(relative: Tensor, masks: Tensor, theta: Tensor) -> Tensor:
-    """(1 + C + C²,) float64: valid pixels n, Σ (Hθ − g) and Σ H of them at θ."""
+def calibration_sums(relative: Tensor, masks: Tensor, theta: Tensor, *others: Tensor) -> Tensor:
+    """(1 + D + D²,) float64, D = len(θ): valid pixels n, Σ (Hθ − g) and Σ H of them at θ.
+
+    others: more scores like `relative`, each with a scale of its own after a in θ = (a, a′, …, b): the logits of P are
+    a·z + a′·z′ + … + b.
+    """
     valid = valid_pixels(masks)
     # Classes first: sums over them then run along pixels, which takes a fifth of the time.
-    z = torch.where(valid[:, None], relative, 0.0).transpose(0, 1).double().flatten(1)
-    p = (theta[0] * z + _shift(theta)[:, None]).softmax(0)
+    scores = [
+        torch.where(valid[:, None], score, 0.0).transpose(0, 1).double().flatten(1) for score in (relative, *others)
+    ]
+    joint = torch.stack([scale * z for scale, z in zip(theta[: len(scores)], scores, strict=True)]).sum(0)
+    p = (joint + _shift(theta[len(scores) - 1 :])[:, None]).softmax(0)
     seen = valid.flatten().double()
-    number = torch.arange(len(z), device=masks.device)[:, None]
+    number = torch.arange(len(p), device=masks.device)[:, None]
     residual = (p - (masks.flatten() == number).double()) * seen
-    # dθ of the logits: z for a, the unit vectors for b. Rows of the Jacobian J: a, then b_1 …
-    gradient = torch.cat([(residual * z).sum()[None], residual[1:].sum(1)])
+    # dθ of the logits: z for a, the unit vectors for b. Rows of the Jacobian J: a, a′, …, then b_1 …
+    gradient = torch.cat([torch.stack([(residual * z).sum() for z in scores]), residual[1:].sum(1)])
     weighted = p * seen
-    with_scale = weighted * (z - (p * z).sum(0))  # J H_z of a, H_z = diag(p) − p pᵀ
-    of_scale, mixed = (with_scale * z).sum(), with_scale[1:].sum(1)
+    with_scales = [weighted * (z - (p * z).sum(0)) for z in scores]  # J H_z of a, H_z = diag(p) − p pᵀ
+    of_scales = torch.stack([torch.stack([(with_scale * z).sum() for z in scores]) for with_scale in with_scales])
+    mixed = torch.stack([with_scale[1:].sum(1) for with_scale in with_scales])
     of_shift = torch.diag(weighted[1:].sum(1)) - p[1:] @ weighted[1:].T
-    hessian = torch.cat(
-        [torch.cat([of_scale[None], mixed])[None], torch.cat([mixed[:, None], of_shift], 1)],
-    )
+    hessian = torch.cat([torch.cat([of_scales, mixed], 1), torch.cat([mixed.T, of_shift], 1)])
     return torch.cat([seen.sum()[None], hessian @ theta - gradient, hessian.flatten()])
 
 
 def newton_step(theta: Tensor, sums: Tensor, shifts: bool = True) -> Tensor:
-    """The next θ from averaged `calibration_sums`; θ itself where they are of no pixel. The scale stays above zero.
+    """The next θ = (a, b) from averaged `calibration_sums`; θ itself where they are of no pixel. a stays above zero.
 
     shifts: whether b may differ from 0.
     """
-    classes = len(theta)
-    count, linear, hessian = sums[0], sums[1 : 1 + classes], sums[1 + classes :].view(classes, classes)
-    known = count > 0
     free = torch.ones_like(theta)
     free[1:] = float(shifts)
-    weight = PRIOR * torch.where(known, count, 1.0)
-    # What is not free has a row and a column of the unit matrix, and b = 0.
-    matrix = (hessian + weight * torch.eye(classes, dtype=theta.dtype, device=theta.device)) * free * free[:, None]
-    matrix = matrix + torch.diag(1 - free)
-    best = torch.linalg.solve_ex(matrix, (linear + weight * identity(classes, theta.device)) * free)[0]
-    ahead = theta + (best - theta).clamp(-LONGEST_STEP, LONGEST_STEP)
-    ahead = torch.cat([ahead[:1].clamp(min=0), ahead[1:]])
-    return torch.where(known, ahead, theta)
+    ahead = _toward(theta, sums, free)
+    return torch.where(sums[0] > 0, torch.cat([ahead[:1].clamp(min=0), ahead[1:]]), theta)
+
+
+def joint_newton_step(theta: Tensor, sums: Tensor) -> Tensor:
+    """`newton_step` of two scores, θ = (a, a′, b): where a would fall below zero it is zero and the others are best."""
+    everything = _toward(theta, sums, torch.ones_like(theta))
+    alone = torch.ones_like(theta)
+    alone[0] = 0
+    ahead = torch.where(everything[0] < 0, _toward(theta, sums, alone), everything)
+    return torch.where(sums[0] > 0, torch.cat([ahead[:2].clamp(min=0), ahead[2:]]), theta)
 
 
 def gain_sums(relative: Tensor, masks: Tensor, theta: Tensor, theta_of_scale: Tensor) -> Tensor:
@@ -92,10 +98,15 @@ def gain_sums(relative: Tensor, masks: Tensor, theta: Tensor, theta_of_scale: Te
 
     ℓ is an image's mean negative log-likelihood at θ, ℓ₀ at a θ that has no shift, and d = ℓ₀ − ℓ.
     """
-    with_shift, without = (_image_losses(relative, masks, each) for each in (theta, theta_of_scale))
-    gain = without - with_shift
+    return sums_of_gain(calibrated(relative, theta), calibrated(relative, theta_of_scale), masks)
+
+
+def sums_of_gain(logits: Tensor, without: Tensor, masks: Tensor) -> Tensor:
+    """`gain_sums` of two posteriors (B, C, H, W), the one that may gain first."""
+    loss, before = (_image_losses(each, masks) for each in (logits, without))
+    gain = before - loss
     seen = valid_pixels(masks).any(2).any(1).double()
-    return torch.stack([seen.sum(), without.sum(), gain.sum(), gain.square().sum()])
+    return torch.stack([seen.sum(), before.sum(), gain.sum(), gain.square().sum()])
 
 
 def relative_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
@@ -110,13 +121,25 @@ def relative_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
     return torch.where(known, gain / loss, 0.0), torch.where(known, error / loss, 0.0)
 
 
-def _image_losses(relative: Tensor, masks: Tensor, theta: Tensor) -> Tensor:
+def _image_losses(logits: Tensor, masks: Tensor) -> Tensor:
     """(B,) float64, 0 for an image without a valid pixel."""
     valid = valid_pixels(masks)
-    log_p = calibrated(torch.where(valid[:, None], relative, 0.0), theta).log_softmax(1)
+    log_p = torch.where(valid[:, None], logits, 0.0).log_softmax(1)
     of_label = log_p.gather(1, torch.where(valid, masks, 0).long()[:, None])[:, 0]
     sums = torch.where(valid, -of_label, 0.0).sum((1, 2), dtype=torch.float64)
     return sums / valid.sum((1, 2)).clamp(min=1)
+
+
+def _toward(theta: Tensor, sums: Tensor, free: Tensor) -> Tensor:
+    """At most a step from θ toward the maximum in what is free (1, not 0); what is not goes toward 0."""
+    size = len(theta)
+    count, linear, hessian = sums[0], sums[1 : 1 + size], sums[1 + size :].view(size, size)
+    weight = PRIOR * torch.where(count > 0, count, 1.0)
+    # What is not free has a row and a column of the unit matrix.
+    matrix = (hessian + weight * torch.eye(size, dtype=theta.dtype, device=theta.device)) * free * free[:, None]
+    matrix = matrix + torch.diag(1 - free)
+    best = torch.linalg.solve_ex(matrix, (linear + weight * identity(size, theta.device)) * free)[0]
+    return theta + (best - theta).clamp(-LONGEST_STEP, LONGEST_STEP)
 
 
 def _shift(theta: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Context:
     """Whether steps are made by a network whose forward pass may carry tangents: whole parameters, no autocast."""
     adds_gradients: bool = False
     """Whether a gradient that is known already can be added to the update: distseg.distributed.engine.add_gradient."""
+    annotators: int | None = None
+    """How many there are where batches have all annotations, else None."""
     classes: int = 2
     """Of the masks; the network has as many channels, or one for two classes."""
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)

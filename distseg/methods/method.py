@@ -129,11 +129,11 @@ class Method:
         return self._beside_clean(noisy, weighed.maps, clean, phase.clean_share) if phase.clean_share else weighed.maps
 
     def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None, labels_first: bool) -> Drawn:
-        bins = model.bins(batch.masks)
+        bins = model.bins(batch.masks, batch.every)
         labels = None
         if labels_first:
             labels, _ = model.correct(self.logits_of(batch.images), batch.masks, bins, None)
-        held_out = HeldOut(self.logits_of(clean.images), clean.masks) if clean else None
+        held_out = HeldOut(self.logits_of(clean.images), clean.masks, clean.every) if clean else None
         return Drawn(len(batch.ids), bins, labels, held_out, batch.true_masks)
 
     def _weigh(

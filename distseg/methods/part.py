@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from distseg.data.batch import EveryAnnotation
 from distseg.meta.estimators import LabelledImages, MeanLoss
 from distseg.meta.weights import Diagnostics, WeightMap
 
@@ -98,15 +99,20 @@ class HeldOut(NamedTuple):
 
     logits: Tensor
     masks: Tensor
+    every: EveryAnnotation | None = None
+    """What annotators have drawn of them, of data.annotators=all."""
 
 
 class LabelModel(Part, ABC):
     @abstractmethod
-    def bins(self, masks: Tensor) -> Tensor:
-        """What of drawn masks (B, H, W) a label depends on, (B, H, W) uint8."""
+    def bins(self, masks: Tensor, every: EveryAnnotation | None) -> Any:
+        """What a label depends on of the drawn masks (B, H, W), and of `every` annotation where there are all.
+
+        It is handed back to `correct`.
+        """
 
     @abstractmethod
-    def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
+    def correct(self, logits: Tensor, masks: Tensor, bins: Any, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
         """The label of each pixel, (B, H, W) like `masks`, 255 = ignore; and what the model learns from.
 
         That is a float64 vector that adds up over images, micro-batches and ranks.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ class Drawn:
     """The noisy images of a micro-batch, which come first in it, for a label model."""
 
     count: int
-    bins: Tensor
-    """(count, H, W) of their masks: `LabelModel.bins`."""
+    bins: Any
+    """Of their masks: `LabelModel.bins`."""
     labels: Tensor | None = None
     """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
     held_out: HeldOut | None = None

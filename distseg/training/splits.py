@@ -43,7 +43,7 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
         keep_roster(samples, {sample.id for sample in clean}, digests, folder.data, folder.config.exists())
     if config.fold is not None:
         clean, noisy = without_fold(clean, noisy, config.fold, config.split_seed)
-    if config.annotators != "drawn":
+    if config.annotators in ("majority", "staple"):
         noisy = fuse_annotations(noisy, config.annotators, folder.noisy_masks, config.decoding, check)
     noisy_masks = write_noisy_masks if check else read_noisy_masks
     noisy, noise_rate = noisy_masks(noisy, config.noise, folder.noisy_masks, config.decoding)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distseg.config.load import changed_keys, dump_config, load_config
 from distseg.config.schema import Config
+from distseg.data.annotators import Annotators
 from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream, evaluation_batches
@@ -109,6 +110,8 @@ class Trainer:
     optimizer_kind: str
     engine: Any
     """DeepSpeed's; its module is `model`."""
+    annotators: Annotators | None
+    """Of data.annotators=all, whose batches have every annotation; else None."""
     streams: list[Stream]
     method: Method
     progress: Progress
@@ -157,6 +160,10 @@ class Trainer:
             accumulation=config.train.accumulation,
             precision=config.train.precision,
         )
+        every = config.data.annotators == "all"
+        self.annotators = Annotators.of(self.splits.noisy, self.splits.clean) if every else None
+        if self.annotators:
+            self.annotators.check_several()
         self.streams = []
         context = Context(
             noisy=self.splits.noisy,
@@ -173,6 +180,7 @@ class Trainer:
             device=runtime.device,
             one_pass=not self.sharded and config.train.precision == "fp32",
             adds_gradients=can_add_gradients(self.engine),
+            annotators=len(self.annotators.names) if self.annotators else None,
             classes=config.data.class_count,
         )
         self.method = build_method(config.method, context)
@@ -399,6 +407,7 @@ class Trainer:
             batch_size=batch_size,
             accumulation=config.train.accumulation,
             device=self.runtime.device,
+            annotators=self.annotators,
         )
         self.streams.append(stream)
         return stream

@@ -44,7 +44,9 @@ def hide_references(study: Path, target: Path, count: int) -> None:
         table.writerows(rows)
 
 
-def train_both(runtime, study: str, real: str, folder: str, presets: list[str], count: int, size: int) -> dict:
+def train_both(
+    runtime, study: str, real: str, folder: str, presets: list[str], count: int, size: int, annotators: str = "drawn"
+) -> dict:
     """Losses, parameters and what was logged, of both paths; the real one stopped half way and resumed."""
     found: dict[str, Tensor] = {}
     for preset in presets:
@@ -53,7 +55,7 @@ def train_both(runtime, study: str, real: str, folder: str, presets: list[str], 
                 {
                     "name": f"{preset}-{path}",
                     "seed": SEED,
-                    "data": {"root": root, "image_size": size, "pipeline": "torch", **keys},
+                    "data": {"root": root, "image_size": size, "pipeline": "torch", "annotators": annotators, **keys},
                     "model": {"width": 4, "depth": 1},
                     "method": {"name": preset},
                     "optim": {"name": "sgd", "lr": 0.01},
@@ -119,6 +121,23 @@ def test_experts_masks_that_the_data_gives_are_the_study_with_as_many_drawn(anno
     presets = ["noisy_only", "pixel_reweight", "label_correction"]
     hide_references(annotated, tmp_path / "real", K)
     [found] = run_ranks(train_both, 1, str(annotated), str(tmp_path / "real"), str(tmp_path), presets, K, 16)
+    check_equal(found, presets)
+
+
+def test_all_annotations_of_an_image_too(annotated: Path, tmp_path: Path) -> None:
+    """Beside the box a mask that is the reference moved by two pixels, and of every third image neither."""
+    shutil.copytree(annotated, tmp_path / "study")
+    lines = (tmp_path / "study" / "manifest.csv").read_text().splitlines()
+    rows = [lines[0].replace("noisy_mask", "annotation:box") + ",annotation:moved"]
+    for number, line in enumerate(lines[1:]):
+        id, mask = line.split(",")[0], cv2.imread(str(tmp_path / "study" / line.split(",")[3]), cv2.IMREAD_UNCHANGED)
+        assert cv2.imwrite(str(tmp_path / "study" / "cheap" / f"{id}_moved.png"), np.roll(mask, 2, 1))
+        rows.append(f"{line},cheap/{id}_moved.png" if number % 3 else f"{line},")
+    (tmp_path / "study" / "manifest.csv").write_text("\n".join(rows) + "\n")
+    hide_references(tmp_path / "study", tmp_path / "real", K)
+    presets = ["label_correction"]
+    folders = (str(tmp_path / each) for each in ("study", "real", ""))
+    [found] = run_ranks(train_both, 1, *folders, presets, K, 16, "all")
     check_equal(found, presets)
 
 

@@ -46,8 +46,11 @@ def learn(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     return out | {f"t_loss.{name}": value for name, value in loss.state_dict().items()}
 
 
-def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
-    """Loss, state and diagnostics of four steps: a warm-up, one that calibrates and decides, and two that correct."""
+def correct(rank: int, world_size: int, total, annotators: int | None = None) -> dict[str, torch.Tensor]:
+    """Loss, state and diagnostics of four steps: a warm-up, one that calibrates and decides, and two that correct.
+
+    annotators: so many, of whom two or three have drawn each image; None: a mask an image.
+    """
 
     class Drawn:
         def __init__(self, seed: int, clean: bool) -> None:
@@ -56,7 +59,8 @@ def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
         def batch(self, step: int, micro: int) -> Batch:
             images, masks = (tensor[rank::world_size] for tensor in batch(self.seed + step, 4))
             truth = torch.where(masks == 255, 255, (images[:, 0] > 0).to(torch.uint8))
-            return Batch(images, truth if self.clean else masks, truth, ("",) * len(masks))
+            every = drawn_by(annotators, self.seed + step, truth, rank, world_size) if annotators else ()
+            return Batch(images, truth if self.clean else masks, truth, ("",) * len(masks), *every)
 
     network = nn.Conv2d(3, 1, 1).double()
     with torch.no_grad():
@@ -75,6 +79,7 @@ def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
         placement=Whole(network),
         reduction=ByFunction(total),
         device=torch.device("cpu"),
+        annotators=annotators,
     )
     config = MethodConfig.model_validate(
         {"name": "label_correction", "warm_up": 0.25, "held_out": 0.5, "least_gain": -1}
@@ -89,6 +94,22 @@ def correct(rank: int, world_size: int, total) -> dict[str, torch.Tensor]:
     return out | method.state_dict()
 
 
+def drawn_by(annotators: int, seed: int, truth: torch.Tensor, rank: int, world_size: int) -> tuple:
+    """Annotations and annotators of this rank's images, right at four of five pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = (len(truth) * world_size, 3)
+    who = torch.stack([torch.randperm(annotators, generator=generator)[:3] for _ in range(whole[0])])
+    who[1, 2] = -1
+    errs = torch.rand((*whole, 8, 8), generator=generator) < 0.2
+    own, errs = who[rank::world_size], errs[rank::world_size]
+    right = torch.where(truth == 255, 0, truth)[:, None]
+    return torch.where((own < 0)[:, :, None, None], 255, torch.where(errs, 1 - right, right)).to(torch.uint8), own
+
+
+def correct_by_several_on_a_rank(runtime) -> dict[str, torch.Tensor]:
+    return correct(runtime.shard.rank, runtime.shard.world_size, sum_over_ranks, annotators=4)
+
+
 def correct_on_a_rank(runtime) -> dict[str, torch.Tensor]:
     return correct(runtime.shard.rank, runtime.shard.world_size, sum_over_ranks)
 
@@ -101,6 +122,17 @@ def test_two_ranks_correct_labels_as_one_does() -> None:
             torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-15)
     assert expected["1.labels/corrects"] == 1 and expected["labels.known"] == 2
     assert expected["2.corrected_noise_rate"] < 0.8 * expected["2.noise_rate"]
+
+
+def test_two_ranks_combine_annotators_as_one_does() -> None:
+    expected = correct(0, 1, lambda tensor: tensor, annotators=4)
+    for actual in run_ranks(correct_by_several_on_a_rank, 2):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-13)
+    assert expected["1.labels/corrects"] == 1 and expected["labels.known"] == 2
+    assert expected["2.corrected_noise_rate"] < 0.8 * expected["2.noise_rate"]
+    assert expected["labels.theta"][1] > 0
 
 
 def learn_on_a_rank(runtime) -> dict[str, torch.Tensor]:

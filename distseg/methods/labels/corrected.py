@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distseg import ops
+from distseg.data.batch import EveryAnnotation
 from distseg.errors import UserError
 from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.calibration import (
@@ -28,11 +29,11 @@ from distseg.labels.calibration import (
 from distseg.labels.distances import MOST_CLASSES, signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
+from distseg.methods.labels.averages import averaged
+from distseg.methods.labels.combined import Combined
 from distseg.methods.part import HeldOut, LabelModel
 from distseg.section import Section
 
-DECAY = 0.9
-"""Of the exponential moving averages, a step: they remember about ten."""
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
@@ -41,7 +42,10 @@ class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
     least_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
     """Labels stay as drawn unless the clean images show systematic errors that cost the network a share of its loss
-    which is above its standard error by this. −1 corrects always."""
+    which is above its standard error by this. −1 corrects always. Of data.annotators=all, the same of what the
+    network takes away from the loss of the annotators alone."""
+    pooled: bool = False
+    """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
     needs_clean: ClassVar[bool] = True
 
@@ -53,7 +57,10 @@ class CorrectedConfig(Section):
                 f"{context.classes}; set method.labels=drawn"
             )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
-        return Corrected(context.device, context.classes, len(context.clean), self.least_gain, decide_after)
+        rule = (len(context.clean), self.least_gain, decide_after)
+        if context.annotators is None:
+            return Corrected(context.device, context.classes, *rule)
+        return Combined(context.device, context.classes, context.annotators, *rule, self.pooled)
 
 
 class Corrected(LabelModel):
@@ -79,7 +86,7 @@ class Corrected(LabelModel):
         self.corrects = torch.zeros((), dtype=torch.float64, device=device)
         """1 if labels are corrected, 0 if not, or not yet."""
 
-    def bins(self, masks: Tensor) -> Tensor:
+    def bins(self, masks: Tensor, every: EveryAnnotation | None = None) -> Tensor:
         return signed_distance_bins(masks, self.classes)
 
     def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
@@ -96,7 +103,7 @@ class Corrected(LabelModel):
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
         counts, held_out = evidence.split([self.counts.numel(), len(evidence) - self.counts.numel()])
         keep = ~skipped & evidence.isfinite().all()
-        self.counts = torch.where(keep, _averaged(self.counts, counts.view_as(self.counts)), self.counts)
+        self.counts = torch.where(keep, averaged(self.counts, counts.view_as(self.counts)), self.counts)
         if len(held_out):
             self._learn_calibration(held_out, keep)
         share, error = relative_gain(self.gain, self.clean_count)
@@ -120,10 +127,10 @@ class Corrected(LabelModel):
         fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
         fit = fit.view_as(self.fit)
         keep = keep & (fit[0, 0] > 0)
-        self.fit = torch.where(keep, _averaged(self.fit, fit), self.fit)
+        self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
         ahead = torch.stack([newton_step(self.theta[0], self.fit[0]), newton_step(self.theta[1], self.fit[1], False)])
         self.theta = torch.where(keep, ahead, self.theta)
-        self.gain = torch.where(keep, _averaged(self.gain, gain), self.gain)
+        self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
         share, error = relative_gain(self.gain, self.clean_count)
         pays = keep & (self.known >= self.decide_after) & (share - error >= self.least_gain)
@@ -132,7 +139,3 @@ class Corrected(LabelModel):
 
 
 _STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
-
-
-def _averaged(average: Tensor, new: Tensor) -> Tensor:
-    return DECAY * average + (1 - DECAY) * new
