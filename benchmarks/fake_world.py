@@ -24,7 +24,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -137,25 +136,30 @@ def _row(world: World, kind: str, actual: list[Message], expected: list[Message]
     }
 
 
-def check_large(ranks: int, stage: int, width: int, batch: int, side: int) -> dict:
-    """A row with what a weighted step sends, and the bytes alive, of rank 0, which holds most; for a fresh process."""
-    world = World(ranks, stage, lean=stage == 3, bucket=50_000_000 if stage in (1, 2) else World.bucket)
+def check_large(ranks: int, width: int, batch: int, side: int) -> list[dict]:
+    """A row for each stage: what a weighted step sends, and the bytes alive, of rank 0, which holds most.
+
+    For a fresh process.
+    """
     network = traffic.network_of(UNet(width, 4, "none"), side)
-    with ExitStack() as within:
-        within.enter_context(fake_rank(0, ranks))
-        within.enter_context(without_elements())
-        alive = within.enter_context(AliveTensors())
-        rank = Rank(world, width, 4, batch, side)
-        for _ in range(SETTLED):
-            rank.step("forward")
-        actual = rank.sent("forward")
-        held = alive.peak = alive.bytes()
-        with gradients_put_away(rank.engine):
-            weights = rank.weigh("forward")
-        meta, alive.peak = alive.peak, alive.bytes()
-        rank.step("forward", weights)
-        row = _row(world, "forward", actual, traffic.step(network, world, "forward"))
-        return row | {"parameters": network.parameters, "held": held, "meta": meta, "step": alive.peak}
+    rows = []
+    with fake_rank(0, ranks), without_elements():
+        for stage in (0, 1, 2, 3):
+            world = World(ranks, stage, lean=stage == 3, bucket=50_000_000 if stage in (1, 2) else World.bucket)
+            with AliveTensors() as alive:
+                rank = Rank(world, width, 4, batch, side)
+                for _ in range(SETTLED if stage == 3 else 1):
+                    rank.step("forward")
+                actual = rank.sent("forward")
+                held = alive.peak = alive.bytes()
+                with gradients_put_away(rank.engine):
+                    weights = rank.weigh("forward")
+                meta, alive.peak = alive.peak, alive.bytes()
+                rank.step("forward", weights)
+            row = _row(world, "forward", actual, traffic.step(network, world, "forward"))
+            rows.append(row | {"parameters": network.parameters, "held": held, "meta": meta, "step": alive.peak})
+            del rank, weights
+    return rows
 
 
 def apart(*arguments: str) -> list[dict]:
@@ -172,10 +176,8 @@ def report(arguments: argparse.Namespace) -> dict:
     for ranks in arguments.ranks:
         small += apart("--check-small", str(ranks), *(["--brief"] if arguments.brief else []))
     sizes = [f"--batch={arguments.batch}", f"--side={arguments.side}"]
-    for width, stage, ranks in itertools.product(arguments.widths, (0, 1, 2, 3), arguments.ranks):
-        if stage == 0 and ranks != arguments.ranks[-1]:
-            continue  # every rank holds everything, however many there are
-        large += apart("--check-large", str(ranks), str(stage), str(width), *sizes)
+    for width, ranks in itertools.product(arguments.widths, arguments.ranks):
+        large += apart("--check-large", str(ranks), str(width), *sizes)
     setting = {name: getattr(arguments, name) for name in ("ranks", "widths", "batch", "side", "brief")}
     return {"setting": setting, "machine": describe_machine("cpu"), "small": small, "large": large}
 
@@ -195,7 +197,7 @@ def show(result: dict) -> str:
         batch = f"{setting['batch']} + {setting['batch']} images of {setting['side']}×{setting['side']}"
         lines += ["", f"bytes of one rank, MiB, `forward`, {batch}", ""]
         lines += ["   parameters  ZeRO  ranks      held      meta      step      sent  as the model says"]
-    for row in result["large"]:
+    for row in sorted(result["large"], key=lambda row: (row["parameters"], row["stage"], row["ranks"])):
         figures = " ".join(f"{row[name] / 2**20:9.0f}" for name in ("held", "meta", "step", "bytes"))
         lines.append(
             f"{row['parameters']:13,d}  {row['stage']:4d}  {row['ranks']:5d} {figures}  {row['difference'] or 'yes'}"
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="accumulation 2 and the estimator `forward` alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--check-small", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--check-large", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--check-large", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.check_small:
@@ -222,7 +224,7 @@ def main() -> None:
         print(json.dumps(check_small(arguments.check_small, *extent)))
         return
     if arguments.check_large:
-        print(json.dumps([check_large(*arguments.check_large, batch=arguments.batch, side=arguments.side)]))
+        print(json.dumps(check_large(*arguments.check_large, batch=arguments.batch, side=arguments.side)))
         return
     result = report(arguments)
     print(show(result))
