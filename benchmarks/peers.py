@@ -62,8 +62,9 @@ CONTENDERS = (
     ("of_monai", "Dice and cross-entropy"),
 )
 """Scripts of benchmarks/peers/ and what they are asked for; the first one is what the others are beside."""
-INSTALL = {"of_betty": ["--ignore-requires-python"]}
-"""Options of pip. The releases of Betty that have SAMA say Python < 3.11; they are Python alone, and run."""
+THEN = {"of_betty": ["--no-deps", "--ignore-requires-python", "betty-ml==0.2.1"]}
+"""What pip installs after the requirements. The releases of Betty that have SAMA say Python < 3.11; they are Python
+alone, and run. Asked to ignore that, pip would ignore it for every package."""
 SCRIPTS = tuple(dict.fromkeys(script for script, _ in CONTENDERS))
 
 
@@ -84,8 +85,10 @@ def prepare(environments: Path) -> dict[str, Path | str]:
         try:
             if not installed.exists() or installed.read_text() != requirements.read_text():
                 _call([sys.executable, "-m", "venv", "--clear", str(folder)])
-                pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *INSTALL.get(script, [])]
+                pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
                 _call([*pip, "-r", str(requirements)])
+                if script in THEN:
+                    _call([*pip, *THEN[script]])
                 installed.write_text(requirements.read_text())
             pythons[script] = folder / "bin" / "python"
         except Failed as error:
