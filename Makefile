@@ -13,7 +13,7 @@ test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 test-faults: $(INSTALLED)
-	$(RUN) -m pytest -m faults --timeout 3000
+	$(RUN) -m pytest -m "faults or counted" --timeout 3000
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow
@@ -40,6 +40,7 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/meta_step.py --json benchmarks/results/meta_step.json
+	$(RUN) benchmarks/label_step.py --json benchmarks/results/label_step.json
 	$(RUN) benchmarks/kernels.py --json benchmarks/results/kernels_cpu.json --plot benchmarks/results/kernels_cpu.png
 
 # The MLflow server, on this machine only: http://127.0.0.1:5000 (from elsewhere: ssh -L 5000:127.0.0.1:5000 HOST). To train

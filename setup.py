@@ -38,7 +38,7 @@ def extension() -> dict:
             # linker keeps the first it meets.
             for name, options in INSTRUCTION_SETS.items():
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/kernels.cpp"],
+                    ["csrc/kernels.cpp", "csrc/labels.cpp"],
                     output_dir=f"{self.build_temp}/{name}",
                     include_dirs=ext.include_dirs,
                     extra_postargs=[*flags, *options, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"],
@@ -49,7 +49,7 @@ def extension() -> dict:
     ext = CppExtension(
         "distseg._C",
         ["csrc/operators.cpp"],
-        depends=["csrc/kernels.h", "csrc/kernels.cpp"],
+        depends=["csrc/kernels.h", "csrc/tiles.h", "csrc/kernels.cpp", "csrc/labels.cpp"],
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"],
         optional=True,  # a failure is a warning

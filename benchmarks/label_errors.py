@@ -20,9 +20,8 @@ from torch import Tensor
 from distseg.config.load import load_config
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
-from distseg.labels.annotators import expected_counts, most_probable_labels, posterior_logits
+from distseg.labels.annotators import log_likelihood
 from distseg.labels.calibration import (
-    calibrated,
     calibration_sums,
     gain_sums,
     identity,
@@ -31,6 +30,7 @@ from distseg.labels.calibration import (
     relative_logits,
 )
 from distseg.labels.distances import bin_count, signed_distance_bins
+from distseg.ops import correct_labels
 from distseg.optim.schedules import learning_rate
 from distseg.testing.ranks import run_ranks
 from distseg.training.train_step import train_step
@@ -50,13 +50,17 @@ def figures(noisy: tuple[Tensor, Tensor, Tensor], clean: tuple[Tensor, Tensor]) 
     gain, error = relative_gain(gain_sums(*clean, theta, without), len(clean[1]))
 
     relative, drawn, truth = noisy
-    prior, bins = calibrated(relative, theta), signed_distance_bins(drawn, CLASSES)
-    counts = expected_counts(prior.softmax(1), drawn, bins, bin_count(CLASSES))
-    counted = most_probable_labels(posterior_logits(prior, bins, counts), drawn)
+    bins, one = signed_distance_bins(drawn, CLASSES)[:, None], torch.zeros(len(drawn), 1, dtype=torch.int64)
+
+    def corrected(table: Tensor) -> tuple[Tensor, Tensor]:
+        labels, counts = correct_labels(relative, drawn, bins, one.to(drawn.device), table[None], theta)
+        return labels, counts[0]
+
+    by_network, counts = corrected(theta.new_zeros(CLASSES, bin_count(CLASSES)))
+    counted, _ = corrected(log_likelihood(counts))
     for _ in range(ROUNDS):
-        posterior = posterior_logits(prior, bins, counts)
-        counts = expected_counts(posterior.softmax(1), drawn, bins, bin_count(CLASSES))
-    labels = (drawn, most_probable_labels(prior, drawn), counted, most_probable_labels(posterior, drawn))
+        posterior, counts = corrected(log_likelihood(counts))
+    labels = (drawn, by_network, counted, posterior)
     wrong = [100 * (each != truth).double().mean() for each in labels]
     return torch.stack([*wrong, gain, error, *theta])
 

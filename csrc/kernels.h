@@ -8,6 +8,7 @@
 
 #include <c10/core/ScalarType.h>
 #include <cstdint>
+#include <vector>
 
 namespace distseg {
 
@@ -51,10 +52,36 @@ struct Kernels {
       const Weights&, bool is_double, const void* y, bool byte_labels, int64_t batch, int64_t pixels, void* map);
 };
 
+// The most pixels of a side of a mask: squared distances between any two fit an int.
+constexpr int64_t kLongestSide = 16384;
+
+// What R annotators drew of each image: bins (B, R, P), their numbers (B, R), and tables (A, K, M) in acc, K = max(2, C).
+struct Annotations {
+  const uint8_t* bins;
+  const int64_t* annotators;
+  int64_t count;
+  const void* tables;
+  int64_t tables_count, bin_count;
+};
+
+// Of the label model. A pixel's side is its class where an object of one of the classes below `classes` was drawn, else 0.
+struct LabelKernels {
+  // bins (N, H, W) from masks y (N, H, W); edges in twentieths of the object's size, outside and inside its contour.
+  void (*signed_distance_bins)(
+      const void* y, bool byte_labels, int64_t images, int64_t height, int64_t width, int64_t classes,
+      const std::vector<int64_t>& outside, const std::vector<int64_t>& inside, uint8_t* bins);
+  // calibration (K,) in acc; labels (B, P) like y, counts (B, R, K, M).
+  bool (*correct_labels)(
+      const Logits&, const Annotations&, const void* calibration, void* labels, double* counts);
+};
+
 extern const Kernels kernels_DEFAULT;
+extern const LabelKernels label_kernels_DEFAULT;
 #ifdef DISTSEG_X86
 extern const Kernels kernels_AVX2;
 extern const Kernels kernels_AVX512;
+extern const LabelKernels label_kernels_AVX2;
+extern const LabelKernels label_kernels_AVX512;
 #endif
 
 }  // namespace distseg

@@ -18,17 +18,26 @@ namespace {
 
 using at::Tensor;
 
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+struct Chosen {
+  const Kernels* kernels = &kernels_DEFAULT;
+  const LabelKernels* label_kernels = &label_kernels_DEFAULT;
+
+  Chosen() {
     [[maybe_unused]] const std::string capability = at::get_cpu_capability();  // the processor's, or ATEN_CPU_CAPABILITY
 #ifdef DISTSEG_X86
-    if (capability == "AVX512") return kernels_AVX512;
-    if (capability == "AVX2") return kernels_AVX2;
+    if (capability == "AVX512") kernels = &kernels_AVX512, label_kernels = &label_kernels_AVX512;
+    if (capability == "AVX2") kernels = &kernels_AVX2, label_kernels = &label_kernels_AVX2;
 #endif
-    return kernels_DEFAULT;
-  }();
-  return chosen;
+  }
+};
+
+const Chosen& chosen() {
+  static const Chosen instance;
+  return instance;
 }
+
+const Kernels& kernels() { return *chosen().kernels; }
+const LabelKernels& label_kernels() { return *chosen().label_kernels; }
 
 at::ScalarType acc_type(const Tensor& z) { return z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -211,6 +220,46 @@ Tensor normalise(const std::optional<Tensor>& w, const Tensor& masks, const Tens
   return map;
 }
 
+Tensor signed_distance_bins(
+    const Tensor& masks, int64_t classes, std::vector<int64_t> outside, std::vector<int64_t> inside) {
+  TORCH_CHECK(masks.dim() == 3, "masks are ", masks.sizes(), ": need (N, H, W)");
+  TORCH_CHECK(classes > 1 && classes < 256, classes, " classes: need 2 to 255");
+  Batch::check_labels(masks);
+  TORCH_CHECK(
+      masks.size(1) <= kLongestSide && masks.size(2) <= kLongestSide, "masks are ", masks.sizes(), ": at most ",
+      kLongestSide, " pixels a side");
+  const Tensor y = masks.contiguous();
+  Tensor bins = at::empty(y.sizes(), y.options().dtype(at::kByte));
+  label_kernels().signed_distance_bins(
+      y.const_data_ptr(), y.scalar_type() == at::kByte, y.size(0), y.size(1), y.size(2), classes, outside, inside,
+      bins.mutable_data_ptr<uint8_t>());
+  return bins;
+}
+
+std::tuple<Tensor, Tensor> correct_labels(
+    const Tensor& logits, const Tensor& masks, const Tensor& bins, const Tensor& annotators, const Tensor& tables,
+    const Tensor& calibration) {
+  const Batch batch(logits, masks);
+  const int64_t images = logits.size(0), classes = std::max<int64_t>(2, logits.size(1));
+  TORCH_CHECK(bins.dim() == 4, "bins are ", bins.sizes(), ": need (B, R, H, W)");
+  TORCH_CHECK(tables.dim() == 3 && tables.size(2) < 256, "tables are ", tables.sizes(), ": need (A, K, M), M < 256");
+  const int64_t annotations = bins.size(1), bin_count = tables.size(2);
+  const Tensor drawn = checked(bins, {images, annotations, logits.size(2), logits.size(3)}, at::kByte, "bins");
+  const Tensor owners = checked(annotators, {images, annotations}, at::kLong, "annotators");
+  const Tensor said = checked(tables, {tables.size(0), classes, bin_count}, acc_type(logits), "tables");
+  const Tensor fit = checked(calibration, {classes}, acc_type(logits), "calibration");
+  Tensor labels = at::empty_like(batch.y);
+  Tensor counts = at::empty({images, annotations, classes, bin_count}, said.options().dtype(at::kDouble));
+  const Annotations view{
+      drawn.const_data_ptr<uint8_t>(), owners.const_data_ptr<int64_t>(), annotations,
+      said.const_data_ptr(), tables.size(0), bin_count};
+  check_classes(
+      label_kernels().correct_labels(
+          batch.view, view, fit.const_data_ptr(), labels.mutable_data_ptr(), counts.mutable_data_ptr<double>()),
+      batch);
+  return {labels, counts};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(distseg, m) {
@@ -230,6 +279,10 @@ TORCH_LIBRARY(distseg, m) {
       " Tensor class_weights, Tensor inside, Tensor outside) -> Tensor");
   m.def("positive_part(Tensor alignment, Tensor masks, int cell) -> (Tensor, Tensor)");
   m.def("normalise(Tensor? positive, Tensor masks, Tensor scale, Tensor level) -> Tensor");
+  m.def("signed_distance_bins(Tensor masks, int classes, int[] outside, int[] inside) -> Tensor");
+  m.def(
+      "correct_labels(Tensor logits, Tensor masks, Tensor bins, Tensor annotators, Tensor tables, Tensor calibration)"
+      " -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(distseg, CPU, m) {
@@ -241,6 +294,8 @@ TORCH_LIBRARY_IMPL(distseg, CPU, m) {
   m.impl("dice_cross_entropy_gradient", dice_cross_entropy_gradient);
   m.impl("positive_part", positive_part);
   m.impl("normalise", normalise);
+  m.impl("signed_distance_bins", signed_distance_bins);
+  m.impl("correct_labels", correct_labels);
 }
 
 }  // namespace distseg

@@ -1,7 +1,9 @@
 """What several rooms' tests share: a small data set, and entry points run as a user runs them."""
 
+import logging
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +26,40 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def process_as_it_was() -> Iterator[None]:
     """What a test, or a command that it runs in this process, sets is not the next one's."""
     yield
     torch.set_num_threads(1)
+    logger = logging.getLogger("distseg")
+    logger.handlers.clear()
+    logger.propagate = True
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """`counted(what, number)`: how often a test did something; the end of the output adds up all tests' numbers."""
+    return lambda what, number: request.node.user_properties.append((COUNTED, (what, number)))
+
+
+COUNTED = "counted"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if COUNTED in getattr(item, "fixturenames", ()):
+            item.add_marker(COUNTED)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    totals = Counter[str]()
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == COUNTED and report.when == "call":
+                totals[value[0]] += value[1]
+    if totals:
+        terminalreporter.section("ended as promised")
+        for what, number in sorted(totals.items()):
+            terminalreporter.line(f"{number:6} {what}")
 
 
 @pytest.fixture(scope="session")

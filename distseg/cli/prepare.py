@@ -13,8 +13,8 @@
 
 FORMAT is label-studio, cvat, coco or nnunet; ROLE, whose masks they are, reference, annotation or annotation:NAME.
 
-Exit codes: 0 the data can be trained on; 2 bad config, bad files and not data.on_bad=skip, or a dangerous finding that
-data.allow does not name; 1 anything else.
+Exit codes: 0 the data can be trained on, as this config would; 2 bad config, bad files and not data.on_bad=skip, or a
+dangerous finding that data.allow does not name; 1 anything else.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING
 from distseg.cli.convert import add_arguments, check_arguments, export_samples, import_files
 from distseg.cli.process import say
 from distseg.data.cache import write_cache
-from distseg.data.checks import check_findings, check_splits, facts_of, inspect_files
+from distseg.data.checks import check_findings, check_shape, check_splits, facts_of, inspect_files
 from distseg.data.decode import read_image, read_mask
 from distseg.data.findings import DataFacts, Finding, find
 from distseg.data.noise.write import write_noisy_masks
 from distseg.data.sample import SPLITS, Problem, Sample
-from distseg.data.splits import split_clean
+from distseg.data.splits import check_roles, split_clean
 from distseg.data.survey import survey
 from distseg.errors import UserError
 from distseg.files import write_atomically
@@ -77,6 +77,8 @@ def prepare(config: "Config", arguments: argparse.Namespace) -> int:
         export_samples(config, good, arguments)
         return 0
     check_splits(good)
+    check_roles(good, config.data.clean_count, config.method.needs_clean)
+    check_shape(facts, config.data.frame)
     check_findings(findings)
     if arguments.cache:
         written, kept = write_cache(good, problems, config.data, arguments.cache, arguments.threads)

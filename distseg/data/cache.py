@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,19 @@ class Index(Section):
     shards: list[Shard]
 
 
+class _Keys(NamedTuple):
+    """What decides a cache's pixels, beside the files."""
+
+    image_size: int
+    shape: Shape
+    orientation: str
+    classes: ClassMap
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Self:
+        return cls(config.image_size, config.shape, config.orientation, config.class_map)
+
+
 class _Version(BaseModel):
     format: int
 
@@ -125,7 +138,8 @@ def write_cache(
 ) -> tuple[int, int]:
     """Fill `folder` from the files of `samples`; returns how many shards were written and how many were kept.
 
-    Raises BadFileError for a file that cannot be decoded, and UserError where `folder` holds something else.
+    Raises BadFileError for a file that cannot be decoded, and UserError where `folder` holds something else, or the
+    finished cache of other keys.
     """
     if config.shape == "crop":
         raise UserError(
@@ -136,7 +150,9 @@ def write_cache(
     foreign = [path for path in folder.iterdir() if not path.name.lstrip(".").startswith(("index.json", "shard_"))]
     if foreign:
         raise UserError(f"--cache {folder}: holds {foreign[0].name}, no part of a cache; choose an empty folder")
-    index.unlink(missing_ok=True)
+    if index.exists():
+        _check_is_not_anothers(folder, _Keys.of(config))
+        index.unlink()
     for part in folder.glob(".*.part"):  # of a run that was killed
         part.unlink()
     cuts = [samples[first : first + SHARD_SIZE] for first in range(0, len(samples), SHARD_SIZE)]
@@ -164,6 +180,16 @@ def write_cache(
     return len(shards) - kept, kept
 
 
+def _check_is_not_anothers(folder: Path, keys: _Keys) -> None:
+    """Raises UserError for a finished cache of other keys, which some run may still need."""
+    try:
+        other = _made_otherwise(_index(folder), keys)
+    except UserError:  # of no use to any run
+        return
+    if other:
+        raise UserError(f"--cache {folder}: holds a cache that {other}; choose an empty folder")
+
+
 def open_cache(config: DataConfig) -> PixelCache | None:
     """The cache that `config.cache` names, or None where it names none.
 
@@ -172,31 +198,43 @@ def open_cache(config: DataConfig) -> PixelCache | None:
     """
     if config.cache is None:
         return None
-    return _open(config.cache, config.root, config.image_size, config.shape, config.orientation, config.class_map)
+    return _open(config.cache, config.root, _Keys.of(config))
 
 
-@lru_cache(maxsize=2)
-def _open(folder: Path, root: Path, image_size: int, shape: str, orientation: str, classes: ClassMap) -> PixelCache:
+def _index(folder: Path) -> Index:
+    """What a finished cache says. Raises UserError where it is none, or another version's."""
     try:
         content = (folder / "index.json").read_bytes()
         if _Version.model_validate_json(content).format != FORMAT:
             raise _refusal(folder, "was written by another version")
-        index = Index.model_validate_json(content)
+        return Index.model_validate_json(content)
     except (OSError, ValueError):
         raise _refusal(folder, "is no finished cache") from None
-    if index.image_size != image_size:
-        raise _refusal(folder, f"was made at data.image_size {index.image_size}, not {image_size}", _ANOTHER)
-    if index.shape != shape:
-        raise _refusal(folder, f"was made with data.shape {index.shape}, not {shape}", _ANOTHER)
-    if index.orientation != orientation:
-        raise _refusal(folder, f"was made with data.orientation {index.orientation}, not {orientation}", _ANOTHER)
-    if index.classes != classes.key:
-        raise _refusal(folder, "was made with other data.classes, data.ignore or data.threshold", _ANOTHER)
+
+
+def _made_otherwise(index: Index, keys: _Keys) -> str | None:
+    """With which other keys the cache was made; None where with these."""
+    if index.image_size != keys.image_size:
+        return f"was made at data.image_size {index.image_size}, not {keys.image_size}"
+    if index.shape != keys.shape:
+        return f"was made with data.shape {index.shape}, not {keys.shape}"
+    if index.orientation != keys.orientation:
+        return f"was made with data.orientation {index.orientation}, not {keys.orientation}"
+    if index.classes != keys.classes.key:
+        return "was made with other data.classes, data.ignore or data.threshold"
+    return None
+
+
+@lru_cache(maxsize=2)
+def _open(folder: Path, root: Path, keys: _Keys) -> PixelCache:
+    index = _index(folder)
+    if other := _made_otherwise(index, keys):
+        raise _refusal(folder, other, _ANOTHER)
     rows: dict[Path, NDArray[np.uint8]] = {}
     digests: dict[Path, str] = {}
     for shard in index.shards:
         for kind, digest in shard.sha256.items():
-            rows |= _map_array(folder, root, shard, kind, digest, len(classes.names))
+            rows |= _map_array(folder, root, shard, kind, digest, len(keys.classes.names))
         for sources, contents in zip(shard.sources, shard.contents, strict=True):
             digests |= {root / name: contents[kind] for kind, (name, *_) in sources.items()}
     return PixelCache(rows, digests, [Problem(*row) for row in index.left_out])

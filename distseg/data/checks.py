@@ -17,6 +17,7 @@ from distseg.data.cache import open_cache
 from distseg.data.config import DataConfig
 from distseg.data.decode import Decoding
 from distseg.data.findings import DataFacts, Finding, find
+from distseg.data.geometry import Frame
 from distseg.data.inspect import ImageFacts, MaskFacts, inspect_image, inspect_mask
 from distseg.data.roster import Digests
 from distseg.data.sample import SPLITS, FileKey, Problem, Sample, first_of
@@ -83,7 +84,9 @@ def checked_samples(config: DataConfig, folder: Path, check: bool) -> tuple[list
         samples = [sample for sample in samples if sample.id not in left_out]
     check_splits(samples)
     if check and inspection is not None and inspection.masks:
-        check_findings(find(facts_of(samples, inspection, config.class_names), config.allow))
+        facts = facts_of(samples, inspection, config.class_names)
+        check_shape(facts, config.frame)
+        check_findings(find(facts, config.allow))
     return samples, inspection.digests if inspection else {}
 
 
@@ -104,6 +107,20 @@ def check_splits(samples: list[Sample]) -> None:
                     f"{'is' if known == 1 else 'are'} {known}, give at least {len(SPLITS)}"
                 )
             raise UserError(f"data: the {split} split is empty; it needs {key}")
+
+
+def check_shape(facts: DataFacts, frame: Frame) -> None:
+    """Raises UserError where crops would show whole images, each in a corner of padding."""
+    if frame.shape != "crop" or not facts.images:
+        return
+    width, height = max((image.size for image in facts.images.values()), key=max)
+    place = frame.place(height, width)
+    if max(place.height, place.width) < frame.size:
+        raise UserError(
+            f"data.scale {frame.scale:g}: the largest image, {width}×{height}, is then {place.width}×{place.height}, "
+            f"and crops are {frame.size}×{frame.size}; set a larger data.scale, a smaller data.image_size, or "
+            "data.shape=letterbox"
+        )
 
 
 def check_findings(findings: Sequence[Finding]) -> None:

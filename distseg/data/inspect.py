@@ -174,8 +174,8 @@ def _decode_strictly(path: Path, decoding: Decoding, is_mask: bool = False) -> _
     with opened(path, decoding, content) as image:
         values_have_classes = is_mask and not decoding.classes.is_plain
         if (wide := _wide_samples(image)) is not None and not (values_have_classes and is_wide_grey(image)):
-            mend = ", or name its grey values in data.classes" if is_mask and is_wide_grey(image) else ""
-            raise BadFileError(f"{path}: stores {wide}; save it with 8 bits a channel{mend}")
+            classes = "name its grey values in data.classes, or " if is_mask and is_wide_grey(image) else ""
+            raise BadFileError(f"{path}: stores {wide}; {classes}save it with 8 bits a channel")
         if image.mode not in _COLOUR_MODES and wide is None:
             raise BadFileError(f"{path}: its colours are {image.mode}; save it as RGB or grey")
         pages, of_one_page = getattr(image, "n_frames", 1), ("JPEG", "MPO")  # phones keep a preview after a JPEG

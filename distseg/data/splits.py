@@ -15,15 +15,17 @@ from distseg.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def split_clean(samples: list[Sample], clean_count: int | None, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split_clean(
+    samples: list[Sample], clean_count: int | None, seed: int, needs_clean: bool = False
+) -> tuple[list[Sample], list[Sample]]:
     """(the clean training samples, the noisy ones), each sorted by id.
 
     Without `clean_count` the clean ones are those with a reference, as the data gives it, and the noisy ones those
     without. With it, a study: K of those with a reference are drawn, a smaller K a subset of a larger one's, and what
-    is known of the others is kept from the training. Raises UserError where the noisy stream would have no image.
+    is known of the others is kept from the training. Raises UserError as `check_roles` does.
     """
     train = sorted((sample for sample in samples if sample.split == "train"), key=lambda s: s.id)
-    check_clean_count(train, clean_count)
+    check_roles(train, clean_count, needs_clean)
     known = [sample for sample in train if sample.reference is not None]
     if clean_count is not None:
         known = sorted(known, key=lambda sample: stable_hash(seed, "clean", sample.id))[:clean_count]
@@ -31,8 +33,9 @@ def split_clean(samples: list[Sample], clean_count: int | None, seed: int) -> tu
     return [s for s in train if s.id in clean], [s for s in train if s.id not in clean]
 
 
-def check_clean_count(samples: list[Sample], clean_count: int | None) -> None:
-    """Raises UserError where the noisy stream would have no image, or not as many clean ones could be drawn."""
+def check_roles(samples: list[Sample], clean_count: int | None, needs_clean: bool) -> None:
+    """Raises UserError where the noisy stream would have no image, not as many clean ones could be drawn, or there is
+    none and the method needs some."""
     train = [sample for sample in samples if sample.split == "train"]
     known = sum(sample.reference is not None for sample in train)
     if clean_count is None:
@@ -47,6 +50,11 @@ def check_clean_count(samples: list[Sample], clean_count: int | None) -> None:
             f"data.clean_count {clean_count}: {known} of the training split's {len(train)} images have a reference "
             "mask, and the noisy stream needs at least one image; set data.clean_count to at most "
             f"{max(min(known, len(train) - 1), 0)}"
+        )
+    if needs_clean and not known:
+        raise UserError(
+            "data: no training image has a reference mask, and the method learns from some; add experts' masks, name "
+            "the annotator who is the expert (data.expert), or choose a method without (method.name=noisy_only)"
         )
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def build_engine(
     `engine.backward(loss * world_size, scale_wrt_gas=False)` with losses that sum to the loss of the global batch.
     """
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    import deepspeed
+    with _without_import_of("mlflow"):  # for DeepSpeed's autotuner; it takes longer than all the rest
+        import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     # DeepSpeed would compile this C++ op at every first start on a CPU and fail without a compiler; gloo does its work.
@@ -98,6 +100,17 @@ def build_engine(
             # use it afterwards, if the very first step were skipped.
             state[part.owner]["momentum_buffer"] = torch.zeros_like(part.owner)
     return engine
+
+
+@contextmanager
+def _without_import_of(name: str) -> Iterator[None]:
+    """Within, `import name` fails, as where it is not installed, unless it has been imported before."""
+    absent = sys.modules.setdefault(name, None) is None  # type: ignore[arg-type]  # what Python takes for absent
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[name]
 
 
 def deepspeed_config(

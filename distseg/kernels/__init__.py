@@ -24,9 +24,11 @@ from distseg.kernels.kernels import (
     positive_kernel,
     rescale_kernel,
 )
+from distseg.kernels.labels import bins_kernel, correct_kernel, edges_kernel, row_distances_kernel
 
 __all__ = [
     "alignment",
+    "correct_labels",
     "dice_cross_entropy_gradient",
     "dice_cross_entropy_sums",
     "kernels",
@@ -34,6 +36,7 @@ __all__ = [
     "pixel_loss",
     "positive_part",
     "rescale_",
+    "signed_distance_bins",
     "weighted_loss",
     "weighted_loss_double_backward",
 ]
@@ -44,6 +47,11 @@ BLOCK = 1024
 """Pixels of a program that reads maps alone."""
 PIXELS_OF_SUMS = 128
 """Pixels, at least, of a program that sums over every channel."""
+COUNTERS = 4096
+"""Of a program that counts, in its registers: one for each of a few pixels, classes and bins."""
+PIXELS_OF_COUNTS = 1024
+PIXELS_A_COUNT = 4
+"""Pixels, at least, of such a program, in all and for each number that it leaves behind."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -194,6 +202,65 @@ def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tens
                 BLOCK=BLOCK, HAS_MAP=w is not None, **OPTIONS,
             )  # fmt: skip
     return mapped
+
+
+def signed_distance_bins(masks: Tensor, classes: int, outside: list[int], inside: list[int]) -> Tensor:
+    y = masks.contiguous()
+    images, height, width = y.shape
+    bins = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
+    if not y.numel():
+        return bins
+    columns = min(triton.next_power_of_2(width), TILE // 2)
+    rows, sides = TILE // columns, triton.next_power_of_2(classes)
+    bands = triton.cdiv(height, rows)
+    g = torch.empty(y.shape, dtype=torch.int16, device=y.device)
+    areas = torch.empty((images, bands, classes), dtype=torch.int32, device=y.device)
+    # Of each side as many edges as there are at most, and in one more row whether there is an object.
+    stride = max(len(outside), len(inside))
+    edges = torch.empty((images, classes + 1, stride), dtype=torch.int32, device=y.device)
+    constants = {"OUTSIDE": len(outside), "INSIDE": len(inside), "STRIDE": stride}
+    tile_rows, tile_columns = 16, 64
+    tile_bands, groups = triton.cdiv(height, tile_rows), triton.cdiv(width, tile_columns)
+    with _device_of(y):
+        row_distances_kernel[(images * bands,)](
+            y, g, areas, height, width, classes, bands, SIDES=sides, ROWS=rows, COLUMNS=columns, **OPTIONS
+        )
+        edges_kernel[(images,)](
+            areas, edges, classes, bands,
+            SIDES=sides, OUTSIDE=tuple(outside), INSIDE=tuple(inside), STRIDE=stride, **OPTIONS,
+        )  # fmt: skip
+        bins_kernel[(images * tile_bands * groups,)](
+            y, g, edges, bins, height, width, classes, tile_bands, groups,
+            **constants, ROWS=tile_rows, COLUMNS=tile_columns, **OPTIONS,
+        )  # fmt: skip
+    return bins
+
+
+def correct_labels(
+    logits: Tensor, masks: Tensor, bins: Tensor, annotators: Tensor, tables: Tensor, calibration: Tensor
+) -> tuple[Tensor, Tensor]:
+    z, layout = _dense(logits)
+    y, annotations, bin_count = masks.contiguous(), bins.shape[1], tables.shape[2]
+    channels, pixels, _, *strides = layout.sizes
+    classes = tables.shape[1]
+    padded, bins_padded = triton.next_power_of_2(classes), triton.next_power_of_2(bin_count)
+    block = max(1, COUNTERS // (padded * bins_padded))
+    most = min(pixels, max(PIXELS_OF_COUNTS, PIXELS_A_COUNT * classes * bin_count))
+    tiles = triton.cdiv(most, block)
+    blocks = triton.cdiv(pixels, tiles * block) if pixels else 0
+    # 64 counters a thread, so that none is spilled to memory.
+    warps = min(16, max(OPTIONS["num_warps"], padded * bins_padded // 2048))
+    labels = torch.empty_like(y)
+    counts = torch.empty((len(z), blocks, annotations, classes, bin_count), dtype=tables.dtype, device=z.device)
+    if counts.numel():
+        with _device_of(z):
+            correct_kernel[(len(z) * blocks * annotations,)](
+                z, y, bins.contiguous(), annotators.contiguous(), tables.contiguous(), calibration.contiguous(),
+                labels, counts, channels, pixels, blocks, *strides, tiles, annotations, len(tables), bin_count,
+                KPAD=padded, MPAD=bins_padded, BLOCK=block, ACC=_acc(z.dtype), ONE_CHANNEL=channels == 1,
+                **OPTIONS | {"num_warps": warps},
+            )  # fmt: skip
+    return labels, counts.sum(1, dtype=torch.float64)
 
 
 def rescale_(gradient: Tensor, upstream: Tensor) -> Tensor:

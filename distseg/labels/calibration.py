@@ -48,21 +48,19 @@ def calibrated(relative: Tensor, theta: Tensor) -> Tensor:
 
 def calibration_sums(relative: Tensor, masks: Tensor, theta: Tensor) -> Tensor:
     """(1 + C + C²,) float64: valid pixels n, Σ (Hθ − g) and Σ H of them at θ."""
-    classes = relative.shape[1]
     valid = valid_pixels(masks)
-    z = torch.where(valid[:, None], relative, 0.0).movedim(1, -1).reshape(-1, classes).double()
-    p = (theta[0] * z + _shift(theta)).softmax(1)
-    labels = torch.where(valid, masks, 0).flatten().long()
-    residual = p - torch.nn.functional.one_hot(labels, classes)
+    # Classes first: sums over them then run along pixels, which takes a fifth of the time.
+    z = torch.where(valid[:, None], relative, 0.0).transpose(0, 1).double().flatten(1)
+    p = (theta[0] * z + _shift(theta)[:, None]).softmax(0)
     seen = valid.flatten().double()
+    number = torch.arange(len(z), device=masks.device)[:, None]
+    residual = (p - (masks.flatten() == number).double()) * seen
     # dθ of the logits: z for a, the unit vectors for b. Rows of the Jacobian J: a, then b_1 …
-    mean_z = (p * z).sum(1)
-    gradient = torch.cat([((residual * z).sum(1) * seen).sum()[None], (residual[:, 1:] * seen[:, None]).sum(0)])
-    with_scale = p * (z - mean_z[:, None])  # J H_z of a, H_z = diag(p) − p pᵀ
-    of_scale = ((with_scale * z).sum(1) * seen).sum()
-    mixed = (with_scale[:, 1:] * seen[:, None]).sum(0)
-    weighted = p[:, 1:] * seen[:, None]
-    of_shift = torch.diag(weighted.sum(0)) - p[:, 1:].T @ weighted
+    gradient = torch.cat([(residual * z).sum()[None], residual[1:].sum(1)])
+    weighted = p * seen
+    with_scale = weighted * (z - (p * z).sum(0))  # J H_z of a, H_z = diag(p) − p pᵀ
+    of_scale, mixed = (with_scale * z).sum(), with_scale[1:].sum(1)
+    of_shift = torch.diag(weighted[1:].sum(1)) - p[1:] @ weighted[1:].T
     hessian = torch.cat(
         [torch.cat([of_scale[None], mixed])[None], torch.cat([mixed[:, None], of_shift], 1)],
     )

@@ -93,7 +93,9 @@ class Method:
 
     def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None) -> Drawn:
         bins = model.bins(batch.masks)
-        labels = model.labels(self.logits_of(batch.images), batch.masks, bins) if self.labels_first else None
+        labels = None
+        if self.labels_first:
+            labels, _ = model.correct(self.logits_of(batch.images), batch.masks, bins, None)
         held_out = HeldOut(self.logits_of(clean.images), clean.masks) if clean else None
         return Drawn(len(batch.ids), bins, labels, held_out, batch.true_masks)
 

@@ -76,12 +76,11 @@ class HeldOut(NamedTuple):
 class LabelModel(Part, ABC):
     @abstractmethod
     def bins(self, masks: Tensor) -> Tensor:
-        """What of drawn masks (B, H, W) a label depends on, (B, H, W) int64; may wait for the device."""
+        """What of drawn masks (B, H, W) a label depends on, (B, H, W) uint8."""
 
     @abstractmethod
-    def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
-        """The label of each pixel, (B, H, W) like `masks`; 255 = ignore."""
+    def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
+        """The label of each pixel, (B, H, W) like `masks`, 255 = ignore; and what the model learns from.
 
-    @abstractmethod
-    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
-        """What the model learns from: a float64 vector that adds up over images, micro-batches and ranks."""
+        That is a float64 vector that adds up over images, micro-batches and ranks.
+        """

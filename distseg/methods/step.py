@@ -107,10 +107,10 @@ class Step:
     def _labels(self, index: int, model: LabelModel, batch: Batch, drawn: Drawn, logits: Tensor) -> Tensor:
         """What to learn from, (B, H, W): the noisy images' labels by the label model, the clean ones' as they are."""
         masks, rest = batch.masks[: drawn.count], batch.masks[drawn.count :]
-        self._label_evidence[index] = model.evidence(logits[: drawn.count], masks, drawn.bins, drawn.held_out)
-        labels = drawn.labels
-        if labels is None:
-            labels = model.labels(logits[: drawn.count], masks, drawn.bins)
+        found = model.correct(logits[: drawn.count], masks, drawn.bins, drawn.held_out)
+        labels, self._label_evidence[index] = found
+        if drawn.labels is not None:
+            labels = drawn.labels
         if self._diagnose and drawn.truth is not None:
             self._wrong[index] = _wrong_pixels(masks, labels, drawn.truth)
         return torch.cat([labels, rest])

@@ -8,6 +8,8 @@ A label that is neither a class id nor 255 is a ValueError on the CPU. A GPU is 
 gradient and the alignment of such a pixel are NaN.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,16 +21,21 @@ __all__ = [
     "IGNORE",
     "alignment",
     "backend",
+    "correct_labels",
     "dice_cross_entropy",
     "known_labels",
     "normalise",
     "pixel_loss",
     "positive_alignment",
     "positive_part",
+    "signed_distance_bins",
     "using",
     "valid_pixels",
     "weighted_loss",
 ]
+
+LARGEST_EDGE = 30
+"""Of signed distances, in twentieths of the size: the squares of larger ones may not fit 32 bits."""
 
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -124,6 +131,58 @@ def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tens
     return functions.Constant.apply("normalise", masks.device, positive, masks, scale, level)
 
 
+def signed_distance_bins(masks: Tensor, classes: int, outside: Sequence[int], inside: Sequence[int]) -> Tensor:
+    """The bin of each pixel of masks (N, H, W) by its signed distance to a contour, (N, H, W) uint8; 255 where ignored.
+
+    classes, the background among them; outside, inside: the bins' edges, ascending twentieths of the size √A of the
+    object, of at most LARGEST_EDGE. The bins are in `reference.signed_distance_bins`, the same bits from every backend.
+    Labels that are no class count as background. Raises ValueError for masks that do not fit, for other edges, and
+    where there are more bins than 255.
+    """
+    if masks.ndim != 3 or max(masks.shape[1:]) > reference.LONGEST_SIDE:
+        raise ValueError(f"masks {tuple(masks.shape)}: need (N, H, W), at most {reference.LONGEST_SIDE} pixels a side")
+    for edges in (outside, inside):
+        if not edges or sorted({*edges}) != [*edges] or any(not 0 < edge <= LARGEST_EDGE for edge in edges):
+            raise ValueError(f"edges {tuple(edges)}: need ascending twentieths, 1 to {LARGEST_EDGE}")
+    count = len(outside) + 1 + (len(inside) + 1) * (classes - 1) + 1
+    if classes < 2 or count > IGNORE:
+        raise ValueError(f"{classes} classes have {count} bins: need 2 classes at least, and at most {IGNORE} bins")
+    masks = _class_ids(masks)
+    if raw_operators(masks.device) is None:
+        return reference.signed_distance_bins(masks, classes, outside, inside)
+    return functions.Constant.apply("signed_distance_bins", masks.device, masks, classes, [*outside], [*inside])
+
+
+def correct_labels(
+    logits: Tensor, masks: Tensor, bins: Tensor, annotators: Tensor, tables: Tensor, calibration: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each pixel's most probable class, given the network and what R annotators drew; and their expected counts.
+
+    masks (B, H, W): a pixel counts unless it is 255 there. bins (B, R, H, W) uint8: where the pixel lies in each
+    annotation (`signed_distance_bins`); what is no bin of the tables, 255 say, says nothing. annotators (B, R) integer:
+    whose it is, −1 for no annotation. tables (A, K, M) floating: log P(bin | class) of each of A annotators, K =
+    max(2, C). calibration (K,) floating: the scale a of the logits and the shifts b_1 … of the classes.
+
+    Returns labels (B, H, W) like `masks` and counts (A, K, M) float64: how many pixels of each bin of each annotator
+    are expected to be of each class. The formula is in `reference.correct_labels`. One pass; constants to autograd.
+    Raises ValueError for shapes that do not fit, on the CPU also for a label that is no class and an unknown annotator.
+    """
+    masks = _operand(logits, masks)
+    _check_annotations(masks, bins, annotators, tables)
+    classes = max(2, logits.shape[1])
+    if tables.shape[1] != classes or calibration.shape != (classes,):
+        shapes = f"tables {tuple(tables.shape)} and calibration {tuple(calibration.shape)}"
+        raise ValueError(f"{shapes}: need (A, {classes}, M) and ({classes},) for {classes} classes")
+    dtype, annotators = _map_dtype(logits), annotators.long()
+    given = masks, bins, annotators, tables.to(dtype), calibration.to(dtype)
+    if raw_operators(logits.device) is None:
+        labels, counts = reference.correct_labels(logits.detach(), *(each.detach() for each in given))
+    else:
+        labels, counts = functions.ConstantOfBatch.apply("correct_labels", logits.device, logits, *given)
+    own = annotators == torch.arange(len(tables), device=annotators.device)[:, None, None]
+    return labels, torch.where(own[..., None, None], counts, 0.0).sum((1, 2))
+
+
 def known_labels(logits: Tensor, masks: Tensor) -> Tensor:
     """`masks` as uint8 or int64. Raises ValueError if they do not fit the logits, on the CPU also by what they hold."""
     masks = _labels(logits, masks)
@@ -150,6 +209,20 @@ def _class_ids(masks: Tensor) -> Tensor:
     if masks.is_floating_point() or masks.dtype == torch.bool:
         raise ValueError(f"masks are {masks.dtype}: need integer class ids, 255 = ignore")
     return masks if masks.dtype in (torch.uint8, torch.int64) else masks.long()
+
+
+def _check_annotations(masks: Tensor, bins: Tensor, annotators: Tensor, tables: Tensor) -> None:
+    if bins.shape != (len(masks), *bins.shape[1:2], *masks.shape[1:]) or bins.dtype != torch.uint8:
+        given = f"bins {tuple(bins.shape)} {bins.dtype}"
+        raise ValueError(f"{given}: need (B, R, H, W) uint8 for masks {tuple(masks.shape)}")
+    if annotators.shape != bins.shape[:2] or annotators.is_floating_point():
+        raise ValueError(f"annotators {tuple(annotators.shape)}: need (B, R) integer for bins {tuple(bins.shape)}")
+    if tables.ndim != 3 or tables.shape[2] > IGNORE:
+        raise ValueError(f"tables {tuple(tables.shape)}: need (A, K, M), M at most {IGNORE}")
+    if not (bins.shape[1] and len(tables) and tables.shape[2]):
+        raise ValueError(f"bins {tuple(bins.shape)} and tables {tuple(tables.shape)}: need R, A and M of at least 1")
+    if annotators.device.type == "cpu" and not ((annotators >= -1) & (annotators < len(tables))).all():
+        raise ValueError(f"annotators hold a number that is neither −1 nor below {len(tables)}")
 
 
 def _weight_map(

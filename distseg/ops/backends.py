@@ -1,9 +1,9 @@
 """Which implementation serves a device: Triton on CUDA, C++ on the CPU, eager torch anywhere.
 
-A backend is a namespace with the eight raw operators: `alignment`, `pixel_loss`, `weighted_loss`,
-`weighted_loss_double_backward`, `dice_cross_entropy_sums`, `dice_cross_entropy_gradient`, `positive_part`, `normalise`.
-None stands for eager torch, reference.py, which
-autograd differentiates by itself.
+A backend is a namespace with the ten raw operators: `alignment`, `pixel_loss`, `weighted_loss`,
+`weighted_loss_double_backward`, `dice_cross_entropy_sums`, `dice_cross_entropy_gradient`, `positive_part`, `normalise`,
+`signed_distance_bins`, `correct_labels`. None stands for eager torch, reference.py, which autograd differentiates by
+itself.
 """
 
 import importlib
@@ -109,6 +109,11 @@ def _register_fake_kernels() -> None:
         ),
         "normalise": lambda positive, masks, scale, level: torch.empty(
             masks.shape, dtype=scale.dtype, device=masks.device
+        ),
+        "signed_distance_bins": lambda masks, *_: torch.empty(masks.shape, dtype=torch.uint8, device=masks.device),
+        "correct_labels": lambda logits, masks, bins, annotators, tables, calibration: (
+            torch.empty(masks.shape, dtype=masks.dtype, device=masks.device),
+            torch.empty((*annotators.shape, *tables.shape[1:]), dtype=torch.float64, device=tables.device),
         ),
     }
     for name, fake in fakes.items():

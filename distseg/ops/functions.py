@@ -314,6 +314,14 @@ class Constant(_ImageFunction):
         raise RuntimeError(f"{ctx.name} is a constant to autograd: detach its arguments")
 
 
+class ConstantOfBatch(Constant):
+    """A `Constant` of which not every tensor has the images first: vmap raises."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        raise RuntimeError(f"{arguments[0]} has no vmap: its batch is the first dimension")
+
+
 def _dice_of_sums(sums: Tensor, channels: int, dice: float, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each image (B,) from sums (B, 2 + 3C); and its slope in the probabilities, by W, in two parts (B, C).
 

@@ -8,11 +8,16 @@ Logits may be in half precision: they are read as float32, and maps and sums are
 Only the gradient in the logits has their own dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
+LONGEST_SIDE = 16384
+"""Of a mask, in pixels: squared distances fit 32 bits, and FAR is farther."""
+FAR = 32767
 
 
 def valid_pixels(masks_BHW: Tensor) -> Tensor:
@@ -130,8 +135,117 @@ def normalise(positive_BHW: Tensor | None, masks_BHW: Tensor, scale_B: Tensor, l
     return torch.where(valid_pixels(masks_BHW), weights, 0.0)
 
 
+def signed_distance_bins(masks_NHW: Tensor, classes: int, outside: Sequence[int], inside: Sequence[int]) -> Tensor:
+    """The bin of each pixel by its signed distance to a contour, (N, H, W) uint8; 255 where the mask is.
+
+    A pixel's side is its class c where 1 ≤ c < classes, else 0, no object. d is the Euclidean distance to the nearest
+    pixel of another side, d − 1/2 that to the contour, and A the area of all objects for side 0, of its own class for
+    the others. Edges e are in twentieths of the size √A, ascending. With n outside and m inside of them:
+
+        side 0      how many outside edges have d − 1/2 < e/20·√A: 0 … n, n nearest to the contour
+        side c      n + 1 + (m + 1)(c − 1), and how many inside edges have d − 1/2 > e/20·√A
+        no object   n + 1 + (m + 1)(classes − 1) everywhere
+
+    For integers D = d² the comparisons are exact, `squared_edges`, so every backend has the same bins.
+    """
+    sides = torch.where((masks_NHW > 0) & (masks_NHW < classes), masks_NHW, 0).long()
+    squared = squared_distances(sides)
+    areas = torch.stack([(sides == side).sum((1, 2)) for side in range(1, classes)], 1)
+    image = torch.arange(len(sides), device=sides.device)[:, None, None]
+    bins = torch.where(sides > 0, len(outside) + 1 + (len(inside) + 1) * (sides - 1), 0)
+    for edge in outside:
+        bins = bins + ((sides == 0) & (squared <= squared_edges(areas.sum(1), edge, below=True)[image]))
+    for edge in inside:
+        bins = bins + ((sides > 0) & (squared > squared_edges(areas, edge)[image, (sides - 1).clamp(min=0)]))
+    nothing = (areas.sum(1) == 0)[:, None, None]
+    bins = torch.where(nothing, len(outside) + 1 + (len(inside) + 1) * (classes - 1), bins)
+    return torch.where(valid_pixels(masks_NHW), bins, IGNORE).to(torch.uint8)
+
+
+def squared_distances(sides_NHW: Tensor) -> Tensor:
+    """D of each pixel to the nearest one of another value, (N, H, W) int64; FAR² and more where there is none.
+
+    In two passes (Meijster, Roerdink and Hesselink 2000): the distance g to the nearest in the pixel's own row, then
+    the least (y − v)² + g² in its column, where a pixel of another value has g = 0. At most LONGEST_SIDE pixels a side.
+    """
+    rows = torch.minimum(_distances_before(sides_NHW), _distances_before(sides_NHW.flip(2)).flip(2)).square()
+    squared, height = rows, rows.shape[1]
+    for step in range(1, height):
+        if squared.device.type == "cpu" and not (squared > step * step).any():
+            break  # nothing nearer is left; a GPU is not waited for
+        upper, lower = (slice(None), slice(None, -step)), (slice(None), slice(step, None))
+        same = sides_NHW[upper] == sides_NHW[lower]
+        nearer = squared.clone()
+        for own, other in ((upper, lower), (lower, upper)):
+            nearer[own] = torch.minimum(nearer[own], step * step + torch.where(same, rows[other], 0))
+        squared = nearer
+    return squared
+
+
+def squared_edges(areas: Tensor, edge: int, below: bool = False) -> Tensor:
+    """The largest integer D of which √D − 1/2 ≤ edge/20·√A, int64 like the areas; `below`: < in place of ≤.
+
+    That is 400 D ≤ edge² A + 100 + √(400 edge² A), in which the root of an integer may be rounded down: 400 D is one.
+    """
+    square = edge * edge * areas.long()
+    return (_rounded_root((400 * square - int(below)).clamp(min=0)) + 100 + square) // 400
+
+
+def correct_labels(
+    logits_BCHW: Tensor,
+    masks_BHW: Tensor,
+    bins_BRHW: Tensor,
+    annotators_BR: Tensor,
+    tables_AKM: Tensor,
+    calibration_K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The most probable class of each valid pixel, (B, H, W) like `masks`, and expected counts (B, R, K, M) float64.
+
+        u_c = a (z_c − z_0) + b_c + Σ_r T_A(r)[c, m_r],     p = softmax(u),     counts_r[c, m] = Σ p_c [m_r = m]
+
+    R annotations of an image say m_r, a bin < M; another, 255 say, says nothing and is not counted. What A(r) drew is
+    weighed by table A(r), and by none where there is no such table. K = max(2, C) classes, of which one channel z has
+    the logits (0, z); calibration a, b_1 … b_{K − 1}, and b_0 = 0. Sums are over valid pixels. Where u is not finite, a
+    label stays as it was drawn, and what is counted is NaN. (Dawid and Skene 1979.)
+    """
+    logits, _, valid = _without_ignored(logits_BCHW, masks_BHW)
+    relative = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits - logits[:, :1]
+    scale, shift = calibration_K[0], torch.cat([torch.zeros_like(calibration_K[:1]), calibration_K[1:]])
+    posterior = scale.to(logits.dtype) * relative + shift.to(logits.dtype)[:, None, None]
+    bin_count = tables_AKM.shape[2]
+    for annotators, bins in zip(annotators_BR.unbind(1), bins_BRHW.unbind(1), strict=True):
+        says = (bins < bin_count) & ((annotators >= 0) & (annotators < len(tables_AKM)))[:, None, None]
+        owner, known = torch.where(says, annotators[:, None, None], 0), torch.where(says, bins, 0).long()
+        said = tables_AKM.to(logits.dtype).movedim(1, 2)[owner, known]
+        posterior = posterior + torch.where(says[:, None], said.movedim(-1, 1), 0.0)
+    probabilities = posterior.softmax(1)
+    labels = torch.where(valid & probabilities.isfinite().all(1), posterior.argmax(1).to(masks_BHW.dtype), masks_BHW)
+    counted = torch.where(valid[:, None], probabilities, 0.0)[:, None]
+    # Bin by bin: a weighted bincount adds in no fixed order on a GPU, and a resumed run must give the same bits.
+    columns = [
+        torch.where((bins_BRHW == index)[:, :, None], counted, 0.0).sum((3, 4), dtype=torch.float64)
+        for index in range(bin_count)
+    ]
+    return labels, torch.stack(columns, 3)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _distances_before(sides: Tensor) -> Tensor:
+    """How far the last pixel of another value lies before each pixel of a row, FAR and more where there is none."""
+    place = torch.arange(sides.shape[2], device=sides.device)
+    changes = torch.full_like(sides, -FAR)
+    changes[:, :, 1:] = torch.where(sides[:, :, 1:] != sides[:, :, :-1], place[1:], -FAR)
+    return place - changes.cummax(2).values + 1
+
+
+def _rounded_root(squares: Tensor) -> Tensor:
+    """The roots of integers below 2^52, rounded down."""
+    roots = squares.double().sqrt().long()
+    roots = roots - (roots * roots > squares).long()
+    return roots + ((roots + 1) * (roots + 1) <= squares).long()
 
 
 def _patch_sums(maps_BHW: Tensor, cell: int) -> Tensor:

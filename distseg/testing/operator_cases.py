@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distseg import ops
+from distseg.labels.distances import INSIDE_EDGES, OUTSIDE_EDGES
 from distseg.ops import IGNORE, reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
@@ -64,9 +65,14 @@ CASES = [
             ("NaN where ignored, bfloat16", (2, channels, 13, 29), {"poisoned": True, "dtype": torch.bfloat16}),
         )
     ),
+    Case("5-a few tiles", (1, 5, 19, 23)),
+    Case("20 classes", (1, 20, 7, 11)),
     Case("many classes", (1, 150, 7, 11)),
     Case("many classes, channels last", (1, 150, 7, 11), layout="channels_last"),
 ]
+
+ANNOTATORS, BINS = 3, 18
+"""Of the label model's cases."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,14 @@ class Inputs:
     """Of a map, pixel by pixel."""
     class_weights: Tensor
     """(max(2, C),), above 0."""
+    bins: Tensor
+    """(B, 2, H, W) of two annotations of each image, some of them 255."""
+    annotators: Tensor
+    """(B, 2), some of them −1."""
+    tables: Tensor
+    """(3, max(2, C), 18)."""
+    calibration: Tensor
+    """(max(2, C),)."""
 
     @classmethod
     def draw(cls, case: Case, device: torch.device | str) -> tuple["Inputs", "Inputs"]:
@@ -106,15 +120,24 @@ class Inputs:
             level=(normal(batch).abs() * case.weights).to(acc),
             upstream=normal(batch, height, width).to(acc),
             class_weights=(0.5 + torch.rand(max(2, channels), generator=generator, dtype=torch.float64)).to(acc),
+            bins=torch.where(
+                torch.rand(batch, 2, height, width, generator=generator) < 0.1,
+                IGNORE,
+                torch.randint(0, BINS, (batch, 2, height, width), generator=generator),
+            ).to(torch.uint8),
+            annotators=torch.randint(-1, ANNOTATORS, (batch, 2), generator=generator),
+            tables=normal(ANNOTATORS, max(2, channels), BINS).to(acc),
+            calibration=normal(max(2, channels)).to(acc),
         )
 
         def placed(tensor: Tensor) -> Tensor:
-            if case.poisoned and tensor.is_floating_point() and tensor.ndim > 1:
+            of_pixels = tensor.shape[-2:] == masks.shape[-2:]
+            if case.poisoned and tensor.is_floating_point() and of_pixels:
                 tensor = tensor.masked_fill(ignored if tensor.ndim == 3 else ignored[:, None], torch.nan)
             tensor = tensor.to(device)
             if case.layout == "channels_last" and tensor.ndim == 4:
                 return tensor.contiguous(memory_format=torch.channels_last)
-            if case.layout == "strided" and tensor.ndim > 1:
+            if case.layout == "strided" and of_pixels:
                 return tensor.repeat_interleave(2, -1)[..., ::2]
             return tensor
 
@@ -176,8 +199,20 @@ def results(case: Case, inputs: Inputs, oracle: bool) -> Iterator[tuple[str, Ten
         positive, sums = operators.positive_part(aligned, y, cell)
         yield f"positive_part {cell}", positive
         yield f"positive_part {cell} sums", sums[:, :4]
+    drawn = inputs.bins, inputs.annotators, inputs.tables, inputs.calibration
+    labels, sums = correction(z.detach(), y, *drawn, oracle=oracle)
+    yield "correct_labels", labels
+    yield "correct_labels sums", sums
     yield "normalise", operators.normalise(inputs.weights, y, scale, level)
     yield "normalise without map", operators.normalise(None, y, scale, level)
+
+
+def correction(z: Tensor, y: Tensor, bins: Tensor, *model: Tensor, oracle: bool = False) -> tuple[Tensor, Tensor]:
+    """`ops.correct_labels`; from reference.py if `oracle`."""
+    if not oracle:
+        return ops.correct_labels(z, y, bins, *model)
+    with ops.using("reference"):
+        return ops.correct_labels(z, y, bins, *model)
 
 
 def check(case: Case, device: torch.device | str = "cpu") -> None:
@@ -186,6 +221,9 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
     acc = torch.float64 if case.dtype == torch.float64 else torch.float32
     expected = dict(results(case, clean, oracle=True))
     for name, actual in results(case, inputs, oracle=False):
+        if name == "correct_labels":
+            assert actual.dtype == case.labels and torch.equal(actual.cpu(), expected[name]), name
+            continue
         of_logits = actual.ndim == 4
         assert actual.dtype == (torch.float64 if "sums" in name else case.dtype if of_logits else acc), name
         assert actual.shape == expected[name].shape, name
@@ -196,6 +234,69 @@ def check(case: Case, device: torch.device | str = "cpu") -> None:
         torch.testing.assert_close(
             actual.cpu().double(), expected[name], rtol=0, atol=tolerance * scale, msg=partial("{}: {}".format, name)
         )
+
+
+@dataclass(frozen=True)
+class MaskCase:
+    name: str
+    shape: tuple[int, int, int]
+    classes: int = 2
+    labels: torch.dtype = torch.uint8
+    layout: str = "contiguous"
+    """Or `strided`: every second column of wider masks."""
+    size: float = 8.0
+    """Of the objects, about, in pixels."""
+    fill: int | None = None
+    """The class of every pixel; None: objects of all classes."""
+    ignored: float = 0.05
+    """Share of the pixels."""
+
+    def draw(self, device: torch.device | str = "cpu") -> Tensor:
+        """Masks with objects of every class, one without any, and labels that are no class."""
+        generator = torch.Generator().manual_seed(len(self.name))
+        images, height, width = self.shape
+        if self.fill is not None or not images * height * width:
+            return torch.full(self.shape, self.fill or 0, dtype=self.labels, device=device)
+        coarse = [max(2, round(side / self.size) + 1) for side in (height, width)]
+        field = torch.rand(images, 1, *coarse, generator=generator)
+        field = torch.nn.functional.interpolate(field, (height, width), mode="bilinear", align_corners=True)[:, 0]
+        masks = ((field - 0.45) * 2.5 * (self.classes - 1)).ceil().clamp(0, self.classes - 1).to(self.labels)
+        if images > 1:
+            masks[-1] = 0
+        kind = torch.rand(self.shape, generator=generator)
+        masks[kind < self.ignored] = IGNORE
+        masks[kind > 1 - self.ignored / 5] = self.classes  # is no class
+        masks = masks.to(device)
+        return masks.repeat_interleave(2, -1)[..., ::2] if self.layout == "strided" else masks
+
+
+MASK_CASES = [
+    MaskCase("two classes", (3, 37, 53)),
+    MaskCase("two classes of int64, strided", (2, 37, 53), labels=torch.int64, layout="strided"),
+    MaskCase("one object", (1, 61, 83), size=40.0, ignored=0.0),
+    MaskCase("three classes", (2, 41, 47), classes=3),
+    MaskCase("41 classes", (1, 31, 67), classes=41, size=30.0),
+    MaskCase("a row", (2, 1, 61)),
+    MaskCase("a column", (2, 61, 1)),
+    MaskCase("wider than a tile", (1, 3, 1031), size=200.0),
+    MaskCase("taller than a tile", (1, 67, 5), size=40.0),
+    MaskCase("small objects, far apart", (1, 47, 71), size=2.5, ignored=0.0),
+    MaskCase("one pixel", (1, 1, 1), fill=1),
+    MaskCase("no object", (2, 7, 11), fill=0),
+    MaskCase("all of one class", (2, 7, 11), classes=3, fill=2),
+    MaskCase("all ignored", (1, 7, 11), fill=IGNORE),
+    MaskCase("no image", (0, 7, 11)),
+    MaskCase("no row", (2, 0, 11)),
+    MaskCase("no column", (2, 7, 0)),
+]
+
+
+def check_bins(case: MaskCase, device: torch.device | str = "cpu") -> None:
+    """AssertionError unless what serves `device` has the same bins as eager torch, bit for bit."""
+    masks = case.draw(device)
+    actual = ops.signed_distance_bins(masks, case.classes, OUTSIDE_EDGES, INSIDE_EDGES)
+    expected = reference.signed_distance_bins(masks.cpu(), case.classes, OUTSIDE_EDGES, INSIDE_EDGES)
+    assert actual.dtype == torch.uint8 and torch.equal(actual.cpu(), expected)
 
 
 def _scale(name: str, expected: dict[str, Tensor]) -> float:

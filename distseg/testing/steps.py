@@ -1,15 +1,21 @@
-"""Steps of given micro-batches, for tests and benchmarks of what comes after the method."""
+"""Steps of given images: of given weights, for what comes after the method, and of a method on the same batch again."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor
 
 from distseg.data.batch import Batch
+from distseg.data.streams import Stream
 from distseg.distributed.collectives import AllReduce
+from distseg.meta.reduction import OneProcess
 from distseg.meta.weights import WeightMap
 from distseg.methods.losses.cross_entropy import CrossEntropy
-from distseg.methods.part import Loss
+from distseg.methods.method import Method
+from distseg.methods.part import LabelModel, Loss
+from distseg.methods.phases import Phase, Phases
 from distseg.methods.step import MicroBatch, Step
+from distseg.methods.weighting.uniform import Uniform
 
 
 class GivenSteps:
@@ -35,3 +41,37 @@ class GivenSteps:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Nothing is learned."""
+
+
+class GivenStream:
+    """Stands for a stream: one batch again and again."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def batch(self, index: int, micro: int) -> Batch:
+        return self._batch
+
+
+def method_on(
+    noisy: Batch,
+    clean: Batch | None,
+    clean_share: float,
+    label_model: LabelModel | None,
+    logits_of: Callable[[Tensor], Tensor],
+) -> Method:
+    """A method in its main phase: uniform weights, cross-entropy, labels by `label_model`, or as drawn if None.
+
+    The clean images have `clean_share` of the loss; they are held out where it is 0. One process, one micro-batch.
+    """
+    first, then = (None if batch is None else cast(Stream, GivenStream(batch)) for batch in (noisy, clean))
+    return Method(
+        phases=Phases(((0, Phase(first, then, clean_share, main=True)),)),
+        weighting=Uniform(OneProcess()),
+        loss=CrossEntropy(),
+        label_model=label_model,
+        accumulation=1,
+        reduction=OneProcess(),
+        logits_of=logits_of,
+        labels_first=False,
+    )

@@ -11,7 +11,6 @@ from distseg.data.noise.write import read_noisy_masks, write_noisy_masks
 from distseg.data.roster import keep_roster
 from distseg.data.sample import Sample
 from distseg.data.splits import split_clean
-from distseg.errors import UserError
 from distseg.run_folder import RunFolder
 
 
@@ -39,12 +38,7 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
     """
     samples, digests = checked_samples(config, folder.path, check)
     by_split = {split: [s for s in samples if s.split == split] for split in ("train", "val", "test")}
-    clean, noisy = split_clean(by_split["train"], config.clean_count, seed)
-    if needs_clean and not clean:
-        raise UserError(
-            "data: no training image has a reference mask, and the method learns from some; add experts' masks, name "
-            "the annotator who is the expert (data.expert), or choose a method without (method.name=noisy_only)"
-        )
+    clean, noisy = split_clean(by_split["train"], config.clean_count, seed, needs_clean)
     if digests:
         keep_roster(samples, {sample.id for sample in clean}, digests, folder.data, folder.config.exists())
     if config.annotators != "drawn":

@@ -71,7 +71,7 @@ def test_an_unknown_command_is_told_with_the_known_ones() -> None:
     ],
     ids=lambda words: words[0],
 )
-def test_a_reader_that_has_gone_is_no_error(words: list[str], drawn_data: Path, tmp_path: Path) -> None:
+def test_a_reader_that_has_gone_is_no_error(words: list[str], drawn_data: Path, tmp_path: Path, counted) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
     words = [word.replace("CONFIG", str(tmp_path / "c.yaml")).replace("DATA", str(drawn_data)) for word in words]
     read, write = os.pipe()
@@ -79,14 +79,16 @@ def test_a_reader_that_has_gone_is_no_error(words: list[str], drawn_data: Path, 
     with os.fdopen(write, "w") as pipe:
         done = call(*DISTSEG, *words, stdout=pipe, stderr=subprocess.PIPE, capture_output=False)
     assert (done.returncode, done.stderr) == (0, "")
+    counted("closed pipes and full devices", 1)
 
 
-def test_an_error_that_nobody_reads_ends_in_its_exit_code() -> None:
+def test_an_error_that_nobody_reads_ends_in_its_exit_code(counted) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as pipe:
         done = call(*DISTSEG, "sweep", "gone.yaml", stdout=pipe, stderr=pipe, capture_output=False)
     assert done.returncode == 2
+    counted("closed pipes and full devices", 1)
 
 
 def test_results_are_shown_in_a_terminal_of_any_encoding(tmp_path: Path) -> None:
@@ -98,11 +100,12 @@ def test_results_are_shown_in_a_terminal_of_any_encoding(tmp_path: Path) -> None
     assert "\\u2013" in done.stdout
 
 
-def test_results_that_go_to_a_full_device_end_in_one_line() -> None:
+def test_results_that_go_to_a_full_device_end_in_one_line(counted) -> None:
     with Path("/dev/full").open("w") as full:
         words = ["sweep", "configs/experiments/paper.yaml", "data.root=/data", "--list"]
         done = call(*DISTSEG, *words, stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+    counted("closed pipes and full devices", 1)
 
 
 def test_a_run_whose_result_is_written_ends_well_whoever_listens(drawn_data: Path, tmp_path: Path) -> None:

@@ -107,7 +107,14 @@ def test_only_what_has_changed_is_written_anew(cached):
     os.utime(cached.root / "images" / "S012.png", ns=(1, 1))
     assert write(cached) == (2, 1)
     assert open_cache(cached)
+
+
+def test_a_finished_cache_of_other_keys_is_kept(cached):
     smaller = cached.model_copy(update={"image_size": 16})
+    with pytest.raises(UserError, match=r"was made at data.image_size 24, not 16; choose an empty folder$"):
+        write(smaller)
+    assert write(cached) == (0, 3)
+    (cached.cache / "index.json").unlink()  # unfinished, it is of no use to any run
     assert write(smaller) == (3, 0)
     assert open_cache(smaller).find(read_samples(cached)[0].truth).shape == (16, 16)
 
@@ -192,12 +199,13 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_a_crafted_cache_is_refused_by_one_line(cached, name):
+def test_a_crafted_cache_is_refused_by_one_line(cached, name, counted):
     spoil, said = CRAFTED[name]
     spoil(cached)
     with pytest.raises(UserError, match=said) as raised:
         open_cache(cached)
     assert str(raised.value).startswith(f"data.cache {cached.cache}: ") and "\n" not in str(raised.value)
+    counted("crafted caches", 1)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,16 @@ def test_bad_files_are_refused_or_left_out_by_name(bad_data, tmp_path, caplog):
         usable_samples(skipping, run, check=True)
 
 
+def test_crops_that_would_show_whole_images_in_a_corner_are_refused(drawn_data, tmp_path):
+    config = DataConfig(root=drawn_data, image_size=32, shape="crop", scale=0.5)
+    message = (
+        r"data\.scale 0\.5: the largest image, 48×48, is then 24×24, and crops are 32×32; .*data\.shape=letterbox$"
+    )
+    with pytest.raises(UserError, match=message):
+        usable_samples(config, tmp_path, check=True)
+    assert usable_samples(config.model_copy(update={"scale": 0.7}), tmp_path, check=True)
+
+
 def test_links_out_of_the_root_can_be_allowed(bad_data, tmp_path):
     root, _ = bad_data
     allowed = usable_samples(

@@ -45,7 +45,6 @@ def test_lesions_are_groups_that_no_split_parts(root: Path) -> None:
 
 def test_without_the_table_it_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "HAM10000_metadata.csv").unlink()
-    logging.getLogger("distseg").propagate = True
     with caplog.at_level(logging.WARNING, logger="distseg"):
         samples, _ = survey(DataConfig(root=root))
     assert {sample.group for sample in samples} == {""}

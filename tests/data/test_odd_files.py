@@ -71,7 +71,7 @@ def refusal(act: Callable[[], object], kind: type[UserError]) -> str | None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_damaged_picture_is_named_or_can_be_read(tmp_path, name):
+def test_a_damaged_picture_is_named_or_can_be_read(tmp_path, counted, name):
     rng, path, refused = random.Random(name), tmp_path / "file", 0
     for _ in range(60):
         path.write_bytes(damaged(rng.choice(pictures(name)), rng))
@@ -90,10 +90,11 @@ def test_a_damaged_picture_is_named_or_can_be_read(tmp_path, name):
             assert readings == [None] * 4
         refused += checks[0] is not None
     assert refused > 10
+    counted("damaged pictures and masks", 60)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_a_damaged_table_is_refused_or_its_rows_are(tmp_path, separator):
+def test_a_damaged_table_is_refused_or_its_rows_are(tmp_path, counted, separator):
     rows = ["id,split,image,mask,noisy_mask", *(f"s{n},train,images/{n}.jpg,masks/{n}.png," for n in range(8))]
     table, rng = "\n".join(rows).replace(",", separator).encode(), random.Random(separator)
     manifest, read = tmp_path / "manifest.csv", 0
@@ -107,3 +108,4 @@ def test_a_damaged_table_is_refused_or_its_rows_are(tmp_path, separator):
 
         read += refusal(look, UserError) is None
     assert read > 10
+    counted("damaged tables", 150)

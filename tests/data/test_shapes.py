@@ -235,6 +235,7 @@ def test_the_cache_of_a_letterbox_is_the_originals_bit_for_bit_and_no_other_shap
         open_cache(config.model_copy(update={"shape": "squash"}))
     # What another shape has left is no shard of this one.
     squash = config.model_copy(update={"shape": "squash"})
+    (tmp_path / "cache" / "index.json").unlink()
     assert write_cache(samples, [], squash, tmp_path / "cache", threads=1) == (1, 0)
     crop = config.model_copy(update={"shape": "crop", "cache": None})
     with pytest.raises(UserError, match="images of one size"):

@@ -255,7 +255,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("file", ["state.json", "SHA256SUMS"])
-def test_every_flipped_bit_is_named(kept: Path, caplog, file: str) -> None:
+def test_every_flipped_bit_is_named(kept: Path, caplog, counted, file: str) -> None:
     path = kept / "step_00000003" / file
     content = path.read_bytes()
     assert find_checkpoint(kept) == kept / "step_00000003"
@@ -263,6 +263,7 @@ def test_every_flipped_bit_is_named(kept: Path, caplog, file: str) -> None:
         path.write_bytes(flipped(content, bit))
         assert find_checkpoint(kept) == kept / "step_00000002", f"bit {bit}"
     assert len(caplog.messages) == 8 * len(content)
+    counted("flipped bits of a checkpoint's state and digests", 8 * len(content))
     assert all(f"{kept}/step_00000003 is damaged: " in said and "\n" not in said for said in caplog.messages)
 
 
@@ -283,7 +284,7 @@ def edits(chance: random.Random) -> list[Callable[[bytes], bytes]]:
     ]
 
 
-def test_random_edits_of_every_file_are_named_and_the_one_before_used(kept: Path, caplog) -> None:
+def test_random_edits_of_every_file_are_named_and_the_one_before_used(kept: Path, caplog, counted) -> None:
     chance, checkpoint, made = random.Random(0), kept / "step_00000003", 0
     for path in sorted(checkpoint.iterdir()):
         content = path.read_bytes()
@@ -296,6 +297,7 @@ def test_random_edits_of_every_file_are_named_and_the_one_before_used(kept: Path
             made += 1
         path.write_bytes(content)
     assert made >= 400
+    counted("random edits of a checkpoint's files", made)
     assert len(caplog.messages) == made
     assert all(f"{checkpoint} is damaged: " in said and "\n" not in said for said in caplog.messages)
 

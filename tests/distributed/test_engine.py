@@ -1,10 +1,13 @@
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import distseg.distributed.engine as engine_module
 from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.engine import build_engine, deepspeed_config, gradients_put_away, module_state, shadow_of
 from distseg.errors import UserError
@@ -138,3 +141,13 @@ def test_under_autocast_every_stage_reduces_gradients_in_single_precision() -> N
         error = (actual - expected).norm() / expected.norm()
         assert error < 1e-5, f"{key}: {error:.1e}"
     assert expected.norm() > 1e-4
+
+
+def test_an_import_is_kept_away_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with engine_module._without_import_of("colorsys"), pytest.raises(ImportError):
+        importlib.import_module("colorsys")
+    assert importlib.import_module("colorsys").rgb_to_hsv
+    with engine_module._without_import_of("colorsys"):
+        assert importlib.import_module("colorsys").rgb_to_hsv
+    assert "colorsys" in sys.modules

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from distseg import PixelReweighter, ops, weighted_loss
-from distseg.testing.operator_cases import CASES, Case, check
+from distseg.data.batch import Batch
+from distseg.methods.labels.corrected import Corrected
+from distseg.testing.operator_cases import CASES, MASK_CASES, Case, MaskCase, check, check_bins
+from distseg.testing.steps import method_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,6 +19,11 @@ pytestmark = [
 def test_agrees_with_float64_eager_torch(case: Case) -> None:
     assert ops.backend("cuda") == "triton"
     check(case, "cuda")
+
+
+@pytest.mark.parametrize("case", MASK_CASES, ids=lambda case: case.name)
+def test_bins_are_those_of_eager_torch_on_the_cpu(case: MaskCase) -> None:
+    check_bins(case, "cuda")
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -43,6 +51,30 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         weighted_loss(model(images), masks, plain(images, masks, images, masks)).backward()
         weights = by_class(images, masks, images, masks)
         ops.dice_cross_entropy(model(images), masks, weights, class_weights=class_weights).backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("clean_share", [0.5, 0.0], ids=["learned from", "held out"])
+def test_a_corrected_step_does_not_wait_for_the_device(clean_share: float) -> None:
+    model = torch.nn.Conv2d(3, 1, 3, padding=1).cuda()
+    images = torch.rand(4, 3, 32, 32, device="cuda")
+    batch = Batch(images, (images[:, 0] > 0.5).to(torch.uint8), None, ("a", "b", "c", "d"))
+    label_model = Corrected(torch.device("cuda"), 2, 4, least_gain=-1, decide_after=1)
+    method = method_on(batch, batch, clean_share, label_model, lambda x: model(x).detach())
+    skipped = torch.zeros((), dtype=torch.bool, device="cuda")
+
+    def step() -> None:
+        made = method.begin(0, diagnose=False)
+        [micro] = made.micro_batches
+        made.loss(0, model(micro.batch.images)).backward()
+        made.finish(skipped, 0.1)
 
     step()  # compiles
     torch.cuda.synchronize()

@@ -137,7 +137,7 @@ def assert_same_end(actual: Path, expected: Path, steps: int) -> None:
     [pytest.param(1, STEPS, marks=pytest.mark.slow), pytest.param(20, 400, marks=pytest.mark.faults)],
 )
 def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
-    config: Path, make_whole, tmp_path: Path, moments: int, steps: int
+    config: Path, make_whole, tmp_path: Path, counted, moments: int, steps: int
 ) -> None:
     """At random moments, wherever they fall: in a step, in a validation, while a checkpoint is being written."""
     chance = random.Random(moments)
@@ -166,6 +166,7 @@ def test_ranks_killed_and_pre_empted_end_where_an_untouched_run_does(
     code, said = done.end()
     assert code == 0, said
     assert_same_end(done.run, make_whole(steps), steps)
+    counted("ranks killed or pre-empted in a step", len(faults))
 
 
 @pytest.mark.slow

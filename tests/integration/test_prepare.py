@@ -90,6 +90,12 @@ def test_noise_that_draws_nothing_has_no_masks_to_show(config: Path, drawn_data:
     assert "data.noise.kind=polygon" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_what_training_would_refuse_is_refused(config: Path, drawn_data: Path) -> None:
+    done = prepare("--config", str(config), f"data.root={drawn_data}", "data.clean_count=null", "data.noise.kind=none")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data: all 20 training images have a reference mask")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from distseg import kernels
+from distseg.labels.distances import INSIDE_EDGES, MOST_CLASSES, OUTSIDE_EDGES, bin_count
 
 POINTERS = {
     torch.float64: "*fp64",
@@ -24,6 +25,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -82,11 +85,19 @@ def record_launches() -> list[tuple]:
         kernels.dice_cross_entropy_sums(logits, masks, weights, vector, vector, classes)
         kernels.dice_cross_entropy_gradient(logits, masks, weights, vector, vector, classes, slopes, slopes)
         kernels.rescale_(logits, vector)
+        labelled = min(max(2, channels), MOST_CLASSES)
+        bins, annotators = torch.zeros(2, 2, 96, 96, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
+        tables = torch.zeros(3, labelled, bin_count(labelled))
+        kernels.correct_labels(logits[:, :labelled], masks, bins, annotators, tables, torch.zeros(labelled))
     kernels.alignment(logits, logits, masks, False)
     kernels.dice_cross_entropy_sums(logits, masks, None, vector, vector, classes)
     kernels.dice_cross_entropy_gradient(logits, masks, None, vector, vector, classes, slopes, slopes)
     kernels.weighted_loss(logits, masks, None, vector, vector, False)
     kernels.weighted_loss_double_backward(logits, masks, None, vector, vector, vector, logits, False)
+    for classes, labels in ((2, torch.uint8), (2, torch.int64), (41, torch.uint8)):
+        for side in (96, 2048):
+            drawn = torch.zeros(2, side, side, dtype=labels)
+            kernels.signed_distance_bins(drawn, classes, [*OUTSIDE_EDGES], [*INSIDE_EDGES])
     for cell in (1, 3, 8, 96):
         kernels.positive_part(weights, masks, cell)
     kernels.normalise(weights, masks, vector, vector)

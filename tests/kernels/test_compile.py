@@ -12,14 +12,18 @@ import pytest
 PROGRAM = Path(__file__).with_name("compile_ahead.py")
 KERNELS = {
     "alignment_kernel",
+    "bins_kernel",
+    "correct_kernel",
     "dice_gradient_kernel",
     "dice_sums_kernel",
     "double_backward_kernel",
+    "edges_kernel",
     "loss_kernel",
     "normalise_kernel",
     "patch_kernel",
     "positive_kernel",
     "rescale_kernel",
+    "row_distances_kernel",
 }
 
 

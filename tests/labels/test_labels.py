@@ -5,18 +5,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from distseg.labels.annotators import (
-    SMOOTHING,
-    expected_counts,
-    identity_prior,
-    most_probable_labels,
-    posterior_logits,
+from distseg.labels.annotators import SMOOTHING, identity_prior, log_likelihood
+from distseg.labels.distances import (
+    INSIDE,
+    INSIDE_EDGES,
+    OUTSIDE,
+    OUTSIDE_EDGES,
+    bin_count,
+    drawn_class,
+    signed_distance_bins,
 )
-from distseg.labels.calibration import relative_logits
-from distseg.labels.distances import EDGES, INSIDE, OUTSIDE, bin_count, drawn_class, signed_distance_bins
+from distseg.ops import correct_labels
 
 IGNORE = 255
 CPU = torch.device("cpu")
+EDGES = [*(-edge / 20 for edge in reversed(OUTSIDE_EDGES)), 0, *(edge / 20 for edge in INSIDE_EDGES)]
+
+
+def corrected(logits: Tensor, masks: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Labels, and the counts of the posterior, under an annotator of the given counts; of the network alone if None."""
+    classes = max(2, logits.shape[1])
+    table = torch.zeros(classes, bin_count(classes)) if counts is None else log_likelihood(counts)
+    theta = torch.tensor([1.0] + [0.0] * (classes - 1))
+    bins, one = signed_distance_bins(masks, classes)[:, None], torch.zeros(len(masks), 1, dtype=torch.int64)
+    labels, found = correct_labels(logits, masks, bins, one, table[None], theta)
+    return labels, found[0]
 
 
 def case(channels: int) -> tuple[Tensor, Tensor]:
@@ -38,6 +51,8 @@ def probabilities(z: np.ndarray) -> np.ndarray:
 
 
 def expected_bin(mask: np.ndarray, place: tuple[int, ...], classes: int) -> int:
+    if mask[place] == IGNORE:
+        return IGNORE
     objects = (mask > 0) & (mask < classes)
     if not objects.any():
         return OUTSIDE + INSIDE * (classes - 1)
@@ -61,7 +76,7 @@ def test_bins_are_of_the_distance_to_the_nearest_pixel_on_the_other_side(classes
             assert found[place] == expected_bin(mask, place, classes), place
     assert (bins[-1] == bin_count(classes) - 1).all() and bins[0].unique().numel() > 8
     valid = masks != IGNORE
-    assert torch.equal(drawn_class(classes, CPU)[bins][valid], masks[valid].long())
+    assert torch.equal(drawn_class(classes, CPU)[bins[valid].long()], masks[valid].long())
 
 
 def test_a_mask_that_is_all_of_one_class_lies_farthest_inside() -> None:
@@ -83,21 +98,18 @@ def test_bins_do_not_depend_on_the_resolution() -> None:
 def test_counts_and_labels_by_their_formula(channels: int) -> None:
     logits, masks = case(channels)
     classes = max(channels, 2)
-    relative = relative_logits(logits)
     bins = signed_distance_bins(masks, classes)
     counts = np.zeros((classes, bin_count(classes)))
     for b, h, w in np.ndindex(*masks.shape):
         if masks[b, h, w] != IGNORE:
             counts[:, bins[b, h, w]] += probabilities(logits[b, :, h, w].numpy())
-    actual = expected_counts(relative.softmax(1), masks, bins, bin_count(classes))
-    np.testing.assert_allclose(actual, counts, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(corrected(logits, masks)[1], counts, rtol=1e-12, atol=1e-12)
 
     generator = torch.Generator().manual_seed(1)
     errors = 1e4 * torch.rand(classes, bin_count(classes), dtype=torch.float64, generator=generator)
     smoothed = errors.numpy() + SMOOTHING * errors.numpy().sum(1, keepdims=True) / bin_count(classes)
     likelihood = smoothed / smoothed.sum(1, keepdims=True)
-    posterior = posterior_logits(relative, bins, errors)
-    labels = most_probable_labels(posterior, masks)
+    labels, _ = corrected(logits, masks, errors)
     assert labels.dtype == masks.dtype
     changed = 0
     for b, h, w in np.ndindex(*masks.shape):
@@ -113,10 +125,7 @@ def test_counts_and_labels_by_their_formula(channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_annotators_without_errors_are_believed(channels: int) -> None:
     logits, masks = case(channels)
-    classes = max(channels, 2)
-    bins = signed_distance_bins(masks, classes)
-    posterior = posterior_logits(relative_logits(logits / 4), bins, identity_prior(classes, CPU))
-    assert torch.equal(most_probable_labels(posterior, masks), masks)
+    assert torch.equal(corrected(logits / 4, masks, identity_prior(max(channels, 2), CPU))[0], masks)
 
 
 @pytest.mark.parametrize("seen", [1.0, 0.0])
@@ -127,22 +136,14 @@ def test_annotators_who_draw_at_random_are_not_and_bins_that_never_occurred_say_
         counts[:, OUTSIDE + INSIDE - 1] = torch.tensor([3000.0, 500.0])  # there is no such bin in the masks
         masks[masks == 1] = 0
     expected = torch.where(masks == IGNORE, IGNORE, logits[:, 0] > 0)
-    posterior = posterior_logits(relative_logits(logits), signed_distance_bins(masks), counts)
-    assert torch.equal(most_probable_labels(posterior, masks).long(), expected)
+    assert torch.equal(corrected(logits, masks, counts)[0].long(), expected)
 
 
 def test_nan_at_ignored_pixels_does_not_leak() -> None:
     logits, masks = case(1)
-    bins = signed_distance_bins(masks)
-
-    def found() -> tuple[Tensor, Tensor]:
-        relative = relative_logits(logits)
-        counts = expected_counts(relative.softmax(1), masks, bins, bin_count(2))
-        return counts, most_probable_labels(posterior_logits(relative, bins, counts), masks)
-
-    before = found()
+    before = corrected(logits, masks)
     logits[0, :, 0] = torch.nan
-    assert all(torch.equal(*pair) for pair in zip(before, found(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, corrected(logits, masks), strict=True))
 
 
 def test_annotators_who_miss_the_rim_are_found_out_and_their_masks_mended() -> None:
@@ -153,9 +154,8 @@ def test_annotators_who_miss_the_rim_are_found_out_and_their_masks_mended() -> N
     radii = torch.tensor([8.0, 16.0] * 4)[:, None, None]
     truth, drawn = ((distance < factor * radii).to(torch.uint8) for factor in (1, 0.7))
     unsure = torch.rand(truth.shape, generator=generator) < 0.2
-    relative = relative_logits(torch.where(unsure, -1.0, torch.where(truth == 1, 4.0, -4.0))[:, None])
-    bins = signed_distance_bins(drawn)
-    counts = expected_counts(relative.softmax(1), drawn, bins, bin_count(2))
-    labels = most_probable_labels(posterior_logits(relative, bins, counts), drawn)
-    left, by_network_alone = ((wrong != truth).double().mean().item() for wrong in (labels, relative.argmax(1)))
+    logits = torch.where(unsure, -1.0, torch.where(truth == 1, 4.0, -4.0))[:, None]
+    by_network, counts = corrected(logits, drawn)
+    labels, _ = corrected(logits, drawn, counts)
+    left, by_network_alone = ((wrong != truth).double().mean().item() for wrong in (labels, by_network))
     assert left < 0.2 * by_network_alone < 0.2 * (drawn != truth).double().mean().item()

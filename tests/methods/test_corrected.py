@@ -1,13 +1,17 @@
 """When labels are corrected and when they are left alone, and that C classes follow their formula."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from distseg import ops
+from distseg.errors import UserError
 from distseg.labels.annotators import SMOOTHING
 from distseg.labels.distances import signed_distance_bins
-from distseg.methods.labels.corrected import LEAST_STEPS, Corrected
+from distseg.methods.labels.corrected import LEAST_STEPS, Corrected, CorrectedConfig
 from distseg.methods.part import HeldOut
 
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -41,13 +45,13 @@ def learn(
         masks, logits = truth_and_logits(seed, shift, model.classes)
         clean, clean_logits = truth_and_logits(seed + 100, shift, model.classes)
         beside = HeldOut(clean_logits, clean) if held_out else None
-        found = model.learn(model.evidence(logits, masks, model.bins(masks), beside), skipped, 0.1)
+        found = model.learn(model.correct(logits, masks, model.bins(masks), beside)[1], skipped, 0.1)
     return found
 
 
 def relabelled(model: Corrected, shift: float) -> tuple[Tensor, Tensor]:
     masks, logits = truth_and_logits(1000, shift, model.classes)
-    return model.labels(logits, masks, model.bins(masks)), masks
+    return model.correct(logits, masks, model.bins(masks), None)[0], masks
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -92,7 +96,7 @@ def test_a_step_that_is_skipped_or_not_finite_leaves_all_of_the_state(fault: str
     masks, logits = truth_and_logits(1, 4.0)
     clean_logits = logits.clone()
     {"skipped": logits, "noisy": logits, "clean": clean_logits}[fault][0, 0, 0, 0] = torch.nan
-    evidence = model.evidence(logits, masks, model.bins(masks), HeldOut(clean_logits, masks))
+    _, evidence = model.correct(logits, masks, model.bins(masks), HeldOut(clean_logits, masks))
     if fault == "skipped":
         evidence = torch.zeros_like(evidence)
     model.learn(evidence, YES if fault == "skipped" else NO, 0.1)
@@ -108,17 +112,16 @@ def test_two_classes_as_one_and_as_two_logits_are_equal() -> None:
             z, clean_z = (
                 each if channels == "two" else (each[:, 1] - each[:, 0])[:, None] for each in (logits, clean_logits)
             )
-            bins = model.bins(masks)
-            model.labels(z, masks, bins)
-            model.learn(model.evidence(z, masks, bins, HeldOut(clean_z, clean)), NO, 0.1)
+            _, evidence = model.correct(z, masks, model.bins(masks), HeldOut(clean_z, clean))
+            model.learn(evidence, NO, 0.1)
     assert models[0].corrects == 1
     states = [model.state_dict() for model in models]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     masks, logits = truth_and_logits(1000, 4.0)
     bins = models[0].bins(masks)
     labels = [
-        models[0].labels(logits, masks, bins),
-        models[1].labels((logits[:, 1] - logits[:, 0])[:, None], masks, bins),
+        models[0].correct(logits, masks, bins, None)[0],
+        models[1].correct((logits[:, 1] - logits[:, 0])[:, None], masks, bins, None)[0],
     ]
     assert torch.equal(*labels) and not torch.equal(labels[0], masks)
 
@@ -139,17 +142,55 @@ def test_three_classes_by_their_formula() -> None:
     expected = masks.numpy().copy()
     posterior = np.zeros_like(z)
     for image, row, column in np.ndindex(*masks.shape):
+        if expected[image, row, column] == 255:
+            continue
         joint = calibrated[image, :, row, column] + likelihood[:, bins[image, row, column]]
         posterior[image, :, row, column] = np.exp(joint) / np.exp(joint).sum()
-        if expected[image, row, column] != 255:
-            expected[image, row, column] = joint.argmax()
-    actual = model.labels(logits, masks, torch.as_tensor(bins))
+        expected[image, row, column] = joint.argmax()
+    actual, evidence = model.correct(logits, masks, torch.as_tensor(bins), None)
     assert torch.equal(actual, torch.as_tensor(expected)) and 0 < (actual != masks).double().mean() < 0.5
 
     size = counts.shape[1]
     wanted = np.zeros((3, size))
     for image, row, column in np.argwhere(masks.numpy() != 255):
         wanted[:, bins[image, row, column]] += posterior[image, :, row, column]
-    evidence = model.evidence(logits, masks, torch.as_tensor(bins), None)
-    np.testing.assert_allclose(evidence[: 3 * size].view(3, size), wanted, rtol=1e-9, atol=1e-9)
-    assert not evidence[3 * size :].any()
+    np.testing.assert_allclose(evidence.view(3, size), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nothing_waits_for_the_device(backend: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without data whoever looks at a number raises; tests/gpu has the same with data."""
+    from distseg import kernels
+
+    launched = []
+    for name in ("row_distances_kernel", "edges_kernel", "bins_kernel", "correct_kernel"):
+        monkeypatch.setattr(kernels, name, _Launches(name, launched))
+    nowhere = torch.device("meta")
+    model = Corrected(nowhere, max(2, channels), 8, 0.05, LEAST_STEPS)
+    logits = torch.randn(4, channels, 16, 16, device=nowhere)
+    masks = torch.zeros(4, 16, 16, dtype=torch.uint8, device=nowhere)
+    for held_out in (HeldOut(logits, masks), None):
+        with ops.using(backend):
+            labels, evidence = model.correct(logits, masks, model.bins(masks), held_out)
+        found = model.learn(evidence, torch.zeros((), dtype=torch.bool, device=nowhere), 0.1)
+        assert labels.shape == masks.shape and all(each.device == nowhere for each in (labels, *found.values()))
+    assert len(launched) == (8 if backend == "triton" else 0)
+
+
+class _Launches:
+    """Stands for a kernel: launching it is written down."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *arguments, **constants: self.launched.append(self.name)
+
+
+def test_more_classes_than_bins_are_refused_before_training() -> None:
+    context = SimpleNamespace(classes=42, steps=10, device=torch.device("cpu"), clean=[])
+    with pytest.raises(UserError, match=r"at most 41 classes, and data.classes has 42; set method.labels=drawn"):
+        CorrectedConfig().build(context)
+    context.classes = 41
+    assert CorrectedConfig().build(context).bins(torch.full((1, 3, 3), 40, dtype=torch.uint8)).unique().item() == 250

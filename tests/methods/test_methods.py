@@ -159,7 +159,7 @@ def test_corrected_labels_are_learned_from_and_the_clean_ones_stay(build: Callab
             logits = 3 * micro.batch.images[:, :1]
             labels = masks.clone()
             if 2 <= index < 9:
-                labels[:4] = model.labels(logits[:4], masks[:4], micro.drawn.bins)
+                labels[:4], _ = model.correct(logits[:4], masks[:4], micro.drawn.bins, None)
                 changed += (labels != masks).sum().item()
             if 5 <= index < 9:
                 assert full(micro)[4:].sum() / full(micro).sum() == pytest.approx(0.4, abs=1e-5)
@@ -188,7 +188,8 @@ def test_weights_on_corrected_labels_are_those_of_the_corrected_labels(build: Ca
     step, plain = (each.method.begin(1, diagnose=False) for each in (built, drawn))
     changed = 0
     for k, micro in enumerate(step.micro_batches):
-        labels = built.method.label_model.labels(built.network(micro.batch.images), micro.batch.masks, micro.drawn.bins)
+        logits = built.network(micro.batch.images)
+        labels, _ = built.method.label_model.correct(logits, micro.batch.masks, micro.drawn.bins, None)
         assert torch.equal(micro.drawn.labels, labels)
         logits = torch.randn(4, 1, 16, 16)
         torch.testing.assert_close(step.loss(k, logits), weighted_loss(logits, labels, *micro.weights))

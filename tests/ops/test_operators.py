@@ -1,5 +1,10 @@
 """Every backend against float64 eager torch, in value and in every derivative; what has no derivative is an error."""
 
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -13,8 +18,23 @@ BACKENDS = ["csrc", "triton", "reference"]
 FAST = ["csrc", "triton"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+LARGE = 10_000
+"""Logits of a case from which on Triton's interpreter takes ten seconds."""
+
+
+def is_slow(case: Case) -> bool:
+    """In Triton's interpreter: large, or one more of the many combinations of dtype, channels and layout."""
+    combined = case.name.startswith(("float64-", "bfloat16-", "float16-"))
+    return math.prod(case.shape) > LARGE or (combined and case.shape[1] != 3)
+
+
+def backends_and_cases() -> Iterator[Any]:
+    for backend, case in itertools.product(BACKENDS, CASES):
+        slow = backend == "triton" and is_slow(case)
+        yield pytest.param(backend, case, marks=pytest.mark.slow if slow else (), id=f"{backend}-{case.name}")
+
+
+@pytest.mark.parametrize(("backend", "case"), backends_and_cases())
 def test_agrees_with_float64_eager_torch(backend: str, case: Case) -> None:
     with ops.using(backend):
         check(case)

@@ -167,13 +167,14 @@ def test_the_table_of_results_in_markdown(tmp_path: Path) -> None:
     ],
     ids=range(22),
 )
-def test_an_odd_result_is_one_line(tmp_path: Path, text: bytes) -> None:
+def test_an_odd_result_is_one_line(tmp_path: Path, text: bytes, counted) -> None:
     folder = run_folder(tmp_path, "run")
     (folder / "result.json").write_bytes(text)
     with pytest.raises(UserError) as caught:
         main([str(folder)])
     assert str(folder / "result.json") in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(folder)) + 300
+    counted("odd files in the folder of a run that is compared", 1)
 
 
 @pytest.mark.parametrize(
@@ -197,13 +198,14 @@ def test_an_odd_result_is_one_line(tmp_path: Path, text: bytes) -> None:
     ],
     ids=range(15),
 )
-def test_odd_metrics_are_one_line_that_names_the_line(tmp_path: Path, line: bytes) -> None:
+def test_odd_metrics_are_one_line_that_names_the_line(tmp_path: Path, line: bytes, counted) -> None:
     folder = run_folder(tmp_path, "run")
     (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
     with pytest.raises(UserError) as caught:
         read_history(folder / "metrics.jsonl")
     assert str(caught.value).startswith(f"{folder / 'metrics.jsonl'}: line 2: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(folder)) + 300
+    counted("odd files in the folder of a run that is compared", 1)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +223,14 @@ def test_odd_metrics_are_one_line_that_names_the_line(tmp_path: Path, line: byte
     ],
     ids=range(9),
 )
-def test_an_odd_config_is_one_line(tmp_path: Path, text: bytes) -> None:
+def test_an_odd_config_is_one_line(tmp_path: Path, text: bytes, counted) -> None:
     folder = run_folder(tmp_path, "run")
     (folder / "config.yaml").write_bytes(text)
     with pytest.raises(UserError) as caught:
         main([str(folder)])
     assert str(folder / "config.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
+    counted("odd files in the folder of a run that is compared", 1)
 
 
 @pytest.mark.parametrize("name", ["result.json", "config.yaml"])

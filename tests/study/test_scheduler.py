@@ -53,7 +53,6 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> Callable[.
     (tmp_path / "base.yaml").write_text("name: x\ndata: {root: /data}\ntrain: {steps: 10, batch_size: 2}\n")
     monkeypatch.setattr(scheduler, "train_command", lambda ranks, *words: [sys.executable, "-c", RUN, *words])
     caplog.set_level(logging.INFO, logger="distseg")
-    monkeypatch.setattr(logging.getLogger("distseg"), "propagate", True)  # a command in this process takes it back
 
     def make(*methods: str) -> tuple[list[StudyRun], StudyFolder]:
         values = {

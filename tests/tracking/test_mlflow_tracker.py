@@ -226,7 +226,7 @@ def hostile_server(way: str) -> Iterator[ThreadingHTTPServer]:
 
 
 @pytest.mark.parametrize("way", ["429", "503", "silence", "drip", "endless"])
-def test_a_hostile_server_holds_up_no_step_and_the_end_not_for_long(way, tmp_path, monkeypatch, caplog):
+def test_a_hostile_server_holds_up_no_step_and_the_end_not_for_long(way, tmp_path, monkeypatch, caplog, counted):
     """The server keeps each connection until the run is over: had the run waited for it, this would never end."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -245,6 +245,7 @@ def test_a_hostile_server_holds_up_no_step_and_the_end_not_for_long(way, tmp_pat
 
     [said] = [message for message in told(caplog) if "no tracking of this run" in message]
     assert uri in said and str(tmp_path / "metrics.jsonl") in said and "\n" not in said
+    counted("tracking servers that refuse, drip or never answer", 1)
 
 
 def test_what_a_store_does_not_take_waits_and_is_sent_once(store, tmp_path, caplog):

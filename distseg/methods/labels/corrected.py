@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distseg.labels.annotators import expected_counts, identity_prior, most_probable_labels, posterior_logits
+from distseg import ops
+from distseg.errors import UserError
+from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.calibration import (
-    calibrated,
     calibration_sums,
     gain_sums,
     identity,
@@ -24,7 +25,7 @@ from distseg.labels.calibration import (
     relative_gain,
     relative_logits,
 )
-from distseg.labels.distances import signed_distance_bins
+from distseg.labels.distances import MOST_CLASSES, signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
 from distseg.methods.part import HeldOut, LabelModel
@@ -45,6 +46,12 @@ class CorrectedConfig(Section):
     needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
+        """Raises UserError where there are more classes than the label model has bins for."""
+        if context.classes > MOST_CLASSES:
+            raise UserError(
+                f"method.labels corrected: is for at most {MOST_CLASSES} classes, and data.classes has "
+                f"{context.classes}; set method.labels=drawn"
+            )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
         return Corrected(context.device, context.classes, len(context.clean), self.least_gain, decide_after)
 
@@ -75,40 +82,24 @@ class Corrected(LabelModel):
     def bins(self, masks: Tensor) -> Tensor:
         return signed_distance_bins(masks, self.classes)
 
-    def labels(self, logits: Tensor, masks: Tensor, bins: Tensor) -> Tensor:
-        return torch.where(self.corrects > 0, most_probable_labels(self._posterior(logits, bins), masks), masks)
-
-    def evidence(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> Tensor:
-        parts = [expected_counts(self._posterior(logits, bins).softmax(1), masks, bins, self.counts.shape[1])]
-        if held_out is None:
-            parts += [torch.zeros_like(self.fit), torch.zeros_like(self.gain)]
-        else:
+    def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
+        tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
+        most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta[0])
+        labels = torch.where(self.corrects > 0, most_probable, masks)
+        parts = [counts]
+        if held_out is not None:
             relative = relative_logits(held_out.logits)
             parts += [calibration_sums(relative, held_out.masks, theta) for theta in self.theta]
             parts += [gain_sums(relative, held_out.masks, *self.theta)]
-        return torch.cat([part.flatten() for part in parts])
+        return labels, torch.cat([part.flatten() for part in parts])
 
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
-        counts, fit, gain = (
-            part.view_as(like)
-            for part, like in zip(
-                evidence.split([self.counts.numel(), self.fit.numel(), self.gain.numel()]),
-                (self.counts, self.fit, self.gain),
-                strict=True,
-            )
-        )
+        counts, held_out = evidence.split([self.counts.numel(), len(evidence) - self.counts.numel()])
         keep = ~skipped & evidence.isfinite().all()
-        held_out = keep & (fit[0, 0] > 0)
-        self.counts = torch.where(keep, _averaged(self.counts, counts), self.counts)
-        self.fit = torch.where(held_out, _averaged(self.fit, fit), self.fit)
-        ahead = torch.stack([newton_step(self.theta[0], self.fit[0]), newton_step(self.theta[1], self.fit[1], False)])
-        self.theta = torch.where(held_out, ahead, self.theta)
-        self.gain = torch.where(held_out, _averaged(self.gain, gain), self.gain)
-        self.known = self.known + held_out
+        self.counts = torch.where(keep, _averaged(self.counts, counts.view_as(self.counts)), self.counts)
+        if len(held_out):
+            self._learn_calibration(held_out, keep)
         share, error = relative_gain(self.gain, self.clean_count)
-        pays = held_out & (self.known >= self.decide_after) & (share - error >= self.least_gain)
-        # For good: corrected labels take the shift away.
-        self.corrects = torch.where(pays, 1.0, self.corrects)
         return {
             "labels/gain": share,
             "labels/gain_error": error,
@@ -124,9 +115,20 @@ class Corrected(LabelModel):
         for name in _STATE:
             setattr(self, name, state[name].to(getattr(self, name)))
 
-    def _posterior(self, logits: Tensor, bins: Tensor) -> Tensor:
-        """(B, C, H, W): log P(c | x, m), up to a constant."""
-        return posterior_logits(calibrated(relative_logits(logits), self.theta[0]), bins, self.counts)
+    def _learn_calibration(self, evidence: Tensor, keep: Tensor) -> None:
+        """From clean images that the network has not learned from, and whether labels are corrected from here on."""
+        fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
+        fit = fit.view_as(self.fit)
+        keep = keep & (fit[0, 0] > 0)
+        self.fit = torch.where(keep, _averaged(self.fit, fit), self.fit)
+        ahead = torch.stack([newton_step(self.theta[0], self.fit[0]), newton_step(self.theta[1], self.fit[1], False)])
+        self.theta = torch.where(keep, ahead, self.theta)
+        self.gain = torch.where(keep, _averaged(self.gain, gain), self.gain)
+        self.known = self.known + keep
+        share, error = relative_gain(self.gain, self.clean_count)
+        pays = keep & (self.known >= self.decide_after) & (share - error >= self.least_gain)
+        # For good: corrected labels take the shift away.
+        self.corrects = torch.where(pays, 1.0, self.corrects)
 
 
 _STATE = ("counts", "theta", "fit", "gain", "known", "corrects")

@@ -450,7 +450,9 @@ def test_a_file_that_does_not_say_whose_masks_it_holds_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("format", ["coco", "label-studio", "cvat", "nnunet"])
-def test_files_damaged_at_random_are_read_or_refused(tmp_path: Path, images: Path, format: str) -> None:
+def test_files_damaged_at_random_are_read_or_refused(
+    tmp_path: Path, images: Path, counted: Callable[[str, int], None], format: str
+) -> None:
     """Whatever the damage, one line or a data set: no other exception."""
     (tmp_path / "coco").write_text(json.dumps(sound_coco()))
     (tmp_path / "label-studio").write_text(brush([*HEADER[:6], 0b11111111, 0, 12, 0, 0, 0b01100000, 9, 255, 255]))
@@ -471,3 +473,4 @@ def test_files_damaged_at_random_are_read_or_refused(tmp_path: Path, images: Pat
             assert "\n" not in str(error)
             assert not (tmp_path / f"out{number}").exists()
     assert refusals > 10
+    counted("damaged files of annotation tools", 60)
