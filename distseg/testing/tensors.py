@@ -30,14 +30,16 @@ class AliveTensors(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         tensors = [tensor for tensor in tensors if _takes_memory(tensor) and self.counts(tensor)]
         made = [(tensor.untyped_storage(), isinstance(tensor, FakeTensor)) for tensor in tensors]
-        fresh = [(storage, fake) for storage, fake in made if storage._cdata not in self._made]
+        fresh = {storage._cdata: (storage, fake) for storage, fake in made if storage._cdata not in self._made}
         if fresh:
             alive = self._alive()  # without the dead, whose addresses may be in use again
-            for storage, fake in fresh:
+            now = sum(storage.nbytes() for storage in alive)
+            for storage, fake in fresh.values():
                 # Memory that another storage owns is counted there; that of a fake tensor is nowhere.
                 if fake or not any(_holds(own, storage) for own in alive):
                     self._made[storage._cdata] = StorageWeakRef(storage)
-            self.peak = max(self.peak, self.bytes())
+                    now += storage.nbytes()
+            self.peak = max(self.peak, now)
         return result
 
     def bytes(self) -> int:
