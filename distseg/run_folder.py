@@ -10,6 +10,7 @@ runs/NAME/config.yaml          the resolved config
           checkpoints/         distseg/training/checkpoint.py
           figures/             training panels along the steps
           noisy_masks/         the noisy stream's masks, where they are simulated or made of several annotators'
+          init.json            of a run with model.init_from, the file that it began with and the tensors taken from it
           data.json            its samples: split, group, whether it is clean, the SHA-256 of its files
           left_out.csv         under data.on_bad=skip the samples that it does without, and why
 """
@@ -65,6 +66,10 @@ class RunFolder:
     @property
     def data(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def init(self) -> Path:
+        return self.path / "init.json"
 
     @property
     def left_out(self) -> Path:

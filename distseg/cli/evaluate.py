@@ -1,7 +1,8 @@
 """Score predictions, or a run, against references: of the run's own data, or of any other.
 
-    distseg evaluate RUN --to FOLDER [--data ROOT] [--split test]
+    distseg evaluate RUN --to FOLDER [--data ROOT] [--split test] [data.KEY=VALUE …]
     distseg evaluate FOLDER --config FILE --to FOLDER [--data ROOT]    # of masks, ID.png, that are there already
+    deepspeed launch/evaluate.py RUN --to FOLDER                       # on all GPUs, or on several ranks of the CPU
 
 FOLDER gets report.html (scores with intervals, the worst and median cases, reliability), evaluation.json and
 scores.csv; of a run also predictions/, which another start takes up. A run that is tracked gets the page and the means
@@ -14,28 +15,34 @@ import argparse
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distseg.cli.predict import SOME_FAILED, add_run_arguments, check_run_arguments, run_share
+from distseg.cli.predict import SOME_FAILED, add_run_arguments, check_run_arguments, run_share, told_by_one
 from distseg.cli.process import say
 from distseg.errors import UserError
-from distseg.text import for_terminal
+from distseg.text import counted, for_terminal
 
 if TYPE_CHECKING:
     import numpy as np
 
     from distseg.config.schema import Config
     from distseg.data.sample import Problem, Sample
+    from distseg.distributed.runtime import Runtime
     from distseg.inference.report import Evaluation
 
 logger = logging.getLogger(__name__)
-_OF_DATA = ("layout", "expert", "follow_links", "classes", "ignore", "threshold", "split_seed")
+_OF_DATA = ("root", "layout", "expert", "follow_links", "classes", "ignore", "threshold", "split_seed")
 SPLITS = ("train", "val", "test", "all")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
+    return told_by_one(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
     is_run = (arguments.source / "config.yaml").is_file()
     if not is_run and not arguments.config:
         raise UserError(
@@ -45,17 +52,35 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     # Late: help must not wait for what a config needs.
     from distseg.config.load import load_config
 
-    root = [f"data.root={arguments.data}"] if arguments.data else []
-    config = load_config(arguments.config or arguments.source / "config.yaml", [*root, *arguments.keys])
+    if arguments.data:
+        arguments.keys.insert(0, f"data.root={arguments.data}")
+    config = load_config(arguments.config or arguments.source / "config.yaml", arguments.keys)
+    if is_run:
+        return evaluate_run(arguments, config)
     samples, problems = find_samples(config, arguments.split)
     arguments.to.mkdir(parents=True, exist_ok=True)
-    network = None
-    masks = arguments.source
-    if is_run:
+    evaluation = evaluated(arguments, config, samples, problems, arguments.source, None)
+    return report(evaluation, arguments, config, arguments.source, is_run=False)
+
+
+def evaluate_run(arguments: argparse.Namespace, config: "Config") -> int:
+    """Ranks share the network's work; rank 0 scores the masks and writes the report, and the others end before it."""
+    from distseg.distributed.collectives import FailedElsewhere, main_rank_first
+    from distseg.distributed.runtime import start_runtime, stop_runtime
+
+    runtime = start_runtime()
+    try:
+        samples, problems = main_rank_first(lambda: find_samples(config, arguments.split), runtime.device)
         masks = arguments.to / "predictions"
-        network = predict_and_count(arguments, [*root, *arguments.keys], config, samples, masks)
+        network = predict_and_count(arguments, config, samples, masks, runtime)
+    except FailedElsewhere:
+        return 2
+    finally:
+        stop_runtime()
+    if not runtime.is_main:
+        return 0
     evaluation = evaluated(arguments, config, samples, problems, masks, network)
-    return report(evaluation, arguments, config, masks, is_run)
+    return report(evaluation, arguments, config, masks, is_run=True)
 
 
 def find_samples(config: "Config", split: str) -> "tuple[list[Sample], list[Problem]]":
@@ -64,18 +89,18 @@ def find_samples(config: "Config", split: str) -> "tuple[list[Sample], list[Prob
 
     samples, problems = survey(config.data)
     chosen = [each for each in samples if each.reference is not None and split in ("all", each.split)]
-    for problem in problems:
-        logger.warning("%s", problem)
     if not chosen:
         raise UserError(f"{config.data.root}: its split {split} has no image with a reference; choose another --split")
     return chosen, problems
 
 
 def predict_and_count(
-    arguments: argparse.Namespace, keys: Sequence[str], config: "Config", samples: "list[Sample]", to: Path
+    arguments: argparse.Namespace, config: "Config", samples: "list[Sample]", to: Path, runtime: "Runtime"
 ) -> "np.ndarray":
     """Predict into `to`, with probabilities, and count at the network's resolution as training does."""
-    from distseg.distributed.runtime import start_runtime, stop_runtime
+    import numpy as np
+
+    from distseg.distributed.collectives import gather_bytes, main_rank_first
     from distseg.inference.inputs import Item
     from distseg.inference.job import Job
     from distseg.inference.outputs import Outputs, Wanted
@@ -84,29 +109,38 @@ def predict_and_count(
     from distseg.training.scoring import score
 
     settings = Settings(arguments.batch_size, arguments.flips, arguments.right_angles, arguments.precision)
-    runtime = start_runtime()
-    try:
+
+    def begin(stack: ExitStack) -> Job:
         predictor = Predictor.of_run(
-            arguments.source, runtime.device, settings, arguments.checkpoint, arguments.allow_import, keys
+            arguments.source, runtime.device, settings, arguments.checkpoint, arguments.allow_import, arguments.keys
         )
         wanted = Wanted(probabilities="png" if config.data.class_count == 2 else "npz")
         items = sorted(Item(sample.id, sample.image) for sample in samples)
         job = Job(predictor, Outputs(to, wanted, predictor.data.decoding), items, [])
-        job.check_folder()
-        with run_lock(to, "evaluates into this folder now; wait for its end"):
+        if runtime.is_main:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            job.check_folder()
+            stack.enter_context(run_lock(to, "evaluates into this folder now; wait for its end"))
             job.begin()
-            run_share(job, runtime)
-            job.finish()
-        readable = [sample for sample in samples if job.outputs.mask(sample.id).is_file()]
-        by_id = dict(zip((sample.id for sample in readable), score(
-            predictor.network, readable, config.data, runtime, arguments.batch_size, sharded=False, own=False
-        ).network, strict=True)) if readable else {}  # fmt: skip
-    finally:
-        stop_runtime()
-    import numpy as np
+        return job
 
-    nowhere = np.full_like(next(iter(by_id.values()), np.zeros(4, np.int64)), -1)
-    return np.array([by_id.get(sample.id, nowhere) for sample in samples])
+    with ExitStack() as stack:
+        job = main_rank_first(lambda: begin(stack), runtime.device)
+        run_share(job, runtime)
+        if runtime.is_main:
+            job.finish()
+    # Rank 0 says which there are: on a shared disk another may see a file later.
+    there = bytes(job.outputs.mask(sample.id).is_file() for sample in samples)
+    there = gather_bytes(there, runtime.device)[0]
+    readable = [sample for sample, is_there in zip(samples, there, strict=True) if is_there]
+    if not readable:
+        return np.full((len(samples), 4), -1)
+    counts = score(
+        job.predictor.network, readable, config.data, runtime, arguments.batch_size, sharded=False, own=False
+    ).network
+    found = np.full((len(samples), *counts.shape[1:]), -1, counts.dtype)
+    found[np.frombuffer(there, np.bool_)] = counts
+    return found
 
 
 def evaluated(
@@ -188,8 +222,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
                         help="of the surface Dice, as a share of the image's diagonal")  # fmt: skip
     parser.add_argument("--no-surfaces", action="store_true", help="no Hausdorff distances and surface Dice")
     parser.add_argument("--no-tracking", action="store_true", help="nothing to MLflow")
+    parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help="as --set, and data.root")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it
     add_run_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.keys += arguments.overrides
     check_run_arguments(parser, arguments, *_OF_DATA)
     if not 0 < arguments.tolerance < 1:
         parser.error(f"--tolerance {arguments.tolerance}: must be between 0 and 1")
@@ -197,7 +234,10 @@ def parse_arguments(argv: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 
 def _lines(content: dict[str, Any]) -> list[str]:
-    lines = [for_terminal(f"{content['title']}: {content['images']} images, {content['groups']} groups")]
+    lines = [
+        for_terminal(f"{content['title']}: {counted(content['images'], 'image')}, ")
+        + counted(content["groups"], "group")
+    ]
     for part in ("own", "network"):
         for name in ("dice", "jaccard", "sensitivity", "specificity"):
             if part in content:

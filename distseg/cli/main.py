@@ -20,6 +20,7 @@ COMMANDS = {
     "finished": "say whether a run is done",
     "predict": "masks of images, by a trained run",
     "evaluate": "score a run, or masks, against references",
+    "export": "write a run as ONNX, as a torch program, or as a model for MLflow",
     "compare": "set finished runs side by side",
     "demo": "see the method work in five minutes",
 }

@@ -13,7 +13,7 @@ Exit codes: 0 done; 1 some images could not be predicted, which failed.csv lists
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from distseg.cli.process import INTERRUPTED, run_command, say_in_passing, tell, tell_error
 from distseg.distributed.ending import leave
 from distseg.errors import BadFileError, StorageError, UserError
+from distseg.text import counted
 
 if TYPE_CHECKING:
     from distseg.distributed.runtime import Runtime
@@ -35,8 +36,13 @@ _OF_INFERENCE = ("overlap", "threads", "max_pixels", "max_file_bytes", "orientat
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Predict; returns the exit code. The process must then end by `leave`."""
     arguments = parse_arguments(argv, prog)
+    return told_by_one(lambda: run(arguments))
+
+
+def told_by_one(command: Callable[[], int]) -> int:
+    """The exit code of a command that all ranks run; what ends it is told by one of them."""
     try:
-        return run(arguments)
+        return command()
     except UserError as error:
         if _is_first_rank() or isinstance(error, BadFileError):
             tell_error(error)
@@ -131,7 +137,7 @@ def finish(job: "Job", failed: int, runtime: "Runtime") -> int:
     if runtime.is_main:
         done, failed = job.finish()
         rest = f"; {failed} failed, {job.folder / 'failed.csv'}" if failed else ""
-        say_in_passing(f"{job.folder}: {done} images{rest}")
+        say_in_passing(f"{job.folder}: {counted(done, 'image')}{rest}")
     return SOME_FAILED if failed else 0
 
 
@@ -173,7 +179,7 @@ def check_run_arguments(parser: argparse.ArgumentParser, arguments: argparse.Nam
     for given in arguments.keys:
         key, equals, _ = given.partition("=")
         if not equals or key.removeprefix("data.").partition(".")[0] not in known or not key.startswith("data."):
-            parser.error(f"--set {given}: must be data.KEY=VALUE with KEY one of {', '.join(known)}")
+            parser.error(f"{given}: must be data.KEY=VALUE with KEY one of {', '.join(known)}")
 
 
 def _is_first_rank() -> bool:

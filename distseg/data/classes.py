@@ -78,6 +78,11 @@ class ClassMap:
                 "holds 1 and 255: which is lesion? Name both in data.classes, or one of them in data.ignore"
             )
 
+    @property
+    def file_values(self) -> tuple[FileValue, ...]:
+        """Of each class, what `encode` writes."""
+        return (0, 255) if self.is_plain else tuple(self._written()[: len(self.names)])
+
     def encode(self, ids: NDArray[np.uint8]) -> bytes:
         """(H, W) class ids as the PNG that this map reads as these ids; 0 and 255 for the plain map."""
         if self.is_plain:

@@ -101,6 +101,24 @@ def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> 
     return read_canvas(path, frame, decoding)[0]
 
 
+def read_reduced(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """(h, w, 3) uint8 RGB: what `read_canvas` resamples, and the (height, width) that the whole picture has.
+
+    Of a JPEG they may be 1/2, 1/4 or 1/8 of it, rounded up; not of one that is turned, whose last pixel, which lies
+    partly outside, would come first.
+    """
+    with opened(path, decoding) as image:
+        turn = turn_of(image, decoding)
+        if image.format == "TIFF":
+            image.load()
+        own = _turned_size(image, turn)
+        place = frame.place(*own)
+        if turn is None:
+            image.draft(None, (2 * place.width, 2 * place.height))
+        colours = _as_mode(image, "RGB")
+        return np.array(colours if turn is None else colours.transpose(turn)), own
+
+
 def read_canvas(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """`read_resized_image`, and the (height, width) that the whole picture has."""
     with opened(path, decoding) as image:

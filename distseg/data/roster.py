@@ -1,7 +1,10 @@
 """The samples that a run began with, by content: it goes on with these or not at all."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +57,27 @@ def keep_roster(samples: Sequence[Sample], clean: Collection[str], digests: Dige
             f"{record}: the data is not what this run began with: {for_terminal(changes[0])}{more}; put it back as it "
             "was, or start a new run with another name="
         )
+
+
+@dataclass(frozen=True)
+class Summary:
+    sha256: str
+    """Of every sample's split, group, stream and files, whatever their paths."""
+    splits: dict[str, int]
+    """Samples by split."""
+    clean: int
+    """Of the clean stream."""
+
+
+def read_summary(record: Path) -> Summary | None:
+    """Of the samples in a run's `record`; None where it has none. Raises UserError where it is damaged."""
+    if not record.exists():
+        return None
+    samples = _read(record)
+    content = {id: sample.model_dump() for id, sample in samples.items()}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    clean = sum(sample.clean for sample in samples.values())
+    return Summary(digest, dict(Counter(sample.split for sample in samples.values())), clean)
 
 
 def _read(record: Path) -> dict[str, _Member]:

@@ -12,6 +12,9 @@ from distseg.data.sample import Problem, fault_of_id
 from distseg.errors import UserError
 from distseg.text import for_terminal
 
+PLAN = "predict.json"
+"""Marks a folder of predictions, and says of which network and settings they are."""
+
 
 @dataclass(frozen=True, order=True)
 class Item:
@@ -24,8 +27,9 @@ def find_items(inputs: Sequence[str], listed: Sequence[str], to: Path) -> tuple[
     """The images of `inputs` and, one a line, of `listed`, sorted by id; and those that cannot be named.
 
     An input is a file, a folder with all images below it, or a table (.csv with the columns id and image, paths
-    relative to it). What is below `to` is none; a symbolic link in a folder that leads out of it is a problem. Raises
-    UserError for an input that is not there, and for two of the same id.
+    relative to it). What is below `to` is none, nor is what an earlier start has written below an input. A symbolic
+    link in a folder that leads out of it is a problem. Raises UserError for an input that is not there, and for two of
+    the same id.
     """
     items: list[Item] = []
     problems: list[Problem] = []
@@ -36,8 +40,7 @@ def find_items(inputs: Sequence[str], listed: Sequence[str], to: Path) -> tuple[
         if path.is_dir():
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(to)):
                 raise UserError(f"{given}: is in the folder that --to names, where nothing is read; choose another")
-            found = image_files(path)
-            _add_files(found, path, to, items, problems)
+            _add_files(_without_predictions(image_files(path), path), path, to, items, problems)
         elif path.suffix.lower() == ".csv":
             listing = read_images(path)
             items += [Item(sample.id, sample.image) for sample in listing.samples]
@@ -70,6 +73,13 @@ def _add_files(
             problems.append(Problem(id, str(path), f"{fault}; rename it, or give it an id in a table"))
         else:
             items.append(Item(id, path))
+
+
+def _without_predictions(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Of the files below `folder` those that no earlier start of `predict` has written."""
+    inside = {parent for path in paths for parent in path.relative_to(folder).parents} - {Path()}
+    predicted = {each for each in inside if (folder / each / PLAN).is_file()}
+    return [path for path in paths if not predicted.intersection(path.relative_to(folder).parents)]
 
 
 def _check_ids(items: Sequence[Item]) -> None:

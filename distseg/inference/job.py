@@ -34,7 +34,7 @@ from distseg.distributed.ranks import ShardSpec
 from distseg.errors import BadFileError, StorageError, UserError
 from distseg.files import read_regular, write_atomically
 from distseg.inference.canvas import Canvas
-from distseg.inference.inputs import Item
+from distseg.inference.inputs import PLAN, Item
 from distseg.inference.outputs import Outputs, Record, record_line, table
 from distseg.inference.predictor import LARGE, Prediction, Predictor
 
@@ -62,7 +62,7 @@ class Job:
         if not self.folder.is_dir():
             raise UserError(f"--to {self.folder}: is a file; choose a folder")
         others = [path.name for path in self.folder.iterdir() if path.name != "run.lock"]
-        if others and not (self.folder / "predict.json").exists():
+        if others and not (self.folder / PLAN).exists():
             raise UserError(f"--to {self.folder}: holds other things than predictions; choose a new folder")
 
     def begin(self) -> None:
@@ -70,13 +70,13 @@ class Job:
         network or other settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = {"format": FORMAT, **self._plan()}
-        earlier = _read_plan(self.folder / "predict.json")
+        earlier = _read_plan(self.folder / PLAN)
         done = self._collected()
         if earlier is not None and earlier != plan:
             logger.info("%s: is of another network or other settings; everything is predicted anew", self.folder)
             _remove_all(self.folder, [record.id for record in done.values()])
             done = {}
-        write_atomically(self.folder / "predict.json", json.dumps(plan, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.folder / PLAN, json.dumps(plan, indent=1, ensure_ascii=False) + "\n")
         self.outputs.make_folders()
         self._write_done(done)
         (self.folder / "journal").mkdir(exist_ok=True)

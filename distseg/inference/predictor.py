@@ -138,7 +138,9 @@ class Predictor:
             return self._logits(tiles.to(self.device))
 
         size, overlap = self.data.image_size, self.data.overlap
-        yield from predict_bands(logits, tile, height, width, size, overlap, self.settings.batch_size)
+        # What the network keeps of a tile is many times the tile.
+        at_once = 1 if canvas.height * canvas.width >= LARGE and self.device.type == "cpu" else self.settings.batch_size
+        yield from predict_bands(logits, tile, height, width, size, overlap, at_once)
 
     @torch.inference_mode()
     def _logits(self, images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from distseg.files import write_atomically
 from distseg.inference.scores import SURFACES, Scored, class_scores
 from distseg.pages.figures import contact_sheet, line_charts, png
 from distseg.pages.html import Picture, Row, StudyPage, Table, study_page
-from distseg.text import for_csv
+from distseg.text import counted, for_csv
 
 _SHOWN_CASES = 6
 _SHOWN_GROUPS = 50
@@ -175,7 +175,10 @@ def _calibration(bins: NDArray[np.float64], groups: Sequence[str]) -> dict[str, 
 
 def _page(evaluation: Evaluation, content: dict[str, Any], pictures: Sequence[Picture]) -> StudyPage:
     count, groups = content["images"], content["groups"]
-    paragraphs = [f"{count} images, {groups} groups. Means over images, with 95 % bootstrap intervals over groups."]
+    paragraphs = [
+        f"{counted(count, 'image')}, {counted(groups, 'group')}. Means over images, with 95 % "
+        "bootstrap intervals over groups."
+    ]
     if evaluation.tolerance is not None:
         paragraphs.append(
             f"Surface Dice: the share of the outlines within {evaluation.tolerance:.2%} of the image's diagonal of "
@@ -204,7 +207,7 @@ def _page(evaluation: Evaluation, content: dict[str, Any], pictures: Sequence[Pi
     if evaluation.problems:
         rows = [Row([problem.id, problem.file, problem.reason]) for problem in evaluation.problems]
         tables.append(Table("Not scored", ["id", "file", "reason"], rows))
-    warning = f"{len(evaluation.problems)} images could not be scored." if evaluation.problems else ""
+    warning = f"{counted(len(evaluation.problems), 'image')} could not be scored." if evaluation.problems else ""
     return StudyPage(evaluation.title, paragraphs, warning, tables, pictures)
 
 

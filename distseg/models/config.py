@@ -1,6 +1,7 @@
 """The `model` section of a config."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -19,6 +20,9 @@ class UNetConfig(Section):
     """Number of downsamplings; the paper's network has width 64 and depth 4."""
     norm: Literal["none", "batch", "group"] = "none"
     """Normalisation after each convolution; none is the paper's."""
+    init_from: Path | None = None
+    """A run, or a safetensors file, whose tensors the network begins with where names and shapes fit, in place of drawn
+    ones. Read at the run's first start alone; init.json in its folder says what was taken."""
 
 
 class ImportedConfig(Section):
@@ -27,6 +31,9 @@ class ImportedConfig(Section):
     The working folder is searched last."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the callable."""
+    init_from: Path | None = None
+    """A run, or a safetensors file, whose tensors the network begins with where names and shapes fit, in place of drawn
+    ones. Read at the run's first start alone; init.json in its folder says what was taken."""
 
 
 def _kind_of(values: Any) -> str:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -335,6 +336,71 @@ def _export(network: Any, images: np.ndarray, path: Path) -> bool:
     return True
 
 
+def save_servable(path: Path, graph: Path, facts_file: Path, facts: Mapping[str, Any], example: bytes) -> None:
+    """Write the model that `mlflow models serve` takes to the folder `path`, in place of one that is there.
+
+    It is tracking/served_model.py as source, an ONNX `graph`, and the facts of its export: bytes of an image in the
+    column `image`, the bytes of a PNG in the column `mask`. `example` is an image's file. Raises UserError.
+    """
+    with _quiet():
+        import mlflow.pyfunc
+        import pandas as pd
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        signature = ModelSignature(
+            Schema([ColSpec("binary", "image")]),
+            Schema([ColSpec("binary", "mask"), ColSpec("long", "height"), ColSpec("long", "width")]),
+        )
+        needed = ["mlflow", "numpy", "onnxruntime", "pandas", "pillow"]
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+            try:
+                mlflow.pyfunc.save_model(
+                    f"{aside}/model",
+                    python_model=str(Path(__file__).with_name("served_model.py")),
+                    artifacts={"graph": str(graph), "facts": str(facts_file)},
+                    signature=signature,
+                    input_example=pd.DataFrame({"image": [example]}),
+                    pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in needed],
+                    metadata=dict(facts),
+                )
+            except Exception as error:
+                raise UserError(f"mlflow: the model cannot be written: {' '.join(str(error).split())[:300]}") from None
+            shutil.rmtree(path, ignore_errors=True)
+            Path(aside, "model").replace(path)
+
+
+def register(uri: str, run_id: str, folder: Path, name: str, card: str, facts: Mapping[str, Any]) -> str:
+    """Upload a model's folder to the run, and make it a version of the registered model `name`: its address.
+
+    The version's description is the model card, and its tags are what a registry's readers look for. Raises UserError.
+    """
+    from mlflow.exceptions import MlflowException
+
+    model, data = facts["model"], facts["data"]
+    tags = {
+        "classes": ", ".join(facts["classes"]["names"]),
+        "channel_means": ", ".join(map(str, model["channel_means"])),
+        "data_sha256": str(data["sha256"]),
+        "checkpoint_sha256": model["sha256"],
+        **{score.replace("/", "."): f"{value:.6f}" for score, value in facts["scores"].items()},
+    }
+
+    def upload() -> str:
+        client = _client(uri)
+        client.log_artifacts(run_id, str(folder), "served_model")
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{client.get_run(run_id).info.artifact_uri}/served_model"
+        version = client.create_model_version(name, source, run_id, tags, description=card)
+        return f"models:/{name}/{version.version}"
+
+    return _told(uri, upload)
+
+
 class Study:
     """The MLflow run that a study's runs are nested under, found again by the id in `folder/mlflow_run_id`.
 
@@ -514,6 +580,18 @@ def _database_file(uri: str) -> Path | None:
     """The file of an sqlite store; None for other stores, and for one in memory."""
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
     return Path(match[1]) if match and match[1] != ":memory:" else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow tells on stderr what it infers of a model, and that nobody has logged it yet."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _be_patient_and_quiet() -> None:

@@ -44,6 +44,7 @@ from distseg.training.recorder import RunRecorder
 from distseg.training.scoring import Counts, score
 from distseg.training.splits import Splits, prepare_splits
 from distseg.training.train_step import Outcome, train_step
+from distseg.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ class Trainer:
         check_network(self.model, config.model.name, side, smallest, config.data.class_count)
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
+        if (source := config.model.init_from) is not None:
+            main_rank_first(lambda: warm_start(self.model, source, self.folder, runtime.is_main), runtime.device)
         if runtime.shard.world_size > 1:
             self.model = synchronise_batch_norm(self.model)
         self.splits = main_rank_first(

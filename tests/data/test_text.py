@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from distseg.text import for_csv, for_terminal
+from distseg.text import counted, for_csv, for_markdown, for_terminal
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,14 @@ def test_a_cell_is_no_formula(start):
 
 def test_other_cells_stay_as_they_are():
     assert for_csv("ISIC_0000001 = x, -1") == "ISIC_0000001 = x, -1"
+
+
+def test_text_in_markdown_is_no_markup():
+    assert for_markdown("<b>a_b|c</b> [x](http://y) `d`, *e* 1.5") == (
+        r"\<b\>a\_b\|c\</b\> \[x\](http\://y) \`d\`, \*e\* 1.5"
+    )
+    assert for_markdown("two\nlines") == r"two\\nlines"
+
+
+def test_numbers_and_their_nouns():
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]

@@ -47,7 +47,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_keys_that_are_named_exist(page: Path) -> None:
     pattern = rf"((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)(?:=.*)?"
     named = {match[1] for text in quoted(page) if (match := re.fullmatch(pattern, text))}
-    files = {name for name in named if name.endswith((".py", ".md", ".yaml", ".json"))}
+    files = {name for name in named if name.endswith((".py", ".md", ".yaml", ".json", ".onnx", ".pt2"))}
     # A method's key may be written without its part: method.q for method.loss.q.
     known = KEYS | {re.sub(r"^method\.\w+\.", "method.", key) for key in KEYS}
     unknown = {name for name in named - files if not any(key == name or key.startswith(f"{name}.") for key in known)}

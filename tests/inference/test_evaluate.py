@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +14,14 @@ from PIL import Image
 
 from distseg.cli.evaluate import main
 from distseg.data.synthetic import write_dataset
-from distseg.distributed.runtime import stop_runtime
-from distseg.errors import UserError
+from distseg.distributed.runtime import free_port, stop_runtime
 from distseg.evaluation.calibration import BINS, calibration_bins, expected_calibration_error
 from distseg.evaluation.intervals import grouped_interval
 from distseg.evaluation.surfaces import surface_scores
+from distseg.testing.launcher import train_environment
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def evaluate(*arguments: str | Path) -> int:
@@ -106,7 +111,9 @@ def test_the_means_and_the_page_are_beside_the_run_in_mlflow(make_run: Callable,
     assert names == {"evaluation/report.html", "evaluation/evaluation.json", "evaluation/scores.csv"}
 
 
-def test_what_cannot_be_scored_is_listed(make_run: Callable, data: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_listed(
+    make_run: Callable, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run, masks = make_run(f"data.root={data}", "tracking.mlflow=false"), tmp_path / "masks"
     masks.mkdir()
     with (data / "manifest.csv").open() as file:
@@ -124,10 +131,54 @@ def test_what_cannot_be_scored_is_listed(make_run: Callable, data: Path, tmp_pat
     assert reasons.keys() == {rows[place]["id"] for place in (4, 5, 6, 7)}
     assert "different sizes, 10×12 and 60×60" in reasons[rows[5]["id"]]
     assert "not binary: it holds 0, 1, 2" in reasons[rows[4]["id"]]
-    with pytest.raises(UserError, match="--config FILE"):
-        evaluate(masks, "--to", to)
-    with pytest.raises(UserError, match="split val has no image"):
-        evaluate(masks, "--config", run / "config.yaml", "--to", to, "--split", "val")
+    for arguments, said in (
+        ([masks, "--to", to], "say with --config FILE"),
+        ([masks, "--config", run / "config.yaml", "--to", to, "--split", "val"], "split val has no image"),
+        ([run, "--to", to, "--split", "val"], "split val has no image"),
+        ([run, "--to", to, "data.root=/none"], "data.root /none: no such folder"),
+    ):
+        capsys.readouterr()
+        assert evaluate(*arguments) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate(run, "--to", to, "train.steps=3")
+
+
+def test_overrides_and_two_ranks_give_the_figures_of_one(make_run: Callable, data: Path, tmp_path: Path) -> None:
+    """The run's own root is nowhere; 255 is of a class of its own, and the reference's values are others."""
+    run = make_run("tracking.mlflow=false")
+    overrides = [f"data.root={data}", "data.classes={background: [0], spot: [255, 1]}"]
+    assert evaluate(run, "--to", tmp_path / "one", "--no-surfaces", *overrides) == 0
+    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [
+        sys.executable,
+        "launch/evaluate.py",
+        str(run),
+        "--to",
+        str(tmp_path / "two"),
+        "--no-surfaces",
+        *overrides,
+    ]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], ends
+    assert sorted("8 images" in said for said, _ in ends) == [False, True]
+    one, two = ((tmp_path / name / "evaluation.json").read_text() for name in ("one", "two"))
+    assert one == two and list(json.loads(one)["classes"]) == ["spot"]
 
 
 def test_distances_of_outlines_against_simpleitk_and_by_hand() -> None:

@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
 from distseg.cli.evaluate import main
+from distseg.cli.export import main as export
+from distseg.cli.predict import main as predict
+from distseg.data.decode import read_reduced
+from distseg.data.geometry import Frame
 from distseg.distributed.runtime import stop_runtime
 from distseg.testing.launcher import train_environment
 
@@ -68,6 +75,32 @@ def test_own_dice_of_evaluate_is_that_by_hand(run: Path, tmp_path: Path) -> None
     assert found["images"] == len(dice) == 47
     assert found["own"]["dice"]["mean"] == pytest.approx(np.mean(dice), abs=1e-9)
     assert np.mean(dice) > 0.5
+
+
+def test_exported_graphs_and_the_served_model_give_the_runs_masks_on_ten(run: Path, tmp_path: Path) -> None:
+    import mlflow.pyfunc
+    import pandas as pd
+
+    chosen = [ORIGINALS / row["image"] for row in rows()[::5]]
+    assert len(chosen) == 10
+    assert export([str(run), "--to", str(tmp_path / "out"), "--onnx", "--program", "--mlflow"]) == 0
+    assert predict([str(run), *map(str, chosen), "--to", str(tmp_path / "masks")]) == 0
+    stop_runtime()
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    served = mlflow.pyfunc.load_model(str(tmp_path / "out" / "mlflow_model"))
+    answers = served.predict(pd.DataFrame({"image": [path.read_bytes() for path in chosen]}))
+    for path, png in zip(chosen, answers["mask"], strict=True):
+        expected = np.asarray(Image.open(tmp_path / "masks" / "masks" / f"{path.stem}.png")) > 0
+        pixels, size = read_reduced(path, Frame(64))
+        inputs = {"images": pixels[None], "size": np.array(size)}
+        masks = {
+            "onnx": session.run(["masks"], inputs)[0][0] > 0,
+            "program": program(*map(torch.from_numpy, inputs.values()))[0][0].numpy() > 0,
+            "served": np.asarray(Image.open(BytesIO(png))) > 0,
+        }
+        for name, mask in masks.items():
+            assert (mask & expected).sum() / (mask | expected).sum() >= 0.999, (name, path)
 
 
 def test_killed_ten_times_and_started_again(run: Path, tmp_path: Path) -> None:

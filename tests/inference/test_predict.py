@@ -168,6 +168,15 @@ def test_lists_tables_links_and_an_output_folder_inside(
     assert {row["id"] for row in rows_of(tmp_path / "listed")} == {"a", "Läsion é"}
 
 
+def test_earlier_predictions_below_an_input_are_no_inputs(make_run: Callable, pictures: Path, tmp_path: Path) -> None:
+    run = make_run()
+    assert predict(run, pictures / "a.png", "--to", pictures / "below" / "earlier", "--overlays") == 0
+    assert predict(run, pictures, "--to", tmp_path / "out") == 0
+    assert len(rows_of(tmp_path / "out")) == 10
+    masks = pictures / "below" / "earlier" / "masks"
+    assert predict(run, masks, "--to", tmp_path / "of_masks") == 0, "a folder that is named is meant"
+
+
 def test_refused(make_run: Callable, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, full = make_run(), tmp_path / "full"
     full.mkdir()
@@ -267,11 +276,45 @@ def test_killed_and_started_again_gives_the_same_files(make_run: Callable, pictu
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
-@pytest.mark.faults  # minutes, and close to its limit on some processors
-def test_an_image_of_20000_by_15000_takes_less_than_2_gib(make_run: Callable, tmp_path: Path) -> None:
-    run, path = make_run("data.shape=crop", "data.image_size=512", "model.width=1", "model.depth=1"), tmp_path / "l.png"
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20,000 × 15,000 pixels."""
+    path = tmp_path_factory.mktemp("large") / "l.png"
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8))
     coarse.resize((20000, 15000), Image.Resampling.NEAREST).save(path, compress_level=1)
+    return path
+
+
+FIRST_ROWS = """
+import resource, sys, torch
+from pathlib import Path
+from distseg.inference.predictor import Predictor
+keys = ["data.max_pixels=300000000"]
+predictor = Predictor.of_run(Path(sys.argv[1]), torch.device("cpu"), overrides=keys)
+rows = 0
+for strip in next(predictor.strips([predictor.read(Path(sys.argv[2]))])):
+    rows += strip.shape[1]
+    if rows > 300:
+        break
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.faults  # minutes
+def test_a_network_of_width_16_over_the_first_row_of_its_tiles(make_run: Callable, large: Path) -> None:
+    """The default overlap. What it takes is the same in every row."""
+    run = make_run("data.shape=crop", "data.image_size=512", "model.width=16", "model.depth=4", "model.norm=group")
+    command = [sys.executable, "-c", FIRST_ROWS, str(run), str(large)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    rows, kib = map(int, done.stdout.split())
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert rows > 300 and kib * unit < 1.9 * 2**30, f"{kib * unit / 2**30:.2f} GiB"
+
+
+@pytest.mark.faults  # minutes, and close to its limit on some processors
+def test_an_image_of_20000_by_15000_takes_less_than_2_gib(make_run: Callable, large: Path, tmp_path: Path) -> None:
+    run, path = make_run("data.shape=crop", "data.image_size=512", "model.width=1", "model.depth=1"), large
     measured = (
         "import resource, sys; from distseg.cli.predict import main; code = main(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
