@@ -95,6 +95,7 @@ def step(network: Network, world: World, kind: str) -> list[Message]:
 
     Under ZeRO-3 that is not lean, DeepSpeed's gathers stand one by one at the beginning of its part: how it joins them
     and when it fetches them is not modelled, nor a network of more than 10⁹ parameters, some of which it gathers twice.
+    Nor is a parameter of more elements than DeepSpeed's bucket at stages 1 and 2.
     """
     if world.ranks == 1:
         return []
