@@ -1,6 +1,6 @@
 """What a step on corrected labels costs beside a plain step on the same images, and its operators beside copying.
 
-    python benchmarks/label_step.py [--sizes 8x64x64 4x512x512] [--rounds 15] [--json FILE]
+    python benchmarks/label_step.py [--sizes 8x64x64 1x512x512] [--rounds 15] [--json FILE]
 
 A step is forward, backward and SGD with momentum on as many noisy as clean images of each size (BxHxW of each), made as
 training makes it. Contenders take turns in a random order, round after round, and each is compared with the plain step
@@ -162,7 +162,7 @@ def show(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["8x64x64", "4x512x512"], help="BxHxW of each stream")
+    parser.add_argument("--sizes", nargs="+", default=["8x64x64", "1x512x512"], help="BxHxW of each stream")
     parser.add_argument("--width", type=int, default=12)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--norm", default="group")

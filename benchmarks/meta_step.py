@@ -2,10 +2,14 @@
 
     python benchmarks/meta_step.py [--width 64 --depth 4 --norm none --size 96 --batch 6] [--rounds 9] [--json FILE]
 
-A plain step is forward, backward and SGD with momentum on the noisy batch. The others first compute the weights of that
-batch from a clean batch of the same size. Contenders take turns in a random order, round after round, and each is
-compared with the plain step of its own round, because a machine's speed drifts. Beside the time stands what counting
-passes predicts: F, one forward pass of a batch; a backward is 2F, a Jacobian-vector product 3F.
+A plain step is forward, backward and SGD with momentum: on the noisy batch (`plain`), or on the noisy and the clean
+batch together (`plain_both`). The others find the weights of the noisy batch from the clean one, and learn from the
+noisy batch; those with `_clean` learn from the clean batch too, half and half. `one_pass` carries the tangents in the
+step's own forward pass, and its clean gradient is the update's clean half; `forward` takes a pass of its own for them,
+and its clean images are joined to the noisy ones. Contenders take turns in a random order, round after round, and each
+is compared with the plain steps of its own round, because a machine's speed drifts. Beside the time stands what
+counting passes predicts: F, one forward pass of a batch; a backward is 2F, a Jacobian-vector product 3F, or 2F where
+the pass itself is made anyway.
 
 Memory is the peak above what any training of the network holds (parameters, gradients, momentum, the batches): on CUDA
 what the allocator counts; on the CPU the growth of the resident set, each contender in a process of its own where glibc
@@ -23,14 +27,27 @@ from pathlib import Path
 
 import torch
 from measure import describe_machine, take_turns
+from torch import Tensor
 
 from distseg.meta import PixelReweighter
 from distseg.models.unet import UNet
 from distseg.ops import weighted_loss
 
-PASSES = {"plain": 3, "forward": 9, "reverse": 11, "finite": 8}
-"""In F. plain: 1 + 2. forward: clean 3, JVP 3, step 3. reverse: clean 3, inner forward and backward 3, its transpose
-about 2, step 3. finite: clean 3, two noisy forwards, step 3."""
+PASSES = {
+    "plain": 3,
+    "plain_both": 6,
+    "one_pass": 8,
+    "one_pass_clean": 8,
+    "forward": 9,
+    "forward_clean": 12,
+    "reverse": 11,
+    "finite": 8,
+}
+"""In F. plain: 1 + 2. one_pass: clean 3, tangents 2, step 3. forward: clean 3, JVP 3, step 3, or 6 of both batches.
+reverse: clean 3, inner forward and backward 3, its transpose about 2, step 3. finite: clean 3, two noisy forwards,
+step 3."""
+SHARE = 0.5
+"""Of the clean loss, where the step learns from it."""
 
 
 def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], None]:
@@ -43,19 +60,47 @@ def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], No
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
 
-    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    def batch() -> tuple[Tensor, Tensor]:
         shape = (arguments.batch, arguments.size, arguments.size)
         images = torch.randn(shape[0], 3, *shape[1:], device=device)
         return images, torch.randint(0, 2, shape, dtype=torch.uint8, device=device)
 
-    (images, masks), clean = batch(), batch()
-    uniform = torch.full(masks.shape, 1 / masks.numel(), device=device)
-    reweighter = None if contender == "plain" else PixelReweighter(model, estimator=contender)
+    noisy, clean = batch(), batch()
+    both = tuple(torch.cat(parts) for parts in zip(noisy, clean, strict=True))
+    uniform = torch.full(noisy[1].shape, 1 / noisy[1].numel(), device=device)
+    estimator = contender.removesuffix("_clean")
+    reweighter = PixelReweighter(model, estimator=estimator if estimator in ("reverse", "finite") else "forward")
+
+    def plain() -> None:
+        weighted_loss(model(noisy[0]), noisy[1], uniform).backward()
+
+    def plain_both() -> None:
+        weighted_loss(model(both[0]), both[1], torch.cat([uniform, uniform]) / 2).backward()
+
+    def one_pass() -> None:
+        logits, weights, _ = reweighter.one_pass(*noisy, *clean)
+        weighted_loss(logits, noisy[1], weights).backward()
+
+    def one_pass_clean() -> None:
+        logits, weights, found = reweighter.one_pass(*noisy, *clean)
+        weighted_loss(logits, noisy[1], weights * (1 - SHARE)).backward()
+        for name, parameter in model.named_parameters():
+            parameter.grad.add_(found.gradient[name], alpha=SHARE)
+
+    def two_passes() -> None:
+        weights = reweighter(*noisy, *clean)
+        weighted_loss(model(noisy[0]), noisy[1], weights).backward()
+
+    def forward_clean() -> None:
+        weights = reweighter(*noisy, *clean)
+        weighted_loss(model(both[0]), both[1], torch.cat([weights * (1 - SHARE), uniform * SHARE])).backward()
+
+    made = {step.__name__: step for step in (plain, plain_both, one_pass, one_pass_clean, forward_clean)}
+    gradient = made.get(contender, two_passes)
 
     def step() -> None:
-        weights = uniform if reweighter is None else reweighter(images, masks, *clean)
         optimizer.zero_grad(set_to_none=False)
-        weighted_loss(model(images), masks, weights).backward()
+        gradient()
         optimizer.step()
 
     return step
@@ -70,8 +115,8 @@ def measure_times(arguments: argparse.Namespace) -> dict[str, list[float]]:
 def measure_peak(contender: str, arguments: argparse.Namespace) -> int:
     """Bytes that two steps of `contender` take above what training holds, at their peak; for a fresh process."""
     step = build_step(contender, arguments)
+    step()  # the first one also tries whether the network takes tangents in its own pass
     if arguments.device == "cuda":
-        step()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         step()
@@ -97,19 +142,25 @@ def measure_peak_apart(contender: str, options: list[str]) -> int:
 def report(arguments: argparse.Namespace, options: list[str]) -> dict:
     seconds = measure_times(arguments)
     peaks = {contender: measure_peak_apart(contender, options) for contender in PASSES}
-    rows = {}
-    for contender, times in seconds.items():
-        ratios = [own / plain for own, plain in zip(times, seconds["plain"], strict=True)]
+
+    def beside(contender: str, base: str) -> dict:
+        ratios = [own / plain for own, plain in zip(seconds[contender], seconds[base], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
-        rows[contender] = {
-            "seconds": statistics.median(times),
+        return {
             "time_ratio": median,
             "time_ratio_quartiles": [low, high],
-            "predicted_ratio": PASSES[contender] / PASSES["plain"],
-            "peak_bytes": peaks[contender],
-            "memory_ratio": peaks[contender] / peaks["plain"],
+            "predicted_ratio": PASSES[contender] / PASSES[base],
+            "memory_ratio": peaks[contender] / peaks[base],
         }
-    return {"setting": vars(arguments) | {"json": None}, "machine": describe_machine(arguments.device), "rows": rows}
+
+    rows = {
+        contender: {"seconds": statistics.median(times), "peak_bytes": peaks[contender]}
+        | beside(contender, "plain")
+        | {"beside_plain_both": beside(contender, "plain_both")}
+        for contender, times in seconds.items()
+    }
+    machine = describe_machine(arguments.device) | {"load": os.getloadavg()[0]}
+    return {"setting": vars(arguments) | {"json": None}, "machine": machine, "rows": rows}
 
 
 def show(result: dict) -> str:
@@ -117,16 +168,20 @@ def show(result: dict) -> str:
     network = f"U-Net width {setting['width']} depth {setting['depth']} norm {setting['norm']}"
     lines = [
         f"{network}, batch {setting['batch']} noisy + {setting['batch']} clean, {setting['size']}×{setting['size']}",
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {setting['rounds']} rounds",
+        f"{machine['device']}, {machine['threads']} threads, load {machine['load']:.1f}, torch {machine['torch']}, "
+        f"{setting['rounds']} rounds",
         "",
-        "step       seconds   × plain  quartiles      by passes   peak MiB   × plain",
+        "                         × plain on the noisy images     × plain on both               peak   × plain",
+        "step             seconds  time  quartiles  by passes    time  quartiles  by passes    MiB   noisy  both",
     ]
     for name, row in result["rows"].items():
-        low, high = row["time_ratio_quartiles"]
-        lines.append(
-            f"{name:8s}  {row['seconds']:8.3f}  {row['time_ratio']:8.2f}  {low:.2f} – {high:.2f}"
-            f"  {row['predicted_ratio']:11.2f}  {row['peak_bytes'] / 2**20:9.0f}  {row['memory_ratio']:8.2f}"
-        )
+        cells = [f"{name:15s} {row['seconds']:8.3f}"]
+        for ratios in (row, row["beside_plain_both"]):
+            low, high = ratios["time_ratio_quartiles"]
+            cells.append(f"{ratios['time_ratio']:5.2f}  {low:.2f}–{high:.2f}  {ratios['predicted_ratio']:9.2f}  ")
+        cells.append(f"{row['peak_bytes'] / 2**20:6.0f}")
+        cells += [f"{ratios['memory_ratio']:6.2f}" for ratios in (row, row["beside_plain_both"])]
+        lines.append(" ".join(cells))
     return "\n".join(lines)
 
 

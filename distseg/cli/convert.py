@@ -1,4 +1,4 @@
-"""prepare's --import and --export: annotation tools' files into a data set with manifest.csv, and back."""
+"""prepare's --import, --export and --merge: annotation tools' files into a data set with manifest.csv, and back."""
 
 import argparse
 import json
@@ -35,6 +35,13 @@ _APART: dict[str, list[tuple[tuple[str, ...], str]]] = {
         (("images", "unmarked"), "is for --import"),
         (("cache", "noisy_masks"), "--export does nothing else; run prepare again"),
     ],
+    "--merge": [
+        (("role",), "merged masks become references"),
+        (
+            ("export", "report", "cache", "noisy_masks", "to"),
+            "is another command; --merge changes the data where it is",
+        ),
+    ],
     "": [(("to", "role", "images", "unmarked"), "is for --import and --export")],
 }
 """What is no option of a command, and what to do."""
@@ -45,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as", dest="role", action=_OfImport, metavar="ROLE", help="reference, annotation[:NAME]")
     parser.add_argument("--images", type=Path, action=_OfImport, metavar="FOLDER", help="where an import's images are")
     parser.add_argument("--unmarked", choices=("empty", "skip"), help="images for which an import has nothing")
+    parser.add_argument("--merge", metavar="FORMAT=PATH", help="masks that were drawn again, as references of ROOT")
     parser.add_argument("--export", metavar="FORMAT", help="an annotation tool's form of the data")
     parser.add_argument("--to", type=Path, metavar="PATH", help="the new folder, or file, of an import or export")
 
@@ -79,17 +87,59 @@ class _OfImport(argparse.Action):
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    command = "--import" if arguments.imports else "--export" if arguments.export else ""
+    commands = {"--import": arguments.imports, "--merge": arguments.merge, "--export": arguments.export}
+    given_commands = [name for name, given in commands.items() if given]
+    if len(given_commands) > 1 and "--merge" in given_commands:
+        parser.error(f"{' and '.join(given_commands)}: are two commands; give one after the other")
+    command = given_commands[0] if given_commands else ""
     for names, what in _APART[command]:
         for name in names:
             if (given := getattr(arguments, name)) is not None:
                 parser.error(f"--{_SPELLED.get(name, name)} {given}: {what}")
+    if command == "--merge":
+        _check_merge(parser, arguments)
+        return
     if command and not arguments.to:
         parser.error(f"{command} needs --to PATH")
     if command != "--import" and not arguments.config:
         parser.error("the following arguments are required: --config")
     if command == "--import" and arguments.overrides and not arguments.config:
         parser.error(f"{arguments.overrides[0]}: with --import, keys need --config")
+
+
+def _check_merge(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    format, _, path = arguments.merge.partition("=")
+    if format not in FORMATS or not path:
+        parser.error(f"--merge {arguments.merge}: must be FORMAT=PATH with FORMAT one of {_NAMES}")
+    roots = [given for given in arguments.overrides if "=" not in given]
+    if len(roots) != 1:
+        parser.error("--merge needs the one data set that it changes: prepare ROOT --merge FORMAT=PATH")
+    if len(arguments.overrides) > 1 and not arguments.config:
+        parser.error("with --merge, keys need --config")
+
+
+def merge_files(arguments: argparse.Namespace) -> int:
+    """prepare ROOT --merge: masks that were drawn again become references, and say how many there are."""
+    # Late: help must not wait for what a config needs.
+    from distseg.config.load import load_config
+    from distseg.data.config import DataConfig
+    from distseg.data.merge import merge_references
+
+    format, _, path = arguments.merge.partition("=")
+    [root] = [given for given in arguments.overrides if "=" not in given]
+    data = DataConfig(root=Path(root))
+    if arguments.config:
+        keys = [given for given in arguments.overrides if "=" in given]
+        data = load_config(arguments.config, [f"data.root={json.dumps(root)}", *keys]).data
+    role = None if FORMATS[format].all_roles else "reference"
+    source = Source(Path(path).expanduser(), arguments.images, role, data.decoding)
+    done = merge_references(data, format, source, arguments.unmarked, _shown)
+    say(f"{root}: {done.added} images have a reference now, {done.replaced} another one, {done.same} had it already")
+    if done.unannotated:
+        say(f"left out, as nobody has annotated them: {done.unannotated}")
+    if done.kept:
+        say(f"the manifest before: {done.kept}")
+    return 0
 
 
 def import_files(arguments: argparse.Namespace) -> int:

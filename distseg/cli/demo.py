@@ -3,7 +3,8 @@
     python launch/demo.py [--folder demo] [--ranks 2]
 
 Draws dermoscopy-like images, replaces the training masks by triangles, trains a network that trusts them and one that
-weighs their pixels, and sets the two side by side. `make demo` calls this.
+weighs their pixels, and sets the two side by side. The second one then predicts all images, and says which of the
+training masks are wrong, and where. `make demo` calls this.
 """
 
 import argparse
@@ -51,7 +52,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     compare = [sys.executable, "-m", "distseg.cli.main", "compare", *(str(runs / method) for method in METHODS)]
     if code := subprocess.run([*compare, "--figure", str(figure)]).returncode:
         return code
+    run, images, predictions = str(runs / METHODS[-1]), str(folder / "data" / "images"), folder / "predictions"
+    for words in (
+        ["predict", run, images, "--to", str(predictions), "--overlays"],
+        ["audit", run, "--to", str(folder / "audit")],
+    ):
+        say_in_passing("")
+        if code := subprocess.run(
+            [sys.executable, "-m", "distseg.cli.main", *words], env=train_environment()
+        ).returncode:
+            return code
     say_in_passing(f"\nfigure          {figure}")
+    say_in_passing(f"predictions     {predictions / 'overlays'}")
+    say_in_passing(f"masks in doubt  {folder / 'audit' / 'report.html'}")
     say_in_passing(f"compare runs    {mlflow()} ui --host 127.0.0.1 --backend-store-uri {store}")
     return 0
 

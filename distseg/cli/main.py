@@ -20,6 +20,7 @@ COMMANDS = {
     "finished": "say whether a run is done",
     "predict": "masks of images, by a trained run",
     "evaluate": "score a run, or masks, against references",
+    "audit": "which masks are wrong, and where; a queue to draw them again",
     "export": "write a run as ONNX, as a torch program, or as a model for MLflow",
     "compare": "set finished runs side by side",
     "demo": "see the method work in five minutes",
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
     command = parser.parse_args(words[:1] or ["--help"]).command
     code = run_command(lambda: _run(command, words[1:]))
-    if command in ("train", "predict", "evaluate"):
+    if command in ("train", "predict", "evaluate", "audit"):
         leave(code)
     return code
 

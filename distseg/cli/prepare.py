@@ -10,6 +10,8 @@
         [--export FORMAT --to PATH [--as ROLE]]    the data as an annotation tool reads it
     python launch/prepare.py --import FORMAT=PATH [--as ROLE] [--images FOLDER] [--import …] --to FOLDER
                              annotation tools' files as a data set with manifest.csv; --unmarked empty|skip
+    python launch/prepare.py ROOT --merge FORMAT=PATH [--images FOLDER]
+                             masks that were drawn again become references; manifest.csv is kept as manifest.N.csv
 
 FORMAT is label-studio, cvat, coco or nnunet; ROLE, whose masks they are, reference, annotation or annotation:NAME.
 
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distseg.cli.convert import add_arguments, check_arguments, export_samples, import_files
+from distseg.cli.convert import add_arguments, check_arguments, export_samples, import_files, merge_files
 from distseg.cli.process import say
 from distseg.data.cache import write_cache
 from distseg.data.checks import check_findings, check_shape, check_splits, facts_of, inspect_files
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse_arguments(argv, prog)
     if arguments.imports:
         return import_files(arguments)
+    if arguments.merge:
+        return merge_files(arguments)
     # Late: help must not wait for what a config needs.
     from distseg.config.load import load_config
 

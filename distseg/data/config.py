@@ -102,6 +102,19 @@ class AugmentConfig(Section):
         return self
 
 
+class FoldConfig(Section):
+    count: Annotated[int, Field(ge=2, le=1000)]
+    """Into how many folds the noisy images are divided, whole groups each, by `data.split_seed`."""
+    index: Annotated[int, Field(ge=0)]
+    """Which of them is left out, from 0."""
+
+    @model_validator(mode="after")
+    def _index_is_of_a_fold(self) -> Self:
+        if self.index >= self.count:
+            raise ValueError(f"index {self.index}: there are the folds 0 to {self.count - 1}")
+        return self
+
+
 class DataConfig(Section):
     root: Folder
     """Folder with manifest.csv, or one of the known layouts (distseg/data/layouts/)."""
@@ -165,6 +178,10 @@ class DataConfig(Section):
     """About this much of the training images, where the data does not bring the split (distseg/data/splits.py)."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Draws the splits that the data does not bring: the same for all seeds of a study."""
+
+    fold: FoldConfig | None = None
+    """Leave one fold of the noisy images out of the training, so that the network can judge their masks: for
+    `distseg audit --folds`, which sets it."""
 
     @property
     def decoding(self) -> Decoding:

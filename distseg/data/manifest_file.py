@@ -10,8 +10,12 @@ from distseg.files import write_atomically
 
 
 def write_manifest(root: Path, samples: Sequence[Sample]) -> None:
-    """Write ROOT/manifest.csv, aside and renamed: `id,split,image`, and what there is of `reference`, `annotation`,
-    `annotation:NAME` and `group`.
+    """Write ROOT/manifest.csv, aside and renamed."""
+    write_atomically(root / "manifest.csv", manifest_text(root, samples))
+
+
+def manifest_text(root: Path, samples: Sequence[Sample]) -> str:
+    """`id,split,image`, and what there is of `reference`, `annotation`, `annotation:NAME` and `group`.
 
     Files lie below the root. An empty split is one that is to be drawn.
     """
@@ -25,4 +29,4 @@ def write_manifest(root: Path, samples: Sequence[Sample]) -> None:
         paths = {key: path.relative_to(root).as_posix() for key, path in sample.files.items()}
         cells = [paths.get(column, "") for column in ("image", *columns)]
         rows.writerow([sample.id, sample.split, *cells, *([sample.group] if groups else [])])
-    write_atomically(root / "manifest.csv", table.getvalue())
+    return table.getvalue()

@@ -7,7 +7,7 @@ the samples nor on the presence of others. The splits go by the data's own seed,
 import logging
 from dataclasses import replace
 
-from distseg.data.config import DataConfig
+from distseg.data.config import DataConfig, FoldConfig
 from distseg.data.sample import Sample
 from distseg.data.seeding import stable_hash
 from distseg.errors import UserError
@@ -56,6 +56,29 @@ def check_roles(samples: list[Sample], clean_count: int | None, needs_clean: boo
             "data: no training image has a reference mask, and the method learns from some; add experts' masks, name "
             "the annotator who is the expert (data.expert), or choose a method without (method.name=noisy_only)"
         )
+
+
+def fold_of(sample: Sample, count: int, seed: int) -> int:
+    """Which of `count` folds a sample is in, by a hash of (seed, group, or id without one) alone."""
+    return stable_hash(seed, "fold", *_group(sample)) % count
+
+
+def without_fold(
+    clean: list[Sample], noisy: list[Sample], fold: FoldConfig, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """What a network learns from that is to judge the noisy images of a fold: nothing of them, nor of their groups.
+
+    A clean image without a group, or of one with no noisy image, is in no fold. Raises UserError where no noisy image
+    is left.
+    """
+    rest = [sample for sample in noisy if fold_of(sample, fold.count, seed) != fold.index]
+    judged = {sample.group for sample in noisy if fold_of(sample, fold.count, seed) == fold.index} - {""}
+    if not rest:
+        raise UserError(
+            f"data.fold: without fold {fold.index} of {fold.count} no noisy image is left; the images are of too few "
+            "groups, take more folds or none"
+        )
+    return [sample for sample in clean if sample.group not in judged], rest
 
 
 def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: DataConfig) -> list[Sample]:

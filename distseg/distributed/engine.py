@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +233,45 @@ def reduced_gradients(engine: Any) -> list[Tensor]:
     if partitions := getattr(engine.optimizer, "averaged_gradients", None):
         return [gradient for group in partitions.values() for gradient in group or ()]
     return [p.grad for p in engine.module.parameters() if p.grad is not None]
+
+
+def can_add_gradients(engine: Any) -> bool:
+    """Whether `add_gradient` works: not where the host keeps the optimiser's state, and has the gradients already."""
+    return not any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
+
+
+def add_gradient(engine: Any, gradient: Mapping[str, Tensor], factor: float) -> None:
+    """Add factor · gradient, the same on every rank, to what `reduced_gradients` is about to return.
+
+    By name of the trained parameters, as the meta pass has them: whole, or this rank's shards under ZeRO-3. After the
+    last backward of a step, so that it counts where the norm is clipped.
+    """
+    places = _gradient_places(engine)
+    for part in _fragments(engine):
+        own = gradient[part.name].reshape(-1)
+        own = own if own.numel() == part.count else own[part.start : part.start + part.count]
+        if part.replicated:
+            if part.owner.grad is None:  # in the noisy images' pass the parameter had no part
+                part.owner.grad = torch.zeros_like(part.owner)
+            place = part.owner.grad
+        else:
+            place = places[id(part.owner), part.owner_start]
+        if place.numel() != part.count:  # a shard that is made as long as those of other ranks
+            place = place.view(-1)[: part.count]
+        place.add_(own.view(place.shape), alpha=factor)
+
+
+def _gradient_places(engine: Any) -> dict[tuple[int, int], Tensor]:
+    """Under ZeRO, the tensors that hold a partition's gradient, by the partition and the element where each begins."""
+    places, zero = {}, engine.optimizer
+    stages_1_and_2 = getattr(zero, "single_partition_of_fp32_groups", [])
+    partitions: list[Tensor] = getattr(zero, "fp32_partitioned_groups_flat", stages_1_and_2)
+    for group, partition in enumerate(partitions):
+        start = 0
+        for tensor in zero.averaged_gradients[group] or ():
+            places[id(partition), start] = tensor
+            start += tensor.numel()
+    return places
 
 
 def skip_update_if(engine: Any, bad: Tensor) -> None:

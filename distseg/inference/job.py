@@ -310,6 +310,7 @@ def _remove_all(folder: Path, ids: Sequence[str]) -> None:
     """The files that earlier settings have left for `ids`, and the tables."""
     for id in ids:
         for name in (f"masks/{id}.png", f"probabilities/{id}.png", f"probabilities/{id}.npz",
+                     f"probabilities/{id}.npy",
                      f"contours/{id}.geojson", f"overlays/{id}.jpg"):  # fmt: skip
             (folder / name).unlink(missing_ok=True)
     for name in ("table.csv", "failed.csv", "contours.json", "done.jsonl"):

@@ -70,10 +70,14 @@ class Outputs:
     def mask(self, id: str) -> Path:
         return self.folder / "masks" / f"{id}.png"
 
+    def probabilities(self, id: str) -> Path:
+        kind = self.wanted.probabilities
+        return self.folder / "probabilities" / f"{id}.{'npy' if kind == 'logits' else kind}"
+
     def files(self, id: str) -> list[Path]:
         files = [self.mask(id)]
         if self.wanted.probabilities != "none":
-            files.append(self.folder / "probabilities" / f"{id}.{self.wanted.probabilities}")
+            files.append(self.probabilities(id))
         if self.wanted.contours == "geojson":
             files.append(self.folder / "contours" / f"{id}.geojson")
         if self.wanted.overlays:
@@ -90,7 +94,7 @@ class Outputs:
         mask = prediction.mask
         contents: list[bytes | str] = [self.classes.encode(mask)]
         if prediction.probabilities is not None:
-            contents.append(_probabilities(prediction.probabilities, self.classes.names))
+            contents.append(_probabilities(prediction.probabilities, self.wanted.probabilities, self.classes.names))
         if self.wanted.contours == "geojson":
             contents.append(_geojson(item.id, mask, self.classes.names))
         if self.wanted.overlays:
@@ -164,10 +168,13 @@ def _quoted(cell: str) -> str:
     return f'"{quoted}"' if set(cell) & set(',"') else cell
 
 
-def _probabilities(values: NDArray[Any], names: Sequence[str]) -> bytes:
-    if values.dtype == np.uint16:
+def _probabilities(values: NDArray[Any], kind: Probabilities, names: Sequence[str]) -> bytes:
+    if kind == "png":
         return cv2.imencode(".png", values)[1].tobytes()
     content = io.BytesIO()
+    if kind == "logits":
+        np.save(content, values)
+        return content.getvalue()
     np.savez_compressed(content, probabilities=values, classes=np.array(list(names)))
     return content.getvalue()
 

@@ -24,9 +24,10 @@ from distseg.errors import UserError
 from distseg.evaluation.own_resolution import own_strips
 from distseg.evaluation.tiles import predict_bands
 from distseg.inference.canvas import Canvas
+from distseg.labels.calibration import relative_logits
 from distseg.training.checkpoint import chosen_checkpoint, digest_of_network, load_network
 
-Probabilities = Literal["none", "png", "npz"]
+Probabilities = Literal["none", "png", "npz", "logits"]
 LARGE = 2**24
 """Pixels of an image from which on memory is spared at the cost of time."""
 
@@ -58,7 +59,7 @@ class Prediction:
     """Mean over the image, at the network's resolution, of the probability of the class that is the most probable."""
     probabilities: NDArray[Any] | None
     """None unless asked for. png: (height, width) uint16, 65535 · P(not background). npz: (C, height, width) float16 of
-    each class."""
+    each class. logits: (C, rows, columns) float16 of each class relative to background, at the network's resolution."""
 
     @cached_property
     def mask(self) -> NDArray[np.uint8]:
@@ -165,8 +166,10 @@ class Predictor:
         confidence = _Confidence(canvas.place)
         areas = np.zeros(self.data.class_count, np.int64)
         kept: NDArray[Any] | None = None
+        pictures: list[Tensor] = []
         row = 0
-        for strip in own_strips(confidence.watched(bands), canvas.place, height, width):
+        watched = confidence.watched(bands, pictures if probabilities == "logits" else None)
+        for strip in own_strips(watched, canvas.place, height, width):
             ids = (strip[0] > 0).view(torch.uint8) if len(strip) == 1 else strip.argmax(dim=0).byte()
             rows = slice(row, row + strip.shape[1])
             mask = ids.cpu().numpy()
@@ -180,6 +183,8 @@ class Predictor:
                 kept = np.empty((len(each), height, width), np.float16) if kept is None else kept
                 kept[:, rows] = each
             row = rows.stop
+        if probabilities == "logits":
+            kept = relative_logits(torch.cat(pictures, dim=1)[None])[0].half().cpu().numpy()
         return Prediction((height, width), tuple(strips), tuple(areas.tolist()), confidence.mean, kept)
 
 
@@ -190,7 +195,8 @@ class _Confidence:
         self._place = place
         self._sum = 0.0
 
-    def watched(self, bands: Iterator[Tensor]) -> Iterator[Tensor]:
+    def watched(self, bands: Iterator[Tensor], kept: list[Tensor] | None) -> Iterator[Tensor]:
+        """The bands as they are; `kept` gets what the picture has of each."""
         rows, columns = self._place.picture
         row = 0
         for band in bands:
@@ -198,6 +204,8 @@ class _Confidence:
             best = part[0].abs().sigmoid() if len(part) == 1 else part.softmax(dim=0).amax(dim=0)
             self._sum += best.sum(dtype=torch.float64).item()
             row += band.shape[1]
+            if kept is not None:
+                kept.append(part)
             yield band
 
     @property

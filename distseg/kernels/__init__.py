@@ -248,8 +248,8 @@ def correct_labels(
     most = min(pixels, max(PIXELS_OF_COUNTS, PIXELS_A_COUNT * classes * bin_count))
     tiles = triton.cdiv(most, block)
     blocks = triton.cdiv(pixels, tiles * block) if pixels else 0
-    # 64 counters a thread, so that none is spilled to memory.
-    warps = min(16, max(OPTIONS["num_warps"], padded * bins_padded // 2048))
+    # 32 counters a thread, and 4 to 16 warps, so that none is spilled to memory.
+    warps = min(16, max(OPTIONS["num_warps"], padded * bins_padded // 1024))
     labels = torch.empty_like(y)
     counts = torch.empty((len(z), blocks, annotations, classes, bin_count), dtype=tables.dtype, device=z.device)
     if counts.numel():

@@ -20,7 +20,7 @@ changes but what the reduction (distseg/meta/reduction.py) does.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,14 +51,22 @@ def valid_count(batches: Sequence[LabelledImages]) -> Tensor:
     return torch.stack([valid_pixels(masks).sum() for _, masks in batches]).sum()
 
 
+class MeanLoss(NamedTuple):
+    """A loss averaged over the valid pixels of the global batch."""
+
+    gradient: Parameters
+    loss: Tensor
+    """This process's part of its value, a scalar: the parts add up to the mean."""
+
+
 def mean_gradient(
     network: Network,
     parameters: Parameters,
     batches: Sequence[LabelledImages],
     reduction: Reduction,
     loss: SummedLoss = summed_loss,
-) -> Parameters:
-    """The gradient of a loss averaged over the valid pixels of every micro-batch of every rank: g, of clean batches.
+) -> MeanLoss:
+    """A loss averaged over the valid pixels of every micro-batch of every rank, and its gradient: g, of clean batches.
 
     Sums travel, not means: the summed gradient in buckets, each as soon as the last backward pass has made it, and the
     count of valid pixels in the last of them; or the count alone where gradients need no sum over the ranks. 0 where
@@ -67,20 +75,28 @@ def mean_gradient(
     assert batches, "a batch is needed"
     leaves = _leaves(parameters)
     own: dict[str, Tensor] = {}
+    values: list[Tensor] = []
+
+    def noted(logits: Tensor, masks: Tensor) -> Tensor:
+        value = loss(logits, masks)
+        values.append(value.detach())
+        return value
+
     for images, masks in batches[:-1]:
-        own = _added(own, _summed_gradient(network, leaves, images, masks, loss))
+        own = _added(own, _summed_gradient(network, leaves, images, masks, noted))
     dtype = next(iter(parameters.values())).dtype
     count = valid_count(batches).to(dtype)
     if reduction.sums_gradients:
         buckets = _Buckets(leaves, own, count, reduction)
-        buckets.fill(_summed_gradient(network, leaves, *batches[-1], loss))
+        buckets.fill(_summed_gradient(network, leaves, *batches[-1], noted))
         total, count = buckets.sums()
     else:
-        total = _added(own, _summed_gradient(network, leaves, *batches[-1], loss))
+        total = _added(own, _summed_gradient(network, leaves, *batches[-1], noted))
         count = reduction.sum(count)
     count = count.clamp(min=1)
     # Quotients own their memory; forward mode would copy a tangent that views a larger storage, and hold both.
-    return {name: total.pop(name) / count for name in parameters}
+    gradient = {name: total.pop(name) / count for name in parameters}
+    return MeanLoss(gradient, torch.stack(values).sum() / count)
 
 
 def fast_weights(parameters: Parameters, noisy_gradient: Parameters, virtual_lr: float, weight: float) -> Parameters:
@@ -106,7 +122,7 @@ def logits_along(
             return forward(images)
 
     with forward_ad.dual_level():
-        dual = {name: forward_ad.make_dual(_apart(theta), gradient[name]) for name, theta in parameters.items()}
+        dual = {name: forward_ad.make_dual(apart(theta), gradient[name]) for name, theta in parameters.items()}
         logits, tangents = forward_ad.unpack_dual(network.run(dual, with_tangents))
     return logits.detach(), torch.zeros_like(logits) if tangents is None else tangents.detach()
 
@@ -265,13 +281,17 @@ class _PlaceOf(torch.autograd.Function):
         return direction
 
 
-def _apart(tensor: Tensor) -> Tensor:
+def owns_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def apart(tensor: Tensor) -> Tensor:
     """The same memory as a storage of its own.
 
     Forward mode gives a tangent the storage size of its primal. Under ZeRO a parameter, or its shard, is a view of one
     flat buffer, and every tangent would be as large as that.
     """
-    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+    if owns_storage(tensor):
         return tensor
     return torch.from_dlpack(tensor.detach()) if tensor.numel() else tensor.new_empty(tensor.shape)
 

@@ -73,9 +73,10 @@ def hypergradient(
 
     dtype = next(iter(parameters.values())).dtype
     count = reduction.sum(valid_count(noisy)).clamp(min=1).to(dtype)
-    step = mean_gradient(network, parameters, noisy, reduction, weighed_by_net)
+    step = mean_gradient(network, parameters, noisy, reduction, weighed_by_net).gradient
     fast = {name: theta - virtual_lr * step.pop(name) for name, theta in parameters.items()}
-    gradient = mean_gradient(network, fast, clean, reduction, partial(summed_loss, class_weights=class_weights))
+    clean_loss = partial(summed_loss, class_weights=class_weights)
+    gradient = mean_gradient(network, fast, clean, reduction, clean_loss).gradient
 
     alignments, losses, surrogate = [], [], torch.zeros((), device=count.device)
     for images, masks in noisy:

@@ -38,6 +38,10 @@ class Context:
     placement: Placement
     reduction: Reduction
     device: torch.device
+    one_pass: bool = False
+    """Whether steps are made by a network whose forward pass may carry tangents: whole parameters, no autocast."""
+    adds_gradients: bool = False
+    """Whether a gradient that is known already can be added to the update: distseg.distributed.engine.add_gradient."""
     classes: int = 2
     """Of the masks; the network has as many channels, or one for two classes."""
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)

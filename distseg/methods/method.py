@@ -11,9 +11,9 @@ from distseg.meta.reduction import Reduction
 from distseg.meta.weights import WeightMap, joined, uniform_weights
 from distseg.methods.config import MethodConfig
 from distseg.methods.context import Context
-from distseg.methods.part import HeldOut, LabelModel, Loss, Part, Weighed, Weighting
-from distseg.methods.phases import Phases
-from distseg.methods.step import Drawn, MicroBatch, Step
+from distseg.methods.part import HeldOut, LabelModel, Loss, Part, PendingWeights, Weighed, Weighting
+from distseg.methods.phases import Phase, Phases
+from distseg.methods.step import CleanTerm, Drawn, MicroBatch, Step
 
 
 def build_method(config: MethodConfig, context: Context) -> "Method":
@@ -27,6 +27,8 @@ def build_method(config: MethodConfig, context: Context) -> "Method":
         reduction=context.reduction,
         logits_of=context.logits,
         labels_first=config.weighting.needs_clean,
+        one_pass=context.one_pass and context.accumulation == 1,
+        reuses_clean=context.adds_gradients and loss.is_cross_entropy,
     )
 
 
@@ -44,32 +46,36 @@ class Method:
     """Of images, by the network as it is."""
     labels_first: bool
     """Whether weights depend on labels, which otherwise follow from the logits of the weighted pass."""
+    one_pass: bool = False
+    """Whether weights may come from the pass that they weigh. With several micro-batches that is too late: the weights
+    of the first one need the sum over all."""
+    reuses_clean: bool = False
+    """Whether a clean gradient that weights come from is the update's clean part too."""
 
     def begin(self, index: int, diagnose: bool) -> Step:
         """Step `index` (0-based); every rank makes it. `diagnose` adds diagnostics and changes nothing else."""
         phase = self.phases.at(index)
         noisy, clean = phase.batches(index, self.accumulation)
         model = self.label_model if noisy and phase.main else None
+        pending = self._pending(phase, noisy, clean)
         held_out = clean if clean and phase.clean_share == 0 else [None] * self.accumulation
         drawn: Sequence[Drawn | None] = [None] * self.accumulation
         if model:
-            drawn = [self._drawn(model, *each) for each in zip(noisy, held_out, strict=True)]
-        weighed = None
-        if phase.clean_share is None:
-            batches = _joined(noisy, clean)
-            maps = self._uniform(batches)
-        else:
+            labels_first = self.labels_first and not pending
+            drawn = [self._drawn(model, *each, labels_first) for each in zip(noisy, held_out, strict=True)]
+        weighed: Weighed | PendingWeights | None = pending
+        if not pending and phase.clean_share is not None:
             weighed = self._weigh(noisy, drawn, clean, diagnose)
-            batches, maps = noisy, weighed.maps
-            if phase.clean_share:
-                batches = _joined(noisy, clean)
-                maps = self._beside_clean(noisy, maps, clean, phase.clean_share)
+        term = self._clean_term(phase, weighed, clean)
+        batches = noisy if weighed and (term or not phase.clean_share) else _joined(noisy, clean)
+        maps = self._maps(phase, weighed, term, noisy, clean)
         return Step(
             [MicroBatch(*each) for each in zip(batches, maps, drawn, strict=True)],
             self.loss,
             self.reduction,
             weighting=self.weighting,
-            weighed=weighed,
+            weighed=weighed._replace(clean=None) if isinstance(weighed, Weighed) else weighed,
+            clean=term,
             label_model=model,
             diagnose=diagnose,
         )
@@ -91,10 +97,40 @@ class Method:
     def _uniform(self, batches: Sequence[Batch]) -> list[WeightMap]:
         return uniform_weights([batch.masks for batch in batches], self.reduction, batches[0].images.dtype)
 
-    def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None) -> Drawn:
+    def _pending(self, phase: Phase, noisy: Sequence[Batch], clean: Sequence[Batch]) -> PendingWeights | None:
+        # Images that are joined to the noisy ones would carry tangents for nothing, and change what these are.
+        if not self.one_pass or phase.clean_share is None or (phase.clean_share and not self.reuses_clean):
+            return None
+        return self.weighting.begin(noisy[0].images, [(batch.images, batch.masks) for batch in clean])
+
+    def _clean_term(
+        self, phase: Phase, weighed: Weighed | PendingWeights | None, clean: Sequence[Batch]
+    ) -> CleanTerm | None:
+        if not (self.reuses_clean and phase.clean_share and weighed and weighed.clean):
+            return None
+        return CleanTerm(weighed.clean, phase.clean_share, tuple(each for batch in clean for each in batch.ids))
+
+    def _maps(
+        self,
+        phase: Phase,
+        weighed: Weighed | PendingWeights | None,
+        term: CleanTerm | None,
+        noisy: Sequence[Batch],
+        clean: Sequence[Batch],
+    ) -> Sequence[WeightMap | None]:
+        """Of the micro-batches, as far as their weights are known."""
+        if weighed is None:
+            return self._uniform(_joined(noisy, clean))
+        if not isinstance(weighed, Weighed):
+            return [None]
+        if term:
+            return [weights.times(1 - term.share) for weights in weighed.maps]
+        return self._beside_clean(noisy, weighed.maps, clean, phase.clean_share) if phase.clean_share else weighed.maps
+
+    def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None, labels_first: bool) -> Drawn:
         bins = model.bins(batch.masks)
         labels = None
-        if self.labels_first:
+        if labels_first:
             labels, _ = model.correct(self.logits_of(batch.images), batch.masks, bins, None)
         held_out = HeldOut(self.logits_of(clean.images), clean.masks) if clean else None
         return Drawn(len(batch.ids), bins, labels, held_out, batch.true_masks)

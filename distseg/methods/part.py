@@ -6,11 +6,11 @@ device whether the step was skipped.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from distseg.meta.estimators import LabelledImages
+from distseg.meta.estimators import LabelledImages, MeanLoss
 from distseg.meta.weights import Diagnostics, WeightMap
 
 
@@ -39,9 +39,32 @@ class Weighed(NamedTuple):
     diagnostics: Diagnostics
     evidence: Any = None
     """What `Weighting.learn` is given."""
+    clean: MeanLoss | None = None
+    """The mean cross-entropy of the step's clean images at the present parameters, where the weights come from it."""
+
+
+class PendingWeights(Protocol):
+    """Weights of a step's only noisy micro-batch that wait for the logits that they weigh."""
+
+    @property
+    def clean(self) -> MeanLoss:
+        """As in Weighed."""
+
+    def forward(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, H, W), with their graph, and their tangents, in one pass of `network`, the step's own."""
+
+    def weigh(self, logits: Tensor, tangents: Tensor, masks: Tensor, true_masks: Tensor | None) -> Weighed:
+        """What `Weighting.weigh` would say of the images; all of it constant to autograd."""
 
 
 class Weighting(Part, ABC):
+    def begin(self, images: Tensor, clean: Sequence[LabelledImages]) -> PendingWeights | None:
+        """Weights for noisy images (B, 3, H, W) from the pass that is weighed; None: `weigh` needs passes of its own.
+
+        Called where a step has one noisy micro-batch and its parameters are whole, without autocast.
+        """
+        return None
+
     @abstractmethod
     def weigh(
         self,
@@ -55,6 +78,8 @@ class Weighting(Part, ABC):
 class Loss(Part, ABC):
     class_weights: Tensor | None = None
     """(classes,) what multiplies the cross-entropy of each label, for weights that are found with it; None: 1 each."""
+    is_cross_entropy: bool = False
+    """Whether Σ W·ℓ is cross-entropy under these class weights and nothing else."""
 
     @abstractmethod
     def terms(self, logits: Tensor, labels: Tensor, weights: WeightMap) -> tuple[Tensor, Tensor | None]:

@@ -1,15 +1,16 @@
 """One training step of a method: what is shown to the network, what it costs, and what the method learns from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distseg.data.batch import Batch
+from distseg.meta.estimators import MeanLoss
 from distseg.meta.reduction import Reduction
 from distseg.meta.weights import Diagnostics, WeightMap
-from distseg.methods.part import HeldOut, LabelModel, Loss, Weighed, Weighting
+from distseg.methods.part import HeldOut, LabelModel, Loss, PendingWeights, Weighed, Weighting
 from distseg.ops import valid_pixels
 
 
@@ -34,14 +35,27 @@ class MicroBatch:
 
     batch: Batch
     """Its masks are as drawn."""
-    weights: WeightMap
-    """The weights of a step sum to 1 over micro-batches and ranks."""
+    weights: WeightMap | None
+    """The weights of a step sum to 1 over micro-batches and ranks, or with `CleanTerm.share`. None until
+    `Step.forward` where they come from that pass."""
     drawn: Drawn | None = None
     """What a label model may correct; None where there is none, or no noisy image."""
 
 
+@dataclass(frozen=True)
+class CleanTerm:
+    """The part of a step's loss that is the clean images', with its gradient, which is added to the update as it is."""
+
+    mean: MeanLoss
+    share: float
+    """Of the step's loss; the micro-batches have the rest."""
+    ids: tuple[str, ...]
+    """This rank's clean images."""
+
+
 class Step:
-    """Made by `Method.begin`. `loss` may be called any number of times; only `finish` changes the method."""
+    """Made by `Method.begin`. For each micro-batch `forward`, then `loss`, any number of times; only `finish` changes
+    the method, and no step is of use after it."""
 
     def __init__(
         self,
@@ -50,11 +64,17 @@ class Step:
         reduction: Reduction,
         *,
         weighting: Weighting | None = None,
-        weighed: Weighed | None = None,
+        weighed: Weighed | PendingWeights | None = None,
+        clean: CleanTerm | None = None,
         label_model: LabelModel | None = None,
         diagnose: bool = False,
     ) -> None:
-        self.micro_batches = micro_batches
+        self.micro_batches = list(micro_batches)
+        self.clean = clean
+        """What is to be added to the update of the micro-batches; None where their images are all."""
+        own = tuple(each for micro in micro_batches for each in micro.batch.ids)
+        self.ids = own + (clean.ids if clean else ())
+        """Of this rank's images."""
         self._loss, self._reduction = loss, reduction
         self._weighting, self._weighed = weighting, weighed
         self._label_model, self._diagnose = label_model, diagnose
@@ -63,12 +83,25 @@ class Step:
         self._label_evidence: dict[int, Tensor] = {}
         self._wrong: dict[int, Tensor] = {}
 
+    def forward(self, network: nn.Module, index: int) -> Tensor:
+        """Logits (B, C, H, W) of micro-batch `index` with their graph, at least float32: what `loss` is to be given.
+
+        One pass of `network`, which finds the weights too where they come from it.
+        """
+        images = self.micro_batches[index].batch.images
+        if self._weighed is None or isinstance(self._weighed, Weighed):
+            return _wide(network(images))
+        logits, tangents = self._weighed.forward(network, images)
+        self._weigh(self._weighed, index, logits.detach(), tangents)
+        return _wide(logits)
+
     def loss(self, index: int, logits: Tensor, scale: float = 1.0) -> Tensor:
         """scale · Σ W·ℓ of micro-batch `index`, a scalar, from its logits (B, C, H, W).
 
         The factor goes into the weights, which spares the gradient of the loss a pass.
         """
         micro = self.micro_batches[index]
+        assert micro.weights is not None, "the pass that the weights come from has not been made"
         labels = micro.batch.masks
         if self._label_model and micro.drawn:
             labels = self._labels(index, self._label_model, micro.batch, micro.drawn, logits.detach())
@@ -84,7 +117,8 @@ class Step:
         this once, after `loss` of every micro-batch. One reduction over ranks, if anything is learned at all.
         """
         diagnostics: Diagnostics = {}
-        if self._weighting and self._weighed:
+        self.clean = None  # a gradient's worth of memory
+        if self._weighting and isinstance(self._weighed, Weighed):
             diagnostics |= self._weighed.diagnostics
             diagnostics |= self._weighting.learn(self._weighed.evidence, skipped, lr)
         found = [self._loss_evidence, self._label_evidence, self._wrong]
@@ -97,6 +131,20 @@ class Step:
             known, drawn, learned = wrong
             diagnostics |= {"noise_rate": drawn / known, "corrected_noise_rate": learned / known}
         return diagnostics
+
+    def _weigh(self, pending: PendingWeights, index: int, logits: Tensor, tangents: Tensor) -> None:
+        """Put the weights that a pass has found where `loss` looks for them, and the labels that they are for."""
+        micro = self.micro_batches[index]
+        batch, drawn, labels = micro.batch, micro.drawn, micro.batch.masks
+        if self._label_model and drawn:
+            labels, _ = self._label_model.correct(logits, labels, drawn.bins, None)
+            drawn = replace(drawn, labels=labels)
+        weighed = pending.weigh(logits, tangents, labels, batch.true_masks if self._diagnose else None)
+        [weights] = weighed.maps
+        if self.clean:
+            weights = weights.times(1 - self.clean.share)
+        self.micro_batches[index] = replace(micro, weights=weights, drawn=drawn)
+        self._weighed = weighed._replace(clean=None)
 
     def _summed(self, found: Sequence[list[Tensor]]) -> list[Tensor | None]:
         """Each list of vectors added up over micro-batches and ranks, in one reduction; None for an empty list."""
@@ -114,6 +162,10 @@ class Step:
         if self._diagnose and drawn.truth is not None:
             self._wrong[index] = _wrong_pixels(masks, labels, drawn.truth)
         return torch.cat([labels, rest])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _wrong_pixels(drawn: Tensor, labels: Tensor, truth: Tensor) -> Tensor:

@@ -135,6 +135,36 @@ class DataPage:
     problems: Sequence[NamedProblem]
 
 
+@dataclass(frozen=True)
+class AuditCard:
+    """A mask that is in doubt: image with outlines and suspicion map, JPEG."""
+
+    id: str
+    facts: Sequence[str]
+    jpegs: Sequence[bytes]
+
+    @property
+    def pictures(self) -> list[str]:
+        return [base64.b64encode(jpeg).decode("ascii") for jpeg in self.jpegs]
+
+
+@dataclass(frozen=True)
+class AuditPage:
+    """What the report of an audit shows, from top to bottom; plain text throughout, empty parts are left out."""
+
+    title: str
+    paragraphs: Sequence[str]
+    facts: Sequence[Fact]
+    annotators_text: str
+    annotators: Table
+    legend: Sequence[LegendEntry]
+    cards_text: str
+    cards: Sequence[AuditCard]
+    charts: Sequence[Picture]
+    masks: Table
+    problems: Sequence[NamedProblem]
+
+
 def study_page(page: StudyPage) -> str:
     """One HTML document, for a browser and a tracker's artifact viewer. It loads nothing and runs no script."""
     return _rendered("study.html", page)
@@ -145,7 +175,12 @@ def data_page(page: DataPage) -> str:
     return _rendered("data.html", page)
 
 
-def _rendered(template: str, page: StudyPage | DataPage) -> str:
+def audit_page(page: AuditPage) -> str:
+    """One HTML document, as `study_page`."""
+    return _rendered("audit.html", page)
+
+
+def _rendered(template: str, page: StudyPage | DataPage | AuditPage) -> str:
     # Late: only a report needs it.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

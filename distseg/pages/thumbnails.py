@@ -14,6 +14,7 @@ OUTLINES = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 """Okabe and Ito's colours and three more: the reference has the first, annotators have the others in turn."""
 _RIM = (30, 30, 30)
 """Keeps an outline visible on bright and on dark ground."""
+_SHADE = (230, 30, 30)
 _FEW_MASKS = 3
 """Of an image; more have finer outlines."""
 _QUALITY = 85
@@ -54,6 +55,19 @@ def outlined(image: NDArray[np.uint8], masks: Sequence[tuple[str, NDArray[np.uin
         cv2.drawContours(drawn, contours, -1, _RIM, width + 2, cv2.LINE_AA)
         cv2.drawContours(drawn, contours, -1, _rgb(colour), width, cv2.LINE_AA)
     return drawn
+
+
+def shaded(image: NDArray[np.uint8], values: NDArray[np.float32], side: int) -> NDArray[np.uint8]:
+    """An image in grey, the redder the higher `values` (H, W) in [0, 1] are, which are stretched over it.
+
+    `image` and what is returned are as in `outlined`.
+    """
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    grey = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    share = np.clip(cv2.resize(values, size, interpolation=cv2.INTER_LINEAR), 0, 1)[..., None]
+    return np.rint(grey[..., None] * (1 - share) + np.array(_SHADE, np.float32) * share).astype(np.uint8)
 
 
 def outline_colours(keys: Sequence[str]) -> dict[str, str]:

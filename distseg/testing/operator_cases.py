@@ -71,7 +71,7 @@ CASES = [
     Case("many classes, channels last", (1, 150, 7, 11), layout="channels_last"),
 ]
 
-ANNOTATORS, BINS = 3, 18
+ANNOTATORS, BINS = 3, 7
 """Of the label model's cases."""
 
 
@@ -94,7 +94,7 @@ class Inputs:
     annotators: Tensor
     """(B, 2), some of them −1."""
     tables: Tensor
-    """(3, max(2, C), 18)."""
+    """(3, max(2, C), 7)."""
     calibration: Tensor
     """(max(2, C),)."""
 

@@ -10,7 +10,7 @@ from distseg.data.config import DataConfig
 from distseg.data.noise.write import read_noisy_masks, write_noisy_masks
 from distseg.data.roster import keep_roster
 from distseg.data.sample import Sample
-from distseg.data.splits import split_clean
+from distseg.data.splits import split_clean, without_fold
 from distseg.run_folder import RunFolder
 
 
@@ -41,6 +41,8 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
     clean, noisy = split_clean(by_split["train"], config.clean_count, seed, needs_clean)
     if digests:
         keep_roster(samples, {sample.id for sample in clean}, digests, folder.data, folder.config.exists())
+    if config.fold is not None:
+        clean, noisy = without_fold(clean, noisy, config.fold, config.split_seed)
     if config.annotators != "drawn":
         noisy = fuse_annotations(noisy, config.annotators, folder.noisy_masks, config.decoding, check)
     noisy_masks = write_noisy_masks if check else read_noisy_masks

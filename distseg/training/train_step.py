@@ -7,7 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distseg.distributed.engine import gradients_put_away, reduced_gradients, skip_update_if, skipped_by_engine
+from distseg.distributed.engine import (
+    add_gradient,
+    gradients_put_away,
+    reduced_gradients,
+    skip_update_if,
+    skipped_by_engine,
+)
 from distseg.distributed.network_state import KeptBuffers, share_buffers
 from distseg.meta.weights import Diagnostics
 from distseg.methods.step import Step
@@ -31,7 +37,7 @@ class Outcome:
 
 
 def train_step(engine: Any, method: BeginsSteps, index: int, lr: float, diagnose: bool = False) -> Outcome:
-    """One optimiser step on Σ W·ℓ over the micro-batches of all ranks, or none where that is not finite on one of them.
+    """One optimiser step on Σ W·ℓ over the images of all ranks, or none where that is not finite on one of them.
 
     A skipped step changes nothing at all, on any rank: neither parameters nor buffers, nor the optimiser's state, nor
     what the method has learned. Nothing here waits for a GPU.
@@ -43,14 +49,17 @@ def train_step(engine: Any, method: BeginsSteps, index: int, lr: float, diagnose
         group["lr"] = lr
     buffers = KeptBuffers(engine.module)
     total = torch.zeros((), device=engine.device)
-    for k, micro in enumerate(step.micro_batches):
-        logits = engine(micro.batch.images)
+    for k in range(len(step.micro_batches)):
+        logits = step.forward(engine, k)
         # The engine averages gradients over ranks; the weights already sum to 1 over ranks and micro-batches.
-        loss = step.loss(k, logits.float(), scale=world_size)
+        loss = step.loss(k, logits, scale=world_size)
         engine.backward(loss, scale_wrt_gas=False)
         total += loss.detach()
         if k + 1 < len(step.micro_batches):
             engine.step()
+    if step.clean:
+        add_gradient(engine, step.clean.mean.gradient, step.clean.share)
+        total += step.clean.mean.loss * (step.clean.share * world_size)
     bad = not_finite(total, reduced_gradients(engine), dist.get_rank(), world_size)
     skip_update_if(engine, bad.any())
     engine.step()

@@ -20,7 +20,7 @@ from distseg.data.sample import Sample
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.distributed.batch_norm import synchronise_batch_norm
 from distseg.distributed.collectives import AllReduce, main_rank_first, sum_over_ranks
-from distseg.distributed.engine import build_engine, shadow_of, sharded_parameters
+from distseg.distributed.engine import build_engine, can_add_gradients, shadow_of, sharded_parameters
 from distseg.distributed.network_state import refuse_unsaved_state
 from distseg.distributed.ranks import ShardSpec
 from distseg.distributed.runtime import Runtime
@@ -166,6 +166,8 @@ class Trainer:
             placement=sharded_parameters(shadow) if self.sharded else Whole(shadow),
             reduction=AllReduce(self.sharded),
             device=runtime.device,
+            one_pass=not self.sharded and config.train.precision == "fp32",
+            adds_gradients=can_add_gradients(self.engine),
             classes=config.data.class_count,
         )
         self.method = build_method(config.method, context)
@@ -248,6 +250,7 @@ class Trainer:
             probabilities = logits.softmax(1)
         else:
             probabilities = logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
+        assert micro.weights is not None, "the step has been made"
         weights = micro.weights.full(batch.masks)
         return panel(batch.pictures, batch.masks, batch.true_masks, weights, probabilities, caption, names)
 
@@ -285,7 +288,7 @@ class Trainer:
     def _train_step(self, index: int) -> Outcome:
         diagnose = self.cadence.logs(index + 1)
         outcome = train_step(self.engine, self.method, index, self._learning_rate(index), diagnose)
-        self.guard.record(index + 1, outcome.bad, tuple(i for m in outcome.step.micro_batches for i in m.batch.ids))
+        self.guard.record(index + 1, outcome.bad, outcome.step.ids)
         self.zero_maps += outcome.diagnostics.get("zero_maps", 0)
         self.progress.step = index + 1
         return outcome

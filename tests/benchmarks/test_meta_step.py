@@ -16,8 +16,11 @@ def test_the_benchmark_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     result = json.loads(figures.read_text())
-    assert list(result["rows"]) == ["plain", "forward", "reverse", "finite"]
-    assert result["rows"]["plain"]["time_ratio"] == result["rows"]["plain"]["memory_ratio"] == 1
+    learning_from_both = ["plain_both", "one_pass_clean", "forward_clean"]
+    assert set(result["rows"]) == {"plain", "one_pass", "forward", "reverse", "finite", *learning_from_both}
+    for itself in (result["rows"]["plain"], result["rows"]["plain_both"]["beside_plain_both"]):
+        assert itself["time_ratio"] == itself["memory_ratio"] == itself["predicted_ratio"] == 1
+    assert result["rows"]["one_pass_clean"]["beside_plain_both"]["predicted_ratio"] == pytest.approx(8 / 6)
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in result["rows"].values())
     assert result["setting"]["width"] == 4 and result["machine"]["torch"]
     assert all(name in done.stdout for name in result["rows"])

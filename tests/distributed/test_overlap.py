@@ -38,10 +38,10 @@ def gradients(runtime) -> dict[str, Tensor]:
     torch.manual_seed(1 + runtime.shard.rank)
     batches = [(torch.randn(2, 3, 8, 8), torch.randint(0, 2, (2, 8, 8))) for _ in range(2)]
     batches[0][1][0, : 3 + runtime.shard.rank] = 255
-    together = estimators.mean_gradient(Pure(), parameters, batches, ByFunction(sum_over_ranks))
+    together = estimators.mean_gradient(Pure(), parameters, batches, ByFunction(sum_over_ranks)).gradient
     estimators.BUCKET_ELEMENTS = 30  # "last" has 36 elements, "unused" and "first" 115
     events.clear()
-    in_buckets = estimators.mean_gradient(Pure(), parameters, batches, Noting())
+    in_buckets = estimators.mean_gradient(Pure(), parameters, batches, Noting()).gradient
     out = {f"together {name}": value for name, value in together.items()}
     out |= {f"in buckets {name}": value for name, value in in_buckets.items()}
     return out | {"events": torch.tensor([ORDER.index(event) for event in events])}

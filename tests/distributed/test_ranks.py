@@ -138,7 +138,7 @@ def weigh(reweighter: PixelReweighter, runtime, accumulation: int, step: int, dt
 def clean_gradient(model: nn.Module, placement, runtime, accumulation: int, step: int, dtype: torch.dtype):
     _, clean = (micro_batches(pair, runtime, accumulation) for pair in global_batches(step, dtype))
     network, parameters = StatelessNetwork(model, placement), placement.trainable()
-    return mean_gradient(network, parameters, clean, AllReduce(placement.sharded))
+    return mean_gradient(network, parameters, clean, AllReduce(placement.sharded)).gradient
 
 
 def ranked_model(runtime, dtype: torch.dtype, norm: str) -> nn.Module:

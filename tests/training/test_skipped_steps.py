@@ -19,6 +19,8 @@ from distseg.training.trainer import Trainer
 
 LEARNERS = {"label_correction": {"warm_up": 0.0, "clean_phase": 0.0}}
 """Keys with which the first steps are of the main phase."""
+ONE_PASS = "one_pass"
+"""pixel_reweight whose weights come from the step's own pass, and whose clean gradient is added to the update."""
 
 
 class Poisoned:
@@ -48,7 +50,11 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 def skip_a_step(runtime, root: str, folder: str, stage: int) -> dict[str, Tensor]:
     """How many tensors of its state each preset has, and moves in a step that is kept."""
     moved = {}
-    for name in PRESETS:
+    for name in (*PRESETS, ONE_PASS):
+        method = {"name": name, **LEARNERS.get(name, {})}
+        if name == ONE_PASS:
+            method = {"name": "pixel_reweight", "include_clean": True}
+        accumulation = 1 if name == ONE_PASS else 2
         config = Config.model_validate(
             {
                 "name": name,
@@ -60,9 +66,9 @@ def skip_a_step(runtime, root: str, folder: str, stage: int) -> dict[str, Tensor
                     "noise": {"kind": "polygon"},
                 },
                 "model": {"width": 4, "depth": 1, "norm": "batch"},
-                "method": {"name": name, **LEARNERS.get(name, {})},
+                "method": method,
                 "optim": {"name": "adam", "lr": 0.01},
-                "train": {"steps": 4, "batch_size": 2, "clean_batch_size": 2, "accumulation": 2},
+                "train": {"steps": 4, "batch_size": 2, "clean_batch_size": 2, "accumulation": accumulation},
                 "deepspeed": {"zero_stage": stage},
             }
         )
@@ -85,7 +91,7 @@ def skip_a_step(runtime, root: str, folder: str, stage: int) -> dict[str, Tensor
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_a_skipped_step_changes_nothing(drawn_data: Path, tmp_path: Path, ranks: int, stage: int) -> None:
     for moved in run_ranks(skip_a_step, ranks, str(drawn_data), str(tmp_path), stage):
-        assert moved.keys() == PRESETS.keys()
+        assert moved.keys() == {*PRESETS, ONE_PASS}
         for name, (whole, learned, method) in moved.items():
             assert learned > 0.8 * whole, f"{name}: a step that is kept moves too little for the test to mean anything"
             assert bool(method) == (name in ("label_correction", "meta_weight_net", "t_loss")), name

@@ -21,6 +21,8 @@ IGNORED = "ignore"
 MOST_CLASSES = 254
 REFERENCE = "reference"
 ANNOTATION = "annotation"
+PROPOSAL = "proposal"
+"""The role of a mask that nobody has drawn yet: to be corrected by whoever opens the tool, and read by no format."""
 _LONGEST_NAME = 200
 
 

@@ -13,11 +13,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from distseg.data.decode import Decoding, content_of, opened, orientation_of, read_image
+from distseg.data.decode import Decoding, content_of, opened, orientation_of, read_image, read_mask
 from distseg.data.formats import FORMATS, Format
 from distseg.data.formats.contents import (
     ANNOTATION,
     IGNORE,
+    PROPOSAL,
     REFERENCE,
     Contents,
     Item,
@@ -80,7 +81,7 @@ def import_annotations(
     with folder_written_atomically(to) as folder:
         read = [(source, FORMATS[format].read(source)) for format, source in sources]
         for source, contents in read:
-            _check_unmarked(source, contents, unmarked)
+            check_unmarked(source, contents, unmarked)
         names = list(dict.fromkeys(name for _, contents in read for name in contents.classes))
         classes, ids = number_classes(names, to)
         result = Imported(classes, unannotated=sum(contents.unannotated for _, contents in read))
@@ -138,6 +139,31 @@ def export_annotations(
     return Exported(len(with_masks), len(samples) - len(with_masks), lost)
 
 
+def export_proposals(
+    samples: Sequence[Sample],
+    proposals: Sequence[Path],
+    classes: tuple[str, ...],
+    format: str,
+    to: Path,
+    decoding: Decoding,
+) -> None:
+    """Write images with a mask each that is to be corrected, in the order given, as an annotation tool opens them.
+
+    Raises UserError or BadFileError, and leaves nothing, if anything is wrong.
+    """
+    kind = FORMATS[format]
+
+    def items() -> Iterator[Item]:
+        for sample, path in zip(samples, proposals, strict=True):
+            shown = _picture(sample.image, kind.needs_png, decoding)
+            mask = read_mask(path, decoding)
+            check_size(shown, mask.shape[::-1], str(path))
+            yield Item(sample.id, sample.split, shown, {PROPOSAL: mask}, sample.group)
+
+    with _new_place(to, kind) as place:
+        kind.write(items(), classes, place)
+
+
 class _Joined:
     """Samples by id, written as they come."""
 
@@ -191,7 +217,8 @@ class _Joined:
         return path
 
 
-def _check_unmarked(source: Source, contents: Contents, unmarked: str | None) -> None:
+def check_unmarked(source: Source, contents: Contents, unmarked: str | None) -> None:
+    """Raises UserError where nobody has said what images mean for which a file has nothing."""
     if contents.unmarked and unmarked is None:
         raise UserError(
             f"{source.path}: has nothing for {contents.unmarked} of {contents.count} images: add --unmarked empty if "

@@ -26,6 +26,7 @@ from distseg.data.formats.brush import brush_to_mask, mask_to_brush
 from distseg.data.formats.contents import (
     ANNOTATION,
     IGNORE,
+    PROPOSAL,
     REFERENCE,
     Canvas,
     Contents,
@@ -167,7 +168,10 @@ def read(source: Source) -> Contents:
 
 
 def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None:
-    """images/, annotations.json with every annotator's masks, and label_config.xml for the project's settings."""
+    """images/, annotations.json with every annotator's masks, and label_config.xml for the project's settings.
+
+    A proposal is a prediction there, which an annotator opens, corrects and submits.
+    """
     values = named_values(classes)
     ignored = False
     (folder / "images").mkdir()
@@ -177,10 +181,14 @@ def write(items: Iterable[Item], classes: tuple[str, ...], folder: Path) -> None
             name = f"{item.id}{item.picture.suffix}"
             (folder / "images" / name).write_bytes(item.picture.content)
             data = {"image": f"/data/local-files/?d={quote(f'{folder.name}/images/{name}')}", "split": item.split}
+            drawn = {key: mask for key, mask in item.masks.items() if key != PROPOSAL}
             task = {
                 "data": data | ({"group": item.group} if item.group else {}),
-                "annotations": [_annotation(key, mask, values, next(numbers)) for key, mask in item.masks.items()],
+                "annotations": [_annotation(key, mask, values, next(numbers)) for key, mask in drawn.items()],
             }
+            if PROPOSAL in item.masks:
+                regions = _regions(item.masks[PROPOSAL], values, next(numbers))
+                task["predictions"] = [{"model_version": PROPOSAL, "result": regions}]
             ignored |= any((mask == IGNORE).any() for mask in item.masks.values())
             file.write(",\n" if number else "[\n")
             json.dump(task, file, ensure_ascii=False)
@@ -293,9 +301,9 @@ def _corners(box: _Rectangle, scale: NDArray[np.float64]) -> NDArray[np.float64]
     return start + np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * sides @ turn.T
 
 
-def _annotation(role: str, mask: Mask, values: dict[str, int], number: int) -> dict[str, Any]:
+def _regions(mask: Mask, values: dict[str, int], number: int) -> list[dict[str, Any]]:
     height, width = mask.shape
-    regions = [
+    return [
         {
             "id": f"r{number}_{value}",
             "from_name": "label",
@@ -309,9 +317,13 @@ def _annotation(role: str, mask: Mask, values: dict[str, int], number: int) -> d
         for name, value in values.items()
         if (mask == value).any()
     ]
+
+
+def _annotation(role: str, mask: Mask, values: dict[str, int], number: int) -> dict[str, Any]:
     annotator = role.partition(":")[2]
     by = {"completed_by": int(annotator) if _NUMBER.fullmatch(annotator) else {"email": annotator}} if annotator else {}
-    return {"id": number, "ground_truth": role == REFERENCE, "was_cancelled": False, "result": regions, **by}
+    result = _regions(mask, values, number)
+    return {"id": number, "ground_truth": role == REFERENCE, "was_cancelled": False, "result": result, **by}
 
 
 def _label_config(values: dict[str, int]) -> str:

@@ -10,10 +10,11 @@ backslashes in their paths.
 """
 
 import csv
+import io
 import os
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
@@ -64,8 +65,60 @@ def read_images(table: Path) -> Listing:
     return Listing(samples, problems, frozenset())
 
 
+def with_references(root: Path, new: Mapping[str, str], former: Mapping[str, str], annotator: str) -> str:
+    """The text of manifest.csv with other references, and the former ones as annotations by `annotator`.
+
+    `new` and `former` are paths relative to the root, by id. All other cells, rows and columns stay as they are. Where
+    an image has an annotation of this name already, the name gets a number.
+    """
+    header, columns, lines, separator = _lines(root / "manifest.csv")
+    header, columns = [*header], [*columns]
+    rows = [dict(enumerate([*line, *[""] * (len(header) - len(line))])) for line in lines]
+
+    def place(name: str) -> int:
+        if name not in columns:
+            header.append(name)
+            columns.append(name)
+        return columns.index(name)
+
+    ids = [unicodedata.normalize("NFC", row[columns.index("id")].strip()) for row in rows]
+    reference = place("reference") if new else 0
+    named = {id: _free_column(annotator, columns, [row for row, own in zip(rows, ids, strict=True) if own == id])
+             for id in former}  # fmt: skip
+    for row, id in zip(rows, ids, strict=True):
+        if id in new:
+            row[reference] = new[id]
+        if id in named:  # in its first row alone
+            row[place(named.pop(id))] = former[id]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([row.get(cell, "") for cell in range(max(len(header), len(row)))] for row in rows)
+    return text.getvalue()
+
+
+def _free_column(annotator: str, columns: Sequence[str], rows: Sequence[Mapping[int, str]]) -> str:
+    """annotation:NAME, of a name that none of an image's rows has a mask by."""
+    by = columns.index("annotator") if "annotator" in columns else None
+    number = 1
+    while True:
+        name = annotator if number == 1 else f"{annotator}-{number}"
+        column = f"{_NAMED}{name}"
+        filled = column in columns and any(row.get(columns.index(column), "").strip() for row in rows)
+        if not filled and not (by is not None and any(row[by].strip() == name for row in rows)):
+            return column
+        number += 1
+
+
 def _table(manifest: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The header's columns, and each row's cells by column."""
+    _, columns, lines, _ = _lines(manifest)
+    padded = [line + [""] * (len(columns) - len(line)) for line in lines]
+    return columns, [dict(zip(columns, map(str.strip, line), strict=False)) for line in padded]
+
+
+def _lines(manifest: Path) -> tuple[list[str], list[str], list[list[str]], str]:
+    """The header as it is written, its columns by name, the other lines that are not empty, and the separator."""
     text = _text(manifest)
     first, _, rest = text.partition("\n")
     if first.strip().lower().removeprefix('"').startswith("sep="):  # how Excel names its separator
@@ -77,15 +130,14 @@ def _table(manifest: Path) -> tuple[list[str], list[dict[str, str]]]:
     except csv.Error as error:
         raise UserError(f"{manifest}: cannot be read as CSV: {error}; save it again as CSV") from None
     if not lines:
-        return ["id", "image", "reference"], []
+        return ["id", "image", "reference"], ["id", "image", "reference"], [], separator
     columns = [_column(cell) for cell in lines[0]]
     if "annotator" in columns and "annotation" not in columns:  # a row an annotation, its file under `mask`
         columns = ["annotation" if column == "reference" else column for column in columns]
     doubled = [column for column in columns if _is_known(column) and columns.count(column) > 1]
     if doubled:
         raise UserError(f"{manifest}: has the column {doubled[0]} twice; keep one")
-    padded = [line + [""] * (len(columns) - len(line)) for line in lines[1:] if any(cell.strip() for cell in line)]
-    return columns, [dict(zip(columns, map(str.strip, line), strict=False)) for line in padded]
+    return lines[0], columns, [line for line in lines[1:] if any(cell.strip() for cell in line)], separator
 
 
 def _column(cell: str) -> str:

@@ -22,6 +22,8 @@ class CrossEntropyConfig(Section):
 
 
 class CrossEntropy(Loss):
+    is_cross_entropy = True
+
     def __init__(self, class_weights: Tensor | None = None) -> None:
         self.class_weights = class_weights
 

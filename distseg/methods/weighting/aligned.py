@@ -5,16 +5,17 @@ Zeng, Yang, Urtasun 2018, "Learning to Reweight Examples for Robust Deep Learnin
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from distseg.meta import PixelReweighter
-from distseg.meta.estimators import LabelledImages
+from distseg.meta.estimators import LabelledImages, MeanLoss
 from distseg.meta.weights import Granularity
 from distseg.methods.context import Context
-from distseg.methods.part import Weighed, Weighting
+from distseg.methods.part import PendingWeights, Weighed, Weighting
 from distseg.section import Section
 
 
@@ -40,6 +41,10 @@ class AlignedConfig(Section):
     weights of 0, as the paper's does."""
     initial_weight: Annotated[float, Field(ge=0)] = 0.0
     """The sum of the weights that the virtual step starts with, the same on every valid pixel of the global batch."""
+    one_pass: bool = True
+    """Let the weighted step's own forward pass carry the tangents, which saves a pass and holds the features' tangents
+    beside them. For estimator forward, float32, ZeRO 0 to 2, one micro-batch a step, and networks without activation
+    checkpointing; a pass of their own elsewhere, with the same weights."""
 
     needs_clean: ClassVar[bool] = True
 
@@ -61,12 +66,18 @@ class AlignedConfig(Section):
             reduction=context.reduction,
             placement=context.placement,
         )
-        return Aligned(reweighter)
+        return Aligned(reweighter, self.one_pass)
 
 
 class Aligned(Weighting):
-    def __init__(self, reweighter: PixelReweighter) -> None:
-        self.reweighter = reweighter
+    def __init__(self, reweighter: PixelReweighter, one_pass: bool) -> None:
+        self.reweighter, self.one_pass = reweighter, one_pass
+
+    def begin(self, images: Tensor, clean: Sequence[LabelledImages]) -> PendingWeights | None:
+        if not (self.one_pass and self.reweighter.may_take_one_pass):
+            return None
+        loss = self.reweighter.clean_loss(clean)
+        return _OnePass(self.reweighter, loss) if self.reweighter.takes_one_pass(loss, images) else None
 
     def weigh(
         self,
@@ -74,5 +85,23 @@ class Aligned(Weighting):
         clean: Sequence[LabelledImages],
         true_masks: Sequence[Tensor] | None,
     ) -> Weighed:
-        maps = self.reweighter.weigh(noisy, clean, true_masks)
-        return Weighed(maps, self.reweighter.diagnostics)
+        loss = self.reweighter.clean_loss(clean, noisy)
+        maps = self.reweighter.weigh_along(loss, noisy, true_masks)
+        # With an initial weight the clean loss is at the fast weights, not at the present parameters.
+        here = None if self.reweighter.initial_weight else loss
+        return Weighed(maps, self.reweighter.diagnostics, clean=here)
+
+
+@dataclass(frozen=True)
+class _OnePass:
+    """PendingWeights along the clean gradient."""
+
+    reweighter: PixelReweighter
+    clean: MeanLoss
+
+    def forward(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.reweighter.carry(self.clean, network, images)
+
+    def weigh(self, logits: Tensor, tangents: Tensor, masks: Tensor, true_masks: Tensor | None) -> Weighed:
+        weights = self.reweighter.weigh_pass(self.clean, logits, tangents, masks, true_masks)
+        return Weighed([weights], self.reweighter.diagnostics, clean=self.clean)
