@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py [--ranks 1 2 4] [--rounds 9] [--json FILE]         # the ranks of this machine
     python benchmarks/scaling.py --gpus 8 64 512 --inter-bandwidth 50 --tflops 100  # the model's inputs, see --help
+    python benchmarks/scaling.py --ranks                                            # the model alone
 
 Measured: a plain step (uniform weights) and a weighted one (clean gradient, forward mode) under DeepSpeed, one thread a
 rank on a CPU. Weak: --batch images on every rank. Strong: --batch images on all ranks together. Steps take turns within
@@ -11,12 +12,16 @@ their ratio. With more ranks than cores nothing can scale; the table says which 
 Collectives: every call of torch.distributed in a step, by the function that asks for it, in the weak mode. `in step`
 includes the wait for the slowest rank, `alone` is an all-reduce of as many bytes right after a barrier.
 
-The model: an all-reduce of n bytes over N ranks is a ring or, where that is faster, a binary tree up and down,
+The model: what a rank sends at every ZeRO stage, in order, is benchmarks/traffic.py, which benchmarks/fake_world.py
+holds against real steps of one rank of 8, 64 and 512. An all-reduce of n bytes over N ranks is a ring or, where that is
+faster, a binary tree up and down; a gather of n bytes from each rank, and a reduce-scatter into as many, is recursive
+doubling,
 
     ring  2 (N − 1) rounds of  α + n / (N β)        tree  2 ⌈log₂ N⌉ rounds of  α + n / β
+    gather  ⌈log₂ N⌉ α + (N − 1) n / β
 
-with the latency α and the bandwidth β of the slowest link on the way, and a step takes the time of its computation plus
-that of its collectives. The program prints what it assumes.
+with the latency α and the bandwidth β of the slowest link on the way. A step takes the time of its computation plus
+that of its collectives, one after the other. The program prints what it assumes.
 """
 
 import argparse
@@ -34,9 +39,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import traffic
 from measure import describe_machine, synchronise, take_turns
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from traffic import Message, Network
 
 from distseg.distributed.collectives import AllReduce
 from distseg.distributed.config import DeepSpeedConfig
@@ -52,6 +59,7 @@ from distseg.testing.steps import GivenSteps
 from distseg.training.train_step import train_step
 
 KINDS, MODES = ("plain", "weighted"), ("weak", "strong")
+STEP_OF = {"plain": "plain", "weighted": "forward"}
 COLLECTIVES = ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 META_STEP = Path(__file__).parent / "results" / "meta_step.json"
 WEIGHTED_RATIO = round(json.loads(META_STEP.read_text())["rows"]["forward"]["time_ratio"], 2)
@@ -226,16 +234,35 @@ class Cluster:
         """Seconds of an all-reduce of `size` bytes; the slowest link sets the pace of every round."""
         if gpus == 1:
             return 0.0
-        inside = gpus <= self.gpus_per_node
-        latency = self.intra_latency if inside else self.inter_latency
-        bandwidth = self.intra_bandwidth if inside else self.inter_bandwidth
+        latency, bandwidth = self._link(gpus)
         ring = 2 * (gpus - 1) * (latency + size / (gpus * bandwidth))
         tree = 2 * math.ceil(math.log2(gpus)) * (latency + size / bandwidth)
         return min(ring, tree)
 
+    def all_gather(self, size: int, gpus: int) -> float:
+        """Seconds of a gather of `size` bytes from each GPU; a reduce-scatter into as many is its reverse."""
+        latency, bandwidth = self._link(gpus)
+        return math.ceil(math.log2(gpus)) * latency + (gpus - 1) * size / bandwidth
+
+    def seconds(self, message: Message, gpus: int) -> float:
+        """Of one collective of a rank; of a gradient or a parameter, what its backward pass does not hide."""
+        if message.operator == "allreduce":
+            alone = self.all_reduce(message.size, gpus)
+        elif message.operator == "allgather_base":
+            alone = self.all_gather(message.size, gpus)
+        else:
+            assert message.operator == "reduce_scatter_base", message
+            alone = self.all_gather(message.size // gpus, gpus)
+        return alone if message.numbers else alone * (1 - self.overlap)
+
+    def _link(self, gpus: int) -> tuple[float, float]:
+        if gpus <= self.gpus_per_node:
+            return self.intra_latency, self.intra_bandwidth
+        return self.inter_latency, self.inter_bandwidth
+
 
 def extrapolate(
-    cluster: Cluster, parameters: int, operations_per_image: float, batch: int, gpus: list[int]
+    cluster: Cluster, network: Network, operations_per_image: float, batch: int, gpus: list[int], stage: int
 ) -> list[dict]:
     """Seconds of a step and efficiency: weak with `batch` images a GPU, strong with what weak has on the most GPUs."""
     rows = []
@@ -244,16 +271,15 @@ def extrapolate(
             images = batch if mode == "weak" else batch * max(gpus) / count
             ratio = WEIGHTED_RATIO if kind == "weighted" else 1
             computation = images * operations_per_image * ratio / cluster.operations
-            engine = cluster.all_reduce(4 * parameters, count) * (1 - cluster.overlap)
-            # Uniform weights sum one number, and every step sums its flags of what is not finite.
-            small = cluster.all_reduce(8, count) + cluster.all_reduce(4 * (count + 1), count)
-            gradient = 0.0
-            if kind == "weighted":
-                gradient = cluster.all_reduce(4 * (parameters + 1), count) * (1 - cluster.overlap)
-                small = cluster.all_reduce(8 * 8, count) + cluster.all_reduce(4 * (count + 1), count)
-            seconds = computation + engine + gradient + small
-            row = {"mode": mode, "kind": kind, "gpus": count, "images": images * count, "computation": computation}
-            row |= {"engine": engine, "clean_gradient": gradient, "scalars": small, "seconds": seconds}
+            messages = traffic.step(network, traffic.World(count, stage), STEP_OF[kind])
+            parts = {"engine": 0.0, "clean_gradient": 0.0, "scalars": 0.0}
+            for message in messages:
+                part = "engine" if message.asker == "deepspeed" else "clean_gradient"
+                parts["scalars" if message.numbers else part] += cluster.seconds(message, count)
+            seconds = computation + sum(parts.values())
+            row = {"stage": stage, "mode": mode, "kind": kind, "gpus": count, "images": images * count}
+            row |= {"messages": len(messages), "bytes": sum(message.size for message in messages)}
+            row |= {"computation": computation, **parts, "seconds": seconds}
             rows.append(row | {"efficiency": computation / seconds})
     return rows
 
@@ -277,17 +303,31 @@ def report(arguments: argparse.Namespace) -> dict:
         overlap=arguments.overlap,
     )
     width, depth, size = arguments.model_width, arguments.model_depth, arguments.model_size
-    parameters = sum(p.numel() for p in UNet(width, depth, "none").parameters())
+    network = traffic.network_of(UNet(width, depth, "none"), size)
     operations = operations_per_image(width, depth, size)
-    model = {"cluster": asdict(cluster), "parameters": parameters, "operations_per_image": operations}
+    model = {"cluster": asdict(cluster), "parameters": network.parameters, "operations_per_image": operations}
     model |= {"network": [width, depth, size], "batch": arguments.model_batch, "weighted_ratio": WEIGHTED_RATIO}
-    model["rows"] = extrapolate(cluster, parameters, operations, arguments.model_batch, arguments.gpus)
+    model["rows"] = [
+        row
+        for stage in arguments.model_zero_stages
+        for row in extrapolate(cluster, network, operations, arguments.model_batch, arguments.gpus, stage)
+    ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = vars(arguments) | {"json": None, "cores": len(os.sched_getaffinity(0)), "threads_per_rank": 1}
-    return {"setting": setting, "machine": describe_machine(device), "measured": measure(arguments), "model": model}
+    return {
+        "setting": setting,
+        "machine": describe_machine(device),
+        "measured": measure(arguments) if arguments.ranks else None,
+        "model": model,
+    }
 
 
 def show(result: dict) -> str:
+    measured = [*show_measured(result), ""] if result["measured"] else []
+    return "\n".join([*measured, *show_model(result["model"])])
+
+
+def show_measured(result: dict) -> list[str]:
     setting, machine, measured = result["setting"], result["machine"], result["measured"]
     lines = [
         f"measured: U-Net width {setting['width']} depth {setting['depth']}, {measured['parameters']:,} parameters,"
@@ -316,7 +356,7 @@ def show(result: dict) -> str:
             f"{row['ranks']} ranks, fitted to all-reduces of 32 bytes and of one gradient:"
             f" α {row['latency'] * 1e6:.0f} µs, β {row['bandwidth'] / 1e9:.2f} GB/s"
         )
-    return "\n".join([*lines, "", *show_model(result["model"])])
+    return lines
 
 
 def show_model(model: dict) -> list[str]:
@@ -332,23 +372,25 @@ def show_model(model: dict) -> list[str]:
         f"  between nodes  α {cluster['inter_latency'] * 1e6:g} µs, β {cluster['inter_bandwidth'] / 1e9:g} GB/s:"
         " of a node, which one ring through all GPUs enters and leaves once",
         f"  overlap        {cluster['overlap']:.0%} of a gradient's reduction is behind its backward pass; fp32",
+        "  ZeRO           DeepSpeed's own defaults; at stage 3 its gathers one by one, which it joins where it can",
         "  left out       slow ranks, contention, reading data, validation, small batches that leave a GPU idle",
         "",
-        "mode    step      GPUs   images  computation    engine  clean gradient  scalars      step  efficiency",
+        "ZeRO  mode    step      GPUs   images  computation    engine  clean gradient  scalars      step  efficiency",
     ]
     for row in model["rows"]:
         names = ("computation", "engine", "clean_gradient", "scalars", "seconds")
         times = [f"{row[name] * 1e3:.2f} ms" for name in names]
         lines.append(
-            f"{row['mode']:6s}  {row['kind']:8s}  {row['gpus']:4d}  {row['images']:7.0f}  {times[0]:>11s}"
-            f"  {times[1]:>8s}  {times[2]:>14s}  {times[3]:>7s}  {times[4]:>8s}  {row['efficiency']:10.0%}"
+            f"{row['stage']:4d}  {row['mode']:6s}  {row['kind']:8s}  {row['gpus']:4d}  {row['images']:7.0f}"
+            f"  {times[0]:>11s}  {times[1]:>8s}  {times[2]:>14s}  {times[3]:>7s}  {times[4]:>8s}"
+            f"  {row['efficiency']:10.0%}"
         )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to measure")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="to measure; none if empty")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--size", type=int, default=64, help="side of the images, pixels")
@@ -366,6 +408,7 @@ def main() -> None:
     parser.add_argument("--model-width", type=int, default=64, help="the paper's network by default")
     parser.add_argument("--model-depth", type=int, default=4)
     parser.add_argument("--model-size", type=int, default=96)
+    parser.add_argument("--model-zero-stages", type=int, choices=(0, 1, 2, 3), nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--model-batch", type=int, default=32, help="noisy images, and as many clean ones, a GPU")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     arguments = parser.parse_args()

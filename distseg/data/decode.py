@@ -31,6 +31,8 @@ MAX_SCANS = 200
 """Of a JPEG; each takes as long as a whole decoding, and cameras write at most a dozen."""
 
 _ORIENTATION = 0x0112
+_METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+"""Where PIL looks for the orientation of a JPEG."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -257,6 +259,8 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def orientation_of(image: Image.Image) -> int:
     """1 to 8; 1, as stored, also where the tag is missing, 0 (undefined) or no orientation."""
+    if image.format == "JPEG" and not _METADATA & image.info.keys():
+        return 1  # PIL would set up a table of tags to find none in
     tag = image.getexif().get(_ORIENTATION, 1)
     return tag if tag in _TURNS else 1
 

@@ -74,9 +74,10 @@ class _StandIn(Tensor):
     _gathered: "_GatheredTensors"
 
     def __new__(cls, elements: Tensor, shard: Shard, gathered: "_GatheredTensors") -> "_StandIn":
-        # One element, seen as many: made of the shard as read, because forward mode would wrap one made of `elements`.
-        one = torch.empty((), dtype=shard.elements.dtype, device=shard.elements.device)
-        stand_in = one.expand(shard.shape).as_subclass(cls)
+        # Made of the shard as read, because forward mode would wrap one made of `elements`.
+        stand_in = Tensor._make_wrapper_subclass(
+            cls, shard.shape, dtype=shard.elements.dtype, device=shard.elements.device
+        )
         stand_in._elements, stand_in._shape, stand_in._gathered = elements, shard.shape, gathered
         return stand_in
 
@@ -88,6 +89,10 @@ class _StandIn(Tensor):
                 return function(*args, **kwargs)
         args, kwargs = tree_map_only(_StandIn, _StandIn._whole, (args, kwargs))
         return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise RuntimeError(f"{function} was handed the place of a sharded parameter, which has no elements")
 
     def _whole(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():

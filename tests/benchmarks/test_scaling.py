@@ -47,7 +47,12 @@ def test_the_model_by_hand(scaling: ModuleType) -> None:
     assert cluster.all_reduce(8 * 10**6, 8) == pytest.approx(14 * (1e-5 + 1e-2))  # over two
     assert cluster.all_reduce(8, 512) == pytest.approx(18 * (1e-5 + 8e-8))  # a tree
 
-    rows = scaling.extrapolate(cluster, parameters=10**6, operations_per_image=1e9, batch=10, gpus=[8])
+    assert cluster.all_gather(10**6, 8) == pytest.approx(3 * 1e-5 + 7 * 1e-2)  # recursive doubling
+    scattered = scaling.Message("deepspeed", "reduce_scatter_base", 8 * 10**6)
+    assert cluster.seconds(scattered, 8) == pytest.approx(0.5 * cluster.all_gather(10**6, 8))
+
+    network = scaling.Network(used=(scaling.traffic.Layer(10**6 - 1, 1),), registered=(10**6 - 1, 1))
+    rows = scaling.extrapolate(cluster, network, operations_per_image=1e9, batch=10, gpus=[8], stage=0)
     by = {(row["mode"], row["kind"], row["gpus"]): row for row in rows}
     one, eight = by["weak", "weighted", 1], by["weak", "weighted", 8]
     assert one["seconds"] == pytest.approx(10 * 1e9 * scaling.WEIGHTED_RATIO / 1e12) and one["efficiency"] == 1
@@ -57,3 +62,5 @@ def test_the_model_by_hand(scaling: ModuleType) -> None:
     assert eight["seconds"] == pytest.approx(sum(eight[part] for part in parts))
     assert by["strong", "plain", 1]["computation"] == pytest.approx(8 * by["strong", "plain", 8]["computation"])
     assert by["weak", "plain", 8]["clean_gradient"] == 0
+    assert eight["scalars"] == pytest.approx(cluster.all_reduce(64, 8) + cluster.all_reduce(36, 8))
+    assert one["messages"] == 0 and eight["messages"] == 4
