@@ -95,7 +95,7 @@ def step(network: Network, world: World, kind: str) -> list[Message]:
 
     Under ZeRO-3 that is not lean, DeepSpeed's gathers stand one by one at the beginning of its part: how it joins them
     and when it fetches them is not modelled, nor a network of more than 10⁹ parameters, some of which it gathers twice.
-    Nor is a parameter of more elements than DeepSpeed's bucket at stages 1 and 2.
+    Nor is what `is_modelled` says.
     """
     if world.ranks == 1:
         return []
@@ -103,6 +103,11 @@ def step(network: Network, world: World, kind: str) -> list[Message]:
     flags = _numbers("distseg", FLOAT * (world.ranks + 1))
     before, after = _deepspeed(network, world)
     return [*ours, *before, flags, *after]
+
+
+def is_modelled(network: Network, world: World) -> bool:
+    """Not where stages 1 and 2 cut a gradient that has more elements than DeepSpeed's bucket."""
+    return world.stage not in (1, 2) or max(network.registered) <= world.bucket
 
 
 def uniform_weights() -> list[Message]:
