@@ -21,12 +21,16 @@ from distseg.distributed.config import DeepSpeedConfig
 from distseg.distributed.differentiable import gather, shard_range
 from distseg.distributed.shards import Shard, ShardedParameters
 from distseg.errors import UserError
+from distseg.files import read_regular
+from distseg.text import for_terminal
 
 OWNED_KEYS = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
     | {"optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "zero_allow_untested_optimizer"}
 )
 """DeepSpeed keys that follow from the experiment's config and may not be set beside it."""
+_LARGEST_OVERLAY = 2**20
+"""Of a file of DeepSpeed's keys, bytes."""
 UNSUPPORTED_ZERO_KEYS = frozenset({"offload_param", "zero_hpz_partition_size", "mics_shard_size"})
 """Ways of ZeRO-3 to keep a parameter that are not one shard on each rank's device: the meta pass needs those."""
 
@@ -86,12 +90,13 @@ def build_engine(
     deepspeed.utils.logger.setLevel(logging.WARNING)
     told = deepspeed_config(deepspeed_section, batch_size, accumulation, precision)
     deepspeed.init_distributed(dist_init_required=False)
-    if deepspeed_section.zero_stage == 3:
-        # DeepSpeed 0.19.8 would cut the parameters itself, by `dtype or float16 if fp16 is supported else bfloat16`: on
-        # a device with fp16, a GPU or a processor with AVX512-FP16, it passes the model's dtype on and refuses float64.
-        # The dtype serves tensors that are made inside the context, which is not entered here.
-        deepspeed.zero.Init(module=model, config_dict_or_path=told, dtype=torch.float32)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=told, dist_init_required=False)
+    with _blamed_on(deepspeed_section.config_file, deepspeed.runtime.config.DeepSpeedConfigError):
+        if deepspeed_section.zero_stage == 3:
+            # DeepSpeed 0.19.8 would cut the parameters itself, by `dtype or float16 if fp16 is supported else
+            # bfloat16`: on a device with fp16, a GPU or a processor with AVX512-FP16, it passes the model's dtype on
+            # and refuses float64. The dtype serves tensors that are made inside the context, which is not entered here.
+            deepspeed.zero.Init(module=model, config_dict_or_path=told, dtype=torch.float32)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=told, dist_init_required=False)
     _keep_shards_once(engine.optimizer)
     state = _inner_optimizer(engine).state
     for part in _fragments(engine):
@@ -100,6 +105,19 @@ def build_engine(
             # use it afterwards, if the very first step were skipped.
             state[part.owner]["momentum_buffer"] = torch.zeros_like(part.owner)
     return engine
+
+
+@contextmanager
+def _blamed_on(overlay: Path | None, refusal: type[Exception]) -> Iterator[None]:
+    """What DeepSpeed says against its configuration as one line that names the file, where there is one."""
+    odd = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+    try:
+        yield
+    except (*odd, refusal) as error:
+        if overlay is None:
+            raise
+        said = for_terminal(" ".join(str(error).split()))[:300] or type(error).__name__
+        raise UserError(f"deepspeed.config_file {overlay}: DeepSpeed refuses it: {said}") from error
 
 
 @contextmanager
@@ -381,11 +399,11 @@ def _read_extra(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        extra = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed.config_file {path}: cannot be read as JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise UserError(f"deepspeed.config_file {path}: must hold a JSON object")
+        extra = json.loads(read_regular(path, _LARGEST_OVERLAY))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"deepspeed.config_file {path}: cannot be read as JSON: {for_terminal(str(error))}") from None
+    if not (isinstance(extra, dict) and isinstance(extra.get("zero_optimization", {}), dict)):
+        raise UserError(f"deepspeed.config_file {path}: it, and its zero_optimization, must be JSON objects")
     owned = sorted(OWNED_KEYS & extra.keys())
     zero = extra.get("zero_optimization", {})
     owned += [f"zero_optimization.{key}" for key in ("stage", "memory_efficient_linear") if key in zero]

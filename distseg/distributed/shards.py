@@ -91,7 +91,9 @@ class _StandIn(Tensor):
         return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks the function
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         raise RuntimeError(f"{function} was handed the place of a sharded parameter, which has no elements")
 
     def _whole(self) -> Tensor:

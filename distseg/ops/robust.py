@@ -31,7 +31,8 @@ def student_t_loss(logits: Tensor, masks: Tensor, log_nu: Tensor) -> Tensor:
 
         −log Γ((ν + D) / 2) + log Γ(ν / 2) + D/2 · log(πν) + (ν + D) / 2 · log(1 + ‖δ‖² / ν)
 
-    log_nu: a scalar, learned with the network: small ν bears much noise, and ν → ∞ is the squared error.
+    log_nu: a scalar, learned with the network: small ν bears much noise, and ν → ∞ is the squared error. In float64 its
+    gradient is that of the errors to double precision, whatever the logits' dtype.
     """
     masks = known_labels(logits, masks)
     valid = valid_pixels(masks)
@@ -43,12 +44,14 @@ def student_t_loss(logits: Tensor, masks: Tensor, log_nu: Tensor) -> Tensor:
     else:
         classes = torch.arange(logits.shape[1], device=masks.device)[:, None, None]
         error = (logits.softmax(1) - (masks[:, None] == classes).to(logits.dtype)).square().sum(1)
-    squares = torch.where(valid, error, 0.0).sum((1, 2))
-    dimension = valid.sum((1, 2)).to(squares.dtype) * logits.shape[1]
-    nu = log_nu.exp()
-    return (
+    # From here on in double precision, a few numbers an image: they are small differences of large ones.
+    squares = torch.where(valid, error, 0.0).sum((1, 2), dtype=torch.float64)
+    dimension = valid.sum((1, 2)).double() * logits.shape[1]
+    nu = log_nu.double().exp()
+    loss = (
         torch.lgamma(nu / 2)
         - torch.lgamma((nu + dimension) / 2)
         + dimension / 2 * (math.log(math.pi) + log_nu)
         + (nu + dimension) / 2 * torch.log1p(squares / nu)
     )
+    return loss.to(logits.dtype)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from math import prod
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor, UntypedStorage
@@ -98,7 +99,7 @@ class Messages(TorchDispatchMode):
 
 def _asker() -> str:
     """The innermost of the two packages on the stack."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         package = module.partition(".")[0]

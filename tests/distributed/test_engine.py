@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def _without_stage(told: dict) -> dict:
         ('{"train_batch_size": 3}', "train_batch_size follows from the experiment's config; remove it"),
         ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage follows"),
         ("{", "cannot be read as JSON"),
-        ("[1]", "must hold a JSON object"),
+        ("[1]", "must be JSON objects"),
+        ('{"zero_optimization": 3}', "must be JSON objects"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (" " * 2**21, "has more than"),
     ],
 )
 def test_an_overlay_that_contradicts_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -64,6 +68,41 @@ def test_an_overlay_that_contradicts_is_refused(tmp_path: Path, text: str, said:
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         told_with(config_file=path)
+
+
+def test_an_overlay_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "gone", Path("/dev/zero")):
+        with pytest.raises(UserError, match="cannot be read as JSON"):
+            told_with(config_file=path)
+
+
+def refuse_overlays(_runtime, folder: str) -> dict[str, torch.Tensor]:
+    said = {}
+    for number, text in enumerate(DEEPSPEED_REFUSES):
+        path = Path(folder, f"{number}.json")
+        path.write_text(text)
+        optimizer, _ = build_optimizer(nn.Conv2d(3, 1, 1).parameters(), OptimConfig())
+        section = DeepSpeedConfig(zero_stage=1, config_file=path)
+        try:
+            build_engine(nn.Conv2d(3, 1, 1), optimizer, section, batch_size=2, accumulation=1, precision="fp32")
+        except UserError as error:
+            said[text] = torch.tensor(str(error).startswith(f"deepspeed.config_file {path}") and "\n" not in str(error))
+    return said
+
+
+DEEPSPEED_REFUSES = [
+    '{"zero_optimization": {"reduce_bucket_size": "many"}}',
+    '{"zero_optimization": {"reduce_bucket_size": -1}}',
+    '{"zero_optimization": {"no_such_key": 1}}',
+    '{"zero_optimization": {"offload_optimizer": 3}}',
+    '{"communication_data_type": "x"}',
+]
+
+
+def test_what_deepspeed_refuses_is_one_line_that_names_the_overlay(tmp_path: Path) -> None:
+    [said] = run_ranks(refuse_overlays, 1, str(tmp_path))
+    assert said.keys() == {*DEEPSPEED_REFUSES} and all(said.values())
 
 
 def test_the_shadow_shares_tensors_and_no_hooks() -> None:

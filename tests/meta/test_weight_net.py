@@ -62,6 +62,23 @@ def test_it_is_the_double_backward_through_the_virtual_step(toy) -> None:
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-16)
 
 
+class Stopped(nn.Module):
+    """Scales features by numbers that gradients do not pass: where the network stops them, so does every derivative."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = features.square().mean((2, 3), keepdim=True).sqrt()
+        return features / scale * features.detach().sin()
+
+
+def test_gradients_stop_where_the_network_stops_them(toy) -> None:
+    model, net, noisy, clean = toy
+    model = nn.Sequential(model[0], Stopped(), *model[1:])
+    expected = torch.autograd.grad(clean_loss_after_the_virtual_step(model, net, noisy, clean), list(net.parameters()))
+    for a, e in zip(ours(model, net, noisy, clean).by_parameter, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-16)
+
+
 def test_it_is_the_slope_of_the_clean_loss(toy) -> None:
     """A central difference of the clean loss itself, which knows nothing of the derivation."""
     model, net, noisy, clean = toy

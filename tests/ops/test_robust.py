@@ -84,6 +84,20 @@ def test_t_loss_is_differentiable_in_logits_and_nu(channels: int) -> None:
     assert gradcheck(lambda z, n: student_t_loss(z, masks, n), (logits.requires_grad_(), log_nu))
 
 
+def test_the_gradient_in_nu_is_in_double_precision() -> None:
+    """512×512 pixels: each of its terms is a hundred thousand times as large as their sum."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 8 * torch.randn(1, 1, 512, 512, generator=generator)
+    masks = torch.bernoulli(logits[:, 0].sigmoid(), generator=generator).to(torch.uint8)
+
+    def gradient(z: torch.Tensor) -> float:
+        log_nu = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+        student_t_loss(z, masks, log_nu).sum().backward()
+        return log_nu.grad.item()
+
+    assert gradient(logits) == pytest.approx(gradient(logits.double()), rel=1e-5)
+
+
 def test_a_wrong_image_pulls_less_under_heavy_tails() -> None:
     """The gradient on an image whose every label is wrong, over that on one whose labels are right."""
     masks = torch.zeros(2, 8, 8, dtype=torch.uint8)
