@@ -298,6 +298,7 @@ def test_a_cache_holds_class_ids_and_is_of_these_classes_only(root, tmp_path):
     changed = config.model_copy(update={"cache": tmp_path / "cache", "classes": lower | {"ruler": ("#0000ff",)}})
     with pytest.raises(UserError, match=r"was made with other data\.classes, data\.ignore or data\.threshold"):
         open_cache(changed)
+    (tmp_path / "cache" / "index.json").unlink()
     assert write_cache(samples, [], changed, tmp_path / "cache", 1) == (1, 0)
 
 

@@ -77,6 +77,7 @@ def test_the_folder_holds_no_pickle_and_says_what_it_is(served: tuple[Path, Path
     assert set(np.unique(mask)) == {3, 700}
 
 
+@pytest.mark.slow
 def test_registered_beside_its_run(make_run: Callable, picture: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 

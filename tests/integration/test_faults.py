@@ -237,6 +237,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(config: Path, tmp_path: Pat
         assert "File name too long" in errors[0]
 
 
+@pytest.mark.slow
 def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path, tmp_path: Path, train) -> None:
     """From two ranks under ZeRO 1 to one under ZeRO 2; the last steps again."""
     run = tmp_path / "run"
@@ -259,6 +260,7 @@ def test_other_ranks_and_another_stage_continue_a_run(config: Path, whole: Path,
     assert again.returncode == 0 and "test Dice" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_file_that_breaks_in_training_is_named_with_the_checkpoint(
     config: Path, drawn_data: Path, tmp_path: Path
 ) -> None:

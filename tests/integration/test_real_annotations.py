@@ -117,6 +117,7 @@ def annotated(drawn_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
+@pytest.mark.slow
 def test_experts_masks_that_the_data_gives_are_the_study_with_as_many_drawn(annotated: Path, tmp_path: Path) -> None:
     presets = ["noisy_only", "pixel_reweight", "label_correction"]
     hide_references(annotated, tmp_path / "real", K)

@@ -135,6 +135,7 @@ def compare_ranks(root: Path, folder: Path, stages: list[int], methods: list[str
                 torch.testing.assert_close(of_run["scores"], expected["scores"], rtol=0, atol=0.01)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_three_classes_as_one_does(drawn: Path, tmp_path: Path) -> None:
     compare_ranks(drawn, tmp_path, [0], ["pixel_reweight"], 16)
 
