@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -66,6 +67,7 @@ def train(runtime: Runtime, root: str, folder: str) -> dict[str, Tensor]:
     return out
 
 
+@pytest.mark.slow
 def test_runs_are_resumed_bit_for_bit_and_two_ranks_are_one(tmp_path):
     write_data(tmp_path)
     folders = [tmp_path / "one", tmp_path / "two"]
