@@ -114,7 +114,7 @@ def measure_cost(samples: Sequence[Sample], arguments: argparse.Namespace) -> di
 def measure_whole(data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds and the peak of resident memory, MiB, of one `prepare --report`."""
     config = data / "c.yaml"
-    config.write_text("name: x\ndata: {image_size: 96}\ntrain: {steps: 1}\n")
+    config.write_text("name: x\ndata: {image_size: 96, clean_count: 3}\ntrain: {steps: 1}\n")
     command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--config", str(config), f"data.root={data}"]
     command += ["--report", str(data / "report"), "--threads", str(arguments.threads)]
     started = time.perf_counter()
