@@ -55,7 +55,8 @@ _IMAGES_WAITING = 16
 """Images are large: more of them do not wait for a slow server. The run's folder has them all."""
 _LOCK_SECONDS = 60
 PROMINENT = {"test/dice": "dice/test", "val/dice": "dice/val"}
-"""Logged under a second name: MLflow's pages order metrics by name, and show the first ones first."""
+"""Logged under a second name, and first of all as NaN: MLflow's pages order metrics by name, or by when a store has
+first seen them, and the comparison opens on the first one."""
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
 """The tag of an experiment that has MLflow open it in the view for training runs."""
 
@@ -227,6 +228,7 @@ class MlflowTracker:
         return run
 
     def _new_run(self) -> Any:
+        from mlflow.entities import Metric
         from mlflow.tracking.context.registry import resolve_tags
 
         # resolve_tags: who started what, for the columns of MLflow's table.
@@ -234,7 +236,11 @@ class MlflowTracker:
         if self._config.tracking.parent_run:
             tags["mlflow.parentRunId"] = self._config.tracking.parent_run
         experiment = _experiment(self._client, self._config.tracking.experiment)
-        return self._client.create_run(experiment, None, tags, self._config.name)
+        run = self._client.create_run(experiment, None, tags, self._config.name)
+        now = round(time.time() * 1000)
+        places = [Metric(name, math.nan, now, -1) for name in PROMINENT.values()]
+        self._client.log_batch(run.info.run_id, metrics=places, synchronous=True)
+        return run
 
     def _log_metrics(self, metrics: Metrics, step: int) -> None:
         self._send_waiting()
