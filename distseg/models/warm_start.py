@@ -62,7 +62,8 @@ def take_tensors(network: nn.Module, source: Mapping[str, Tensor]) -> Taken:
         if name in named and name not in fitting
     )
     unused = tuple(old for old, new in zip(source, named, strict=True) if new not in own)
-    return Taken(tuple(fitting), shapes, tuple(name for name in own if name not in named), unused)
+    taken = tuple(name for name in own if name in fitting)
+    return Taken(taken, shapes, tuple(name for name in own if name not in named), unused)
 
 
 def _renamed(source: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
