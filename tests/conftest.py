@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from distseg.data.synthetic import write_dataset
 from distseg.distributed.runtime import free_port
+from distseg.testing.forked import start_script
 from distseg.testing.launcher import train_command, train_environment
 
 ROOT = Path(__file__).parents[1]
@@ -75,10 +77,12 @@ ENVIRONMENT = train_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(R
 
 
 @pytest.fixture(scope="session")
-def train() -> Callable[..., subprocess.CompletedProcess]:
-    """Run `launch/train.py` to its end; `train(ranks, *arguments)`."""
+def train(train_ranks: Callable[..., subprocess.CompletedProcess]) -> Callable[..., subprocess.CompletedProcess]:
+    """Run `launch/train.py` to its end, by DeepSpeed's launcher or, for 0 ranks, alone; `train(ranks, *arguments)`."""
 
     def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+        if ranks == 0:
+            return train_ranks(1, *arguments)
         return subprocess.run(
             train_command(ranks, *arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280
         )
@@ -87,29 +91,31 @@ def train() -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="session")
-def train_ranks() -> Callable[..., subprocess.CompletedProcess]:
-    """`train` without DeepSpeed's launcher, which takes longer to start than a rank; the ranks' outputs are joined."""
+def train_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
+    """`train` without DeepSpeed's launcher, by processes that start at once; the ranks' outputs are joined."""
 
     def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = train_command(0, *arguments)
-        processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
+        outputs = tmp_path_factory.mktemp("outputs")
+        command = ["launch/train.py", *arguments]
+        processes = []
         try:
-            outputs, errors = zip(*(process.communicate(timeout=280) for process in processes), strict=True)
+            for rank in range(ranks):
+                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+                files = (outputs / f"{rank}.{stream}" for stream in ("stdout", "stderr"))
+                processes.append(start_script(command, ROOT, ENVIRONMENT | own, *files))
+            deadline = time.monotonic() + 280
+            for process in processes:
+                process.join(deadline - time.monotonic())
+            assert all(process.exitcode is not None for process in processes), "not done after 280 s"
         finally:
             for process in processes:
                 process.kill()
-        code = max((process.returncode for process in processes), key=abs)
-        return subprocess.CompletedProcess(command, code, "".join(outputs), "".join(errors))
+                process.join()
+        said = (
+            "".join((outputs / f"{rank}.{stream}").read_text() for rank in range(ranks))
+            for stream in ("stdout", "stderr")
+        )
+        return subprocess.CompletedProcess(command, max((p.exitcode for p in processes), key=abs), *said)
 
     return run

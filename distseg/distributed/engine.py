@@ -63,6 +63,19 @@ def _own_shard(parameter: Any) -> Shard:
     return Shard(parameter.ds_tensor[: len(own)], parameter.ds_shape, parameter.requires_grad)
 
 
+def import_deepspeed() -> Any:
+    """The module `deepspeed`, quiet, and without what it would load or compile that is not used here."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    with _without_import_of("mlflow"):  # for DeepSpeed's autotuner; it takes longer than all the rest
+        import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # DeepSpeed would compile this C++ op at every first start on a CPU and fail without a compiler; gloo does its work.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
 def build_engine(
     model: nn.Module,
     optimizer: Optimizer,
@@ -80,14 +93,7 @@ def build_engine(
     The engine averages gradients over ranks and, by choice of the caller, never over micro-batches: call
     `engine.backward(loss * world_size, scale_wrt_gas=False)` with losses that sum to the loss of the global batch.
     """
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    with _without_import_of("mlflow"):  # for DeepSpeed's autotuner; it takes longer than all the rest
-        import deepspeed
-    from deepspeed.ops import __compatible_ops__
-
-    # DeepSpeed would compile this C++ op at every first start on a CPU and fail without a compiler; gloo does its work.
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed = import_deepspeed()
     told = deepspeed_config(deepspeed_section, batch_size, accumulation, precision)
     deepspeed.init_distributed(dist_init_required=False)
     with _blamed_on(deepspeed_section.config_file, deepspeed.runtime.config.DeepSpeedConfigError):

@@ -1,6 +1,7 @@
 """Real ranks for tests: processes in one gloo group on the loopback, with a time limit and nothing left behind."""
 
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distseg.distributed.ending import leave
 from distseg.distributed.runtime import Runtime, free_port, start_runtime, stop_runtime
+from distseg.testing.forked import start
 
 RankFunction = Callable[..., dict[str, Tensor]]
 
@@ -27,15 +28,21 @@ def run_ranks(
     `function` must be importable by name. Raises RuntimeError with the traceback of the first rank that failed, or
     after `timeout` seconds; the other ranks are killed.
     """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+    variables = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, port, folder, arguments), daemon=True)
+            start(
+                _rank_main,
+                function,
+                folder / f"rank_{rank}",
+                arguments,
+                environment=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                output=folder / f"{rank}.stdout",
+                errors=folder / f"{rank}.stderr",
+            )
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
         deadline = time.monotonic() + timeout
         try:
             while any(process.is_alive() for process in processes):
@@ -48,27 +55,28 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
-        errors = sorted(Path(folder).glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
+            for stream, file in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+                for path in sorted(folder.glob(f"*.{file}")):
+                    stream.write(path.read_text())
+        errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
         if errors:
             raise RuntimeError(f"{function.__name__}, {errors[0].stem}:\n{errors[0].read_text()}")
         failed = [rank for rank, process in enumerate(processes) if process.exitcode]
         if failed:
             raise RuntimeError(f"{function.__name__}: rank {failed[0]} died with {processes[failed[0]].exitcode}")
-        return [load_file(Path(folder) / f"rank_{rank}.safetensors") for rank in range(world_size)]
+        return [load_file(folder / f"rank_{rank}.safetensors") for rank in range(world_size)]
 
 
-def _rank_main(function: RankFunction, rank: int, world_size: int, port: int, folder: str, arguments: tuple) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (variables | {"MASTER_PORT": port}).items()})
+def _rank_main(function: RankFunction, path: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
         runtime: Runtime = start_runtime()
         result = function(runtime, *arguments)
         owned = {name: tensor.contiguous().clone() for name, tensor in result.items()}
-        save_file(owned, f"{folder}/rank_{rank}.safetensors")
+        save_file(owned, path.with_suffix(".safetensors"))
         stop_runtime()
         exit_code = 0
     except BaseException:
-        Path(folder, f"rank_{rank}.error").write_text(traceback.format_exc())
+        path.with_suffix(".error").write_text(traceback.format_exc())
         exit_code = 1
     leave(exit_code)

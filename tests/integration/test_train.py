@@ -1,11 +1,11 @@
 """`deepspeed launch/train.py` as a user runs it: real ranks, a real DALI pipeline, a real MLflow store."""
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distseg.config.load import load_config
+from distseg.config.load import dump_config, load_config
 from distseg.errors import UserError
 from distseg.methods.presets import PRESETS
-from distseg.testing.launcher import train_command, train_environment
+from distseg.testing.forked import start_script
+from distseg.testing.launcher import train_environment
 from distseg.testing.ranks import run_ranks
 from distseg.training.trainer import Trainer
 
@@ -83,25 +84,20 @@ def test_two_ranks_train_track_and_report(small: Path, tmp_path: Path, train) ->
 
 
 @pytest.fixture
-def begin(small: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen]]:
+def begin(small: Path, tmp_path: Path) -> Iterator[Callable[[str], BaseProcess]]:
     """Start a run of 40 steps, as one process, in the folder of that name; what still runs at the end is killed."""
     processes = []
 
-    def start(name: str) -> subprocess.Popen:
-        with (tmp_path / f"{name}.stderr").open("w") as errors:
-            processes.append(
-                subprocess.Popen(
-                    train_command(0, *arguments_of(small, tmp_path / name)), cwd=ROOT, env=ENVIRONMENT,
-                    start_new_session=True, stdout=subprocess.DEVNULL, stderr=errors,
-                )
-            )  # fmt: skip
+    def start(name: str) -> BaseProcess:
+        command = ["launch/train.py", *arguments_of(small, tmp_path / name)]
+        files = (tmp_path / f"{name}.{stream}" for stream in ("stdout", "stderr"))
+        processes.append(start_script(command, ROOT, ENVIRONMENT, *files))
         return processes[-1]
 
     yield start
     for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.kill()
+        process.join()
 
 
 def arguments_of(config: Path, runs: Path) -> list[str]:
@@ -113,16 +109,17 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path:
     whole, killed = begin("whole"), begin("killed")
     log, deadline = tmp_path / "killed" / "small" / "metrics.jsonl", time.monotonic() + 200
     while not (log.exists() and log.read_text().count("\n") >= 11):
-        assert killed.poll() is None, "ended before it could be killed"
+        assert killed.is_alive(), "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     assert not (tmp_path / "killed" / "small" / "result.json").exists(), "finished before it was killed"
 
     resumed = train(0, *arguments_of(small, tmp_path / "killed"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert whole.wait(timeout=200) == 0, (tmp_path / "whole.stderr").read_text()
+    whole.join(200)
+    assert whole.exitcode == 0, (tmp_path / "whole.stderr").read_text()
     ends = [tmp_path / run / "small" / "checkpoints" / "step_00000040" for run in ("whole", "killed")]
     for name in sorted(path.name for path in ends[0].glob("*.safetensors")):
         expected, actual = (load_file(end / name) for end in ends)
@@ -133,6 +130,33 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(small: Path, tmp_path:
         [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(end.parents[1])] for end in ends
     )
     assert actual == expected
+
+
+def test_a_run_whose_folder_is_deleted_ends_with_one_line(small: Path, tmp_path: Path, begin) -> None:
+    run, log = tmp_path / "gone" / "small", tmp_path / "gone" / "small" / "metrics.jsonl"
+    process, deadline = begin("gone"), time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    shutil.rmtree(run, ignore_errors=True)
+    process.join(200)
+    said = (tmp_path / "gone.stderr").read_text()
+    errors = [line for line in said.splitlines() if "error: " in line]
+    assert process.exitcode == 1 and len(errors) == 1 and str(run) in errors[0], said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"test/dice": "high"}', '{"test/dice": 1e400}', "\xff", "{" * 10**5])
+def test_a_finished_run_with_an_odd_result_is_one_line(small: Path, tmp_path: Path, train, content: str) -> None:
+    """What resuming a finished run reads."""
+    run = tmp_path / "runs" / "small"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(load_config(small, [])))
+    (run / "result.json").write_text(content, encoding="latin-1")
+    done = train(0, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), "--resume")
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2 and len(errors) == 1 and str(run / "result.json") in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_path: Path, train_ranks) -> None:

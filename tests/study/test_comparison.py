@@ -44,7 +44,7 @@ def run_folder(tmp_path: Path, name: str, result: dict | None = None, **changes)
         *sections, leaf = key.split("__")
         section = config
         for part in sections:
-            section = section[part]
+            section = section.setdefault(part, {})
         section[leaf] = value
     folder = tmp_path / name
     folder.mkdir()
@@ -249,6 +249,24 @@ def test_what_is_no_file_is_one_line_and_no_wait(tmp_path: Path, name: str, kind
     with pytest.raises(UserError) as caught:
         main([str(tmp_path / "run")])
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_picture_of_a_run_of_foreign_code_runs_none_unless_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves_a_mark.py").write_text("open('mark', 'w')\nfrom torch.nn import Conv2d as Net\n")
+    monkeypatch.chdir(tmp_path)
+    own = {
+        "model__name": "leaves_a_mark:Net",
+        "model__options": {"in_channels": 3, "out_channels": 1, "kernel_size": 1},
+    }
+    folder = run_folder(tmp_path, "foreign", data__root=str(tmp_path), **own)
+    with pytest.raises(UserError, match=r"leaves_a_mark:Net.*--allow-import"):
+        main([str(folder), "--figure", str(tmp_path / "figure.png")])
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        main([str(folder), "--figure", str(tmp_path / "figure.png"), "--allow-import"])
+    assert (tmp_path / "mark").exists()
 
 
 def test_foreign_text_reaches_the_terminal_escaped(tmp_path: Path, capsys) -> None:
