@@ -106,7 +106,12 @@ def facts_of(run: Path, config: "Config", predictor: "Predictor", size: "Size | 
         "format": 1,
         "input": {"layout": "batch, height, width, RGB", "dtype": "uint8", "size": size},
         "outputs": {"masks": "uint8 class ids", "probabilities": "float32, of the second class of two, or of each"},
-        "reading": {"orientation": data.orientation, "max_pixels": data.max_pixels, "formats": FORMATS},
+        "reading": {
+            "orientation": data.orientation,
+            "max_pixels": data.max_pixels,
+            "max_scans": data.max_scans,
+            "formats": FORMATS,
+        },
         "classes": {"names": data.class_names, "values": data.class_map.file_values},
         "model": {
             "name": config.name,

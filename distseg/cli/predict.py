@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from distseg.inference.job import Job
 
 SOME_FAILED = 1
-_OF_INFERENCE = ("overlap", "threads", "max_pixels", "max_file_bytes", "orientation")
+_OF_INFERENCE = ("overlap", "threads", "max_pixels", "max_scans", "max_file_bytes", "orientation")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

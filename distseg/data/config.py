@@ -173,6 +173,9 @@ class DataConfig(Section):
     """Larger files are refused unread."""
     max_pixels: Annotated[int, Field(ge=1, le=2**30)] = 2**26
     """Larger pictures are refused before they are decoded. The largest ISIC images have 6000×4000."""
+    max_scans: Annotated[int, Field(ge=1, le=2**20)] = 100
+    """JPEGs of more scans are refused before they are decoded. Each takes as long as decoding the picture once, so that
+    this bounds the time; cameras write one, and progressive files about ten."""
     augment: AugmentConfig = AugmentConfig()
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.2
@@ -186,7 +189,7 @@ class DataConfig(Section):
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels, self.class_map)
+        return Decoding(self.orientation, self.max_file_bytes, self.max_pixels, self.max_scans, self.class_map)
 
     @property
     def class_map(self) -> ClassMap:

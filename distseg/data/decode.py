@@ -27,9 +27,6 @@ from distseg.errors import BadFileError
 FORMATS = ("JPEG", "JPEG2000", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 MAX_SIDE = 2**16
 """Pixels; a picture of one row takes seconds and gigabytes to reduce."""
-MAX_SCANS = 200
-"""Of a JPEG; each takes as long as a whole decoding, and cameras write at most a dozen."""
-
 _ORIENTATION = 0x0112
 _METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 """Where PIL looks for the orientation of a JPEG."""
@@ -60,6 +57,7 @@ class Decoding:
     """Whether pixels are turned as a file's EXIF orientation says."""
     max_file_bytes: int = 2**29
     max_pixels: int = 2**26
+    max_scans: int = 100
     classes: ClassMap = PLAIN_CLASSES
     """What the values of a mask mean."""
 
@@ -215,8 +213,11 @@ def content_of(path: Path, decoding: Decoding) -> bytes:
                 "reduce the picture, or set a larger data.max_file_bytes if it is sound"
             )
         content = path.read_bytes()
-        if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-            raise BadFileError(f"{path}: a JPEG of {scans} scans, above {MAX_SCANS}; save it again")
+        if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > decoding.max_scans:
+            raise BadFileError(
+                f"{path}: a JPEG of {scans:,} scans, above data.max_scans ({decoding.max_scans:,}); save it again as "
+                "baseline JPEG"
+            )
         return content
 
 

@@ -47,6 +47,8 @@ class Segmenter(PythonModel):
         """(h, w, 3), and the height and width of the file: a JPEG is decoded at a part of it where that is enough."""
         reading, fixed = self._facts["reading"], self._facts["input"]["size"]
         try:
+            if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > reading["max_scans"]:
+                raise ValueError(f"{scans} scans are more than {reading['max_scans']}")
             with Image.open(io.BytesIO(content), formats=reading["formats"]) as image:
                 if image.width * image.height > reading["max_pixels"]:
                     raise ValueError(f"{image.width}×{image.height} are more than {reading['max_pixels']} pixels")

@@ -153,7 +153,7 @@ IMAGES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "png-interlaced-of-5-rows": (_png_of_few_rows(24, 5, interlaced=1), "fewer rows than its header says"),
     "jpeg-zeroed": (_zeroed(JPEG), "damaged or truncated"),
     "jpeg-of-64-megapixels": (_claiming(JPEG, 8000, 8000), "damaged or truncated"),
-    "jpeg-of-30000-scans": (_with_scans(30_000), "a JPEG of 300"),
+    "jpeg-of-30000-scans": (_with_scans(30_000), "a JPEG of 30,00"),
     "palette-index-beyond": (_indices(_picture(SIZE, SIZE) % 4), "uses colour 3 of a palette of 2"),
     "tiff-of-two-pages": (_pages(_picture(), "TIFF"), "has 2 pages"),
     "webp-that-moves": (_pages(_picture(), "WEBP"), "has 2 pages"),

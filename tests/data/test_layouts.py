@@ -252,10 +252,15 @@ def test_bounds_on_files_are_keys(tmp_path):
     for number in range(3):
         mask = np.zeros((20, 20), np.uint8)
         mask[5:9, 5 + number : 12] = 255
-        Image.fromarray(mask).convert("RGB").save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(mask).convert("RGB").save(tmp_path / "images" / f"{number}.jpg", progressive=True)
         Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
-    for keys, said in (({}, None), ({"max_pixels": 399}, "data.max_pixels"), ({"max_file_bytes": 50}, "data.max_file")):
+    for keys, said, refused in (
+        ({}, None, 0),
+        ({"max_pixels": 399}, "data.max_pixels", 6),
+        ({"max_file_bytes": 50}, "data.max_file", 6),
+        ({"max_scans": 5}, "scans, above data.max_scans (5)", 3),  # PIL writes a progressive JPEG of ten
+    ):
         config = DataConfig(root=tmp_path, **keys)
         problems = inspect_files(read_samples(config), config.decoding, threads=1).problems
-        assert len(problems) == (6 if said else 0)
+        assert len(problems) == refused
         assert all(said in problem.reason for problem in problems if said)
