@@ -2,15 +2,11 @@
 
 import importlib
 
-import distseg.training.trainer
 from distseg.distributed.engine import import_deepspeed
 
 import_deepspeed()
-for name in (
-    "torch._dynamo",
-    "mlflow",
-    "nvidia.dali",
-):  # the first by torch's optimisers, the last where it is installed
+# torch's optimisers import its compiler; DALI is not installed everywhere.
+for name in ("distseg.training.trainer", "torch._dynamo", "mlflow", "nvidia.dali"):
     try:
         importlib.import_module(name)
     except ImportError:
