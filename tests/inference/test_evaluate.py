@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,10 +94,12 @@ def test_a_run_scores_as_its_masks_do_by_hand(make_run: Callable, data: Path, tm
     assert other["own"]["dice"] == content["own"]["dice"] and "network" not in other and "calibration" not in other
 
 
-def test_the_means_and_the_page_are_beside_the_run_in_mlflow(make_run: Callable, data: Path, tmp_path: Path) -> None:
+def test_the_means_and_the_page_are_beside_the_run_in_mlflow(
+    make_run: Callable, data: Path, empty_store: Path, tmp_path: Path
+) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/store.db"
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'store.db')}"
     client = MlflowClient(tracking_uri=uri)
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
     tracked = client.create_run(experiment).info.run_id

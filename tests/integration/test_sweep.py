@@ -58,7 +58,10 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at once need two cores")
-def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not(write_study, tmp_path: Path) -> None:
+def test_a_sweep_interrupted_three_times_ends_with_the_table_of_one_that_was_not(
+    write_study, empty_store: Path, tmp_path: Path
+) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     whole = run(write_study("whole"), tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     expected = (tmp_path / "runs" / "whole" / "report" / "results.csv").read_text()

@@ -34,7 +34,8 @@ train: {steps: 12, batch_size: 2, clean_batch_size: 2, log_every: 1, validate_ev
 
 
 @pytest.fixture
-def small(tmp_path: Path, drawn_data: Path) -> Path:
+def small(tmp_path: Path, drawn_data: Path, empty_store: Path) -> Path:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     config = yaml.safe_load(SMALL)
     config["data"]["root"] = str(drawn_data)
     config["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "system_metrics": False}

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from distseg.config.load import dump_config, flatten_config
 from distseg.config.schema import Config
 from distseg.errors import UserError
+from distseg.testing.forked import start_script
 from distseg.tracking.jsonl import JsonlLog
 from distseg.tracking.mlflow import MlflowTracker, Study
 
@@ -41,10 +43,16 @@ def make_config(uri, tracking=None, **values):
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
+def unmade_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # artifacts of a sqlite store go to ./mlruns
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def store(unmade_store, empty_store, tmp_path):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return unmade_store
 
 
 def told(caplog) -> list[str]:
@@ -323,11 +331,12 @@ def locked(database: Path) -> Iterator[None]:
         connection.close()
 
 
-def test_processes_that_make_a_store_at_once_lose_no_run(store, tmp_path):
+def test_processes_that_make_a_store_at_once_lose_no_run(unmade_store, tmp_path):
     from mlflow import MlflowClient
 
-    code = """
-import json, sys
+    script = tmp_path / "make.py"
+    script.write_text("""
+import json, sys, time
 from pathlib import Path
 from distseg.config.schema import Config
 from distseg.tracking.jsonl import JsonlLog
@@ -335,30 +344,29 @@ from distseg.tracking.mlflow import MlflowTracker
 import mlflow
 folder = Path(sys.argv[1])
 folder.mkdir()
-print("ready", flush=True)
-sys.stdin.readline()
+while not (folder.parent / "go").exists():
+    time.sleep(0.001)
 log = JsonlLog(folder / "metrics.jsonl")
 tracker = MlflowTracker(Config.model_validate(json.loads(sys.argv[2])), folder)
 for step in range(20):
     log.log_metrics({"train/loss": step}, step)
     tracker.log_metrics({"train/loss": step}, step)
 tracker.finish()
-"""
-    config = make_config(store).model_dump_json()
+""")
+    config = make_config(unmade_store).model_dump_json()
     runs = [tmp_path / f"run-{index}" for index in range(4)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(run), config], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        start_script(
+            [str(script), str(run), config], tmp_path, os.environ, run.with_suffix(".out"), run.with_suffix(".err")
         )
         for run in runs
     ]
+    wait_until(lambda: all(run.exists() for run in runs), "all are ready")
+    (tmp_path / "go").touch()
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    assert [process.wait(timeout=250) for process in processes] == [0] * 4
-    client = MlflowClient(store)
+        process.join(250)
+    assert [process.exitcode for process in processes] == [0] * 4
+    client = MlflowClient(unmade_store)
     ids = [(run / "mlflow_run_id").read_text().strip() for run in runs]
     assert len(set(ids)) == 4
     for run_id in ids:
