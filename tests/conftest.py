@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ import pytest
 import torch
 
 from distseg.data.synthetic import write_dataset
-from distseg.distributed.runtime import free_port
-from distseg.testing.forked import start_script
+from distseg.testing.forked import run_script
 from distseg.testing.launcher import train_command, train_environment
 
 ROOT = Path(__file__).parents[1]
@@ -101,31 +99,13 @@ def train(train_ranks: Callable[..., subprocess.CompletedProcess]) -> Callable[.
 
 
 @pytest.fixture(scope="session")
-def train_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess]:
+def train_ranks() -> Callable[..., subprocess.CompletedProcess]:
     """`train` without DeepSpeed's launcher, by processes that start at once; the ranks' outputs are joined."""
 
     def run(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        outputs = tmp_path_factory.mktemp("outputs")
-        command = ["launch/train.py", *arguments]
-        processes = []
-        try:
-            for rank in range(ranks):
-                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-                files = (outputs / f"{rank}.{stream}" for stream in ("stdout", "stderr"))
-                processes.append(start_script(command, ROOT, ENVIRONMENT | own, *files))
-            deadline = time.monotonic() + 280
-            for process in processes:
-                process.join(deadline - time.monotonic())
-            assert all(process.exitcode is not None for process in processes), "not done after 280 s"
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        said = (
-            "".join((outputs / f"{rank}.{stream}").read_text() for rank in range(ranks))
-            for stream in ("stdout", "stderr")
-        )
-        return subprocess.CompletedProcess(command, max((p.exitcode for p in processes), key=abs), *said)
+        done = run_script(["launch/train.py", *arguments], ROOT, ENVIRONMENT, ranks)
+        code = max((rank.returncode for rank in done), key=abs)
+        outputs, errors = ("".join(getattr(rank, stream) for rank in done) for stream in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(done[0].args, code, outputs, errors)
 
     return run

@@ -2,7 +2,10 @@
 
 import os
 import runpy
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from distseg.distributed.runtime import free_port
 
 
 def start(
@@ -33,6 +38,37 @@ def start_script(
 ) -> BaseProcess:
     """`python *arguments` in `folder`, likewise."""
     return start(_run_script, [*arguments], folder, environment=environment, output=output, errors=errors)
+
+
+def run_script(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], ranks: int = 1, timeout: float = 280
+) -> list[subprocess.CompletedProcess[str]]:
+    """`python *arguments` in `folder` to its end, on as many ranks; what `subprocess.run` gives, of each.
+
+    Raises TimeoutError after `timeout` seconds; the processes are killed.
+    """
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as name:
+        files = [(Path(name, f"{rank}.stdout"), Path(name, f"{rank}.stderr")) for rank in range(ranks)]
+        processes = []
+        for rank in range(ranks):
+            own = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            processes.append(start_script(arguments, folder, {**environment, **own}, *files[rank]))
+        deadline = time.monotonic() + timeout
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        said = [[path.read_text() for path in paths] for paths in files]
+    if None in codes:
+        raise TimeoutError(f"{arguments[0]}: not done after {timeout} s: {said}")
+    return [
+        subprocess.CompletedProcess([*arguments], code or 0, *texts) for code, texts in zip(codes, said, strict=True)
+    ]
 
 
 def _run(

@@ -2,9 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from distseg.data.sample import Sample
 from distseg.data.survey import read_samples
 from distseg.errors import BadFileError, UserError
 from distseg.run_folder import RunFolder
+from distseg.testing.forked import run_script
 from distseg.text import for_csv, for_terminal
 from distseg.training.splits import prepare_splits
 
@@ -38,8 +39,8 @@ def bad_data(tmp_path: Path) -> tuple[Path, dict[str, str]]:
 def prepare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     config = folder / "x.yaml"
     config.write_text(CONFIG)
-    command = [sys.executable, "launch/prepare.py", "--config", str(config), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    [done] = run_script(["launch/prepare.py", "--config", str(config), *arguments], ROOT, os.environ)
+    return done
 
 
 def test_prepare_finds_and_names_every_kind_of_bad_file(bad_data, tmp_path):

@@ -12,28 +12,28 @@ import pytest
 import torch
 
 from distseg.distributed.runtime import free_port
-from distseg.testing.launcher import train_command, train_environment
+from distseg.testing.forked import run_script
+from distseg.testing.launcher import train_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+ENVIRONMENT = train_environment() | {
+    "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(ROOT))),
+    "OMP_NUM_THREADS": "1",
+}
 
 
-def run(*command: str | Path) -> str:
-    """Standard output of a command, run in the repository's root with `examples` importable."""
-    environment = train_environment() | {
-        "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(ROOT))),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+def run_path(*words: str) -> None:
+    """A script and its arguments in the repository's root, with `examples` importable."""
+    [done] = run_script(words, ROOT, ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "drawn"
-    run(sys.executable, "examples/drawn.py", folder)
+    run_path("examples/drawn.py", str(folder))
     return folder
 
 
@@ -63,7 +63,10 @@ def test_two_ranks_take_the_steps_of_one(run_here: Callable[[str], str], monkeyp
         return [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    two = losses(run(*torchrun, "--master-port", str(free_port()), "examples/data_parallel.py"))
+    command = [*torchrun, "--master-port", str(free_port()), "examples/data_parallel.py"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    two = losses(done.stdout)
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
     one = losses(run_here("data_parallel.py"))
@@ -74,8 +77,7 @@ def test_two_ranks_take_the_steps_of_one(run_here: Callable[[str], str], monkeyp
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_trains(config: Path, drawn: Path, tmp_path: Path) -> None:
-    arguments = ["--config", config, "--runs-dir", tmp_path, f"data.root={drawn}"]
-    run(*train_command(0, *map(str, arguments)))
+    run_path("launch/train.py", "--config", str(config), "--runs-dir", str(tmp_path), f"data.root={drawn}")
     [result] = tmp_path.glob("*/result.json")
     assert '"test/dice"' in result.read_text()
 

@@ -21,11 +21,12 @@ from distseg.cli.process import run_command
 from distseg.config.load import load_config
 from distseg.data.decode import PLAIN
 from distseg.data.sample import Problem
-from distseg.distributed.runtime import free_port, stop_runtime
+from distseg.distributed.runtime import stop_runtime
 from distseg.inference.audit.drawn import drawn_in_training
 from distseg.inference.audit.model import Judge, fit
 from distseg.inference.audit.report import annotator_figures, annotators_table, ranked, table
 from distseg.inference.audit.verdicts import Verdict, contour_shift, judge_masks
+from distseg.testing.forked import run_script
 from distseg.testing.launcher import train_environment
 
 ROOT = Path(__file__).parents[2]
@@ -289,18 +290,8 @@ def test_killed_at_any_moment_and_started_again(run: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
     assert audit(run, "--to", tmp_path / "one", "--batch-size", "3") == 0
-    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, "launch/audit.py", str(run), "--to", str(tmp_path / "two"), "--batch-size", "3"]
-    ranks = [
-        subprocess.Popen(words, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(200) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    words = ["launch/audit.py", str(run), "--to", str(tmp_path / "two"), "--batch-size", "3"]
+    assert [done.returncode for done in run_script(words, ROOT, ENVIRONMENT, ranks=2)] == [0, 0]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +13,11 @@ from PIL import Image
 
 from distseg.cli.evaluate import main
 from distseg.data.synthetic import write_dataset
-from distseg.distributed.runtime import free_port, stop_runtime
+from distseg.distributed.runtime import stop_runtime
 from distseg.evaluation.calibration import BINS, calibration_bins, expected_calibration_error
 from distseg.evaluation.intervals import grouped_interval
 from distseg.evaluation.surfaces import surface_scores
+from distseg.testing.forked import run_script
 from distseg.testing.launcher import train_environment
 
 ROOT = Path(__file__).parents[2]
@@ -152,34 +151,10 @@ def test_overrides_and_two_ranks_give_the_figures_of_one(make_run: Callable, dat
     run = make_run("tracking.mlflow=false")
     overrides = [f"data.root={data}", "data.classes={background: [0], spot: [255, 1]}"]
     assert evaluate(run, "--to", tmp_path / "one", "--no-surfaces", *overrides) == 0
-    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [
-        sys.executable,
-        "launch/evaluate.py",
-        str(run),
-        "--to",
-        str(tmp_path / "two"),
-        "--no-surfaces",
-        *overrides,
-    ]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        ends = [rank.communicate(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], ends
-    assert sorted("8 images" in said for said, _ in ends) == [False, True]
+    words = ["launch/evaluate.py", str(run), "--to", str(tmp_path / "two"), "--no-surfaces", *overrides]
+    ranks = run_script(words, ROOT, ENVIRONMENT, ranks=2)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    assert sorted("8 images" in rank.stdout for rank in ranks) == [False, True]
     one, two = ((tmp_path / name / "evaluation.json").read_text() for name in ("one", "two"))
     assert one == two and list(json.loads(one)["classes"]) == ["spot"]
 

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,8 +21,9 @@ from torch.nn.functional import interpolate
 from distseg.cli.predict import main
 from distseg.config.load import load_config
 from distseg.data.augment import CHANNEL_DEVIATIONS, CHANNEL_MEANS
-from distseg.distributed.runtime import free_port, stop_runtime
+from distseg.distributed.runtime import stop_runtime
 from distseg.models.registry import build_model
+from distseg.testing.forked import run_script, start_script
 from distseg.testing.launcher import train_environment
 
 ROOT = Path(__file__).parents[2]
@@ -220,33 +219,17 @@ def test_several_classes(make_run: Callable, pictures: Path, tmp_path: Path) -> 
     assert [each["name"] for each in coco["categories"]] == ["mole", "vein"] and len(coco["images"]) == 10
 
 
-def command(run: Path, pictures: Path, to: Path, *more: str) -> list[str]:
-    return [sys.executable, "launch/predict.py", str(run), str(pictures), "--to", str(to), *ALL, *more]
+def words(run: Path, pictures: Path, to: Path, *more: str) -> list[str]:
+    return ["launch/predict.py", str(run), str(pictures), "--to", str(to), *ALL, *more]
 
 
 def test_two_ranks_give_the_bytes_of_one(make_run: Callable, pictures: Path, tmp_path: Path) -> None:
     run = make_run("data.shape=letterbox")
     (pictures / "broken.png").write_text("no image")
     assert predict(run, pictures, "--to", tmp_path / "one", *ALL, "--flips", "--right-angles") == 1
-    shared = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            command(run, pictures, tmp_path / "two", "--flips", "--right-angles"),
-            cwd=ROOT,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        ends = [rank.communicate(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [1, 1], ends
-    assert sum("broken.png" in errors for _, errors in ends) == 1
+    ranks = run_script(words(run, pictures, tmp_path / "two", "--flips", "--right-angles"), ROOT, ENVIRONMENT, ranks=2)
+    assert [rank.returncode for rank in ranks] == [1, 1], ranks
+    assert sum("broken.png" in rank.stderr for rank in ranks) == 1
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
@@ -258,17 +241,17 @@ def test_killed_and_started_again_gives_the_same_files(make_run: Callable, pictu
     rng, to = random.Random(0), tmp_path / "killed"
     kills = 0
     for target in (1, 3, 6):
-        process = subprocess.Popen(command(run, pictures, to), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+        files = (tmp_path / f"{target}.{stream}" for stream in ("stdout", "stderr"))
+        process = start_script(words(run, pictures, to), ROOT, ENVIRONMENT, *files)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             if len([*to.glob("masks/*.png")]) >= target:
                 break
             time.sleep(0.001)
         time.sleep(rng.random() / 50)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        kills += process.is_alive()
+        process.kill()
+        process.join()
     assert kills, "it was too quick to be killed"
     assert predict(run, pictures, "--to", to, *ALL) == 0
     whole, killed = contents(tmp_path / "whole"), contents(to)

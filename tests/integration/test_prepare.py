@@ -2,13 +2,15 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import pytest
+
+from distseg.testing.forked import run_script
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -28,8 +30,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def prepare(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/prepare.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    [done] = run_script(["launch/prepare.py", *arguments], ROOT, os.environ)
+    return done
 
 
 @pytest.mark.slow
