@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(RUN) launch/demo.py
 
 test: $(INSTALLED)
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile --durations 10
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal --durations 10
 
 test-faults: $(INSTALLED)
 	$(RUN) -m pytest -m "faults or counted" --timeout 3000

@@ -19,6 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from distseg.data.classes import IGNORE, PLAIN_CLASSES, ClassMap, UnnamedValues, grey_step
 from distseg.data.geometry import Frame
+from distseg.data.jpeg import plain_pixels as plain_jpeg
+from distseg.data.jpeg import plain_size as plain_jpeg_size
+from distseg.data.png import plain_pixels as plain_png
 from distseg.data.png import with_pixels_stored
 from distseg.data.resize import resize_mask
 from distseg.errors import BadFileError
@@ -78,9 +81,14 @@ def read_mask(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
 
     The plain binary map takes for 1 whatever is not black.
     """
-    # A PNG is inflated by png.py, to the same pixels in two thirds of the time.
-    content = with_pixels_stored(content_of(path, decoding), decoding.max_pixels)
-    with opened(path, decoding, content) as image:
+    content = content_of(path, decoding)
+    # A PNG is inflated by png.py, to the same pixels in two thirds of the time, and a grey one decoded without PIL.
+    stored = with_pixels_stored(content, decoding.max_pixels)
+    plain = plain_png(stored) if stored is not content else None
+    if plain is not None:
+        with _named(path, decoding):
+            return _mask_of_grey(plain, decoding)
+    with opened(path, decoding, stored) as image:
         step = grey_step(image)  # first: EXIF of a PNG is read by loading it
         turn = turn_of(image, decoding)
         if not decoding.classes.is_plain:
@@ -88,6 +96,12 @@ def read_mask(path: Path, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
             return ids if turn is None else np.asarray(Image.fromarray(ids).transpose(turn))
         grey = _as_mode(image, "L")
         return (np.asarray(grey if turn is None else grey.transpose(turn)) > 0).view(np.uint8)
+
+
+def _mask_of_grey(grey: NDArray[np.uint8], decoding: Decoding) -> NDArray[np.uint8]:
+    if decoding.classes.is_plain:
+        return (grey > 0).view(np.uint8)
+    return decoding.classes.ids(Image.fromarray(grey), 1)
 
 
 def read_resized_image(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> NDArray[np.uint8]:
@@ -119,7 +133,13 @@ def read_reduced(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[
 
 def read_canvas(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """`read_resized_image`, and the (height, width) that the whole picture has."""
-    with opened(path, decoding) as image:
+    content = content_of(path, decoding)
+    whole = _small_jpeg(content, frame, decoding)
+    if whole is not None:
+        place = frame.place(*whole.shape[:2])
+        resized = Image.fromarray(whole).resize((place.width, place.height), Image.Resampling.BILINEAR)
+        return place.laid(np.array(resized), frame.image_fill), (whole.shape[0], whole.shape[1])
+    with opened(path, decoding, content) as image:
         turn = turn_of(image, decoding)
         if image.format == "TIFF":
             image.load()  # which turns it
@@ -133,6 +153,16 @@ def read_canvas(path: Path, frame: Frame, decoding: Decoding = PLAIN) -> tuple[N
         reduced = _as_mode(image, "RGB").resize(size, Image.Resampling.BILINEAR, box=extent)
         picture = np.array(reduced if turn is None else reduced.transpose(turn))
     return place.laid(picture, frame.image_fill), own
+
+
+def _small_jpeg(content: bytes, frame: Frame, decoding: Decoding) -> NDArray[np.uint8] | None:
+    """(H, W, 3) uint8 RGB of a plain JPEG that is too small to be reduced as it is decoded; None for all others."""
+    size = plain_jpeg_size(content)
+    if size is None or size[0] * size[1] > decoding.max_pixels or max(size) > MAX_SIDE:
+        return None
+    place = frame.place(*size)
+    can_be_reduced = size[0] >= 4 * place.height and size[1] >= 4 * place.width
+    return None if can_be_reduced else plain_jpeg(content)
 
 
 def read_picture(path: Path, decoding: Decoding = PLAIN) -> Image.Image:

@@ -8,6 +8,9 @@ import struct
 from functools import reduce
 from typing import cast
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -15,6 +18,7 @@ _GREY, _PALETTE = 0, 3
 _BLOCK = 0xFFFF
 _STRIP = 1 << 20
 _DAMAGED = cast(type[Exception], zlib_ng.error)  # its stub calls it an instance
+_MAY_TURN = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type."""
 
@@ -44,6 +48,20 @@ def with_pixels_stored(content: bytes, most_pixels: int) -> bytes:
     checksum = reduce(lambda crc, part: zlib_ng.crc32(part, crc), stored, zlib_ng.crc32(b"IDAT"))
     length = sum(map(len, stored))
     return b"".join([before, struct.pack(">I4s", length, b"IDAT"), *stored, struct.pack(">I", checksum), after])
+
+
+def plain_pixels(stored: bytes) -> NDArray[np.uint8] | None:
+    """(H, W) uint8 of a PNG that is nothing but grey values of 8 bits; for what `with_pixels_stored` has stored.
+
+    None for all others, and where metadata may say how the picture is to be turned.
+    """
+    before, header, _, after = _parts(stored)
+    width, height, depth, colour, *_ = struct.unpack(">IIBBBBB", header)
+    if (depth, colour) != (8, _GREY) or any(kind in before or kind in after for kind in _MAY_TURN):
+        return None
+    pixels = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_UNCHANGED)
+    usable = pixels is not None and pixels.dtype == np.uint8 and pixels.shape == (height, width)
+    return np.asarray(pixels, np.uint8) if usable else None
 
 
 def _stored(content: bytes) -> list[bytes | memoryview]:

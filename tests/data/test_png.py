@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from distseg.data.png import with_pixels_stored
+from distseg.data.png import plain_pixels, with_pixels_stored
 
 MOST = 200_000
 
@@ -43,7 +43,7 @@ def palette(indices: np.ndarray, colours: int) -> Image.Image:
     return image
 
 
-def png(rows: bytes, width: int, height: int, depth: int = 8, colour: int = 0, interlaced: int = 0, cuts=()) -> bytes:
+def png(rows: bytes, width: int, height: int, depth=8, colour=0, interlaced=0, cuts=(), text: bytes = b"a\0b") -> bytes:
     """By hand, from filtered rows; `cuts` divide the deflated stream into several IDAT chunks."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -53,7 +53,8 @@ def png(rows: bytes, width: int, height: int, depth: int = 8, colour: int = 0, i
     stream = zlib.compress(rows)
     pieces = [stream[first:last] for first, last in zip((0, *cuts), (*cuts, None), strict=True)]
     data = b"".join(chunk(b"IDAT", piece) for piece in pieces)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tEXt", b"a\0b") + data + chunk(b"IEND", b"")
+    said = chunk(b"tEXt", text) if text else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + said + data + chunk(b"IEND", b"")
 
 
 def filtered_rows(kind: int) -> bytes:
@@ -104,6 +105,43 @@ def test_a_mask_decodes_to_the_same_pixels_without_inflating(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_mask_comes_back_as_it_is(name):
     assert with_pixels_stored(OTHERS[name], MOST) is OTHERS[name]
+
+
+PLAIN = {
+    "grey": MASKS["grey"],
+    "noise": MASKS["noise"],
+    "large": MASKS["large"],
+    **{f"filter {kind}": png(filtered_rows(kind), 53, 41, text=b"") for kind in range(5)},
+}
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_grey_pixels_are_those_of_pil_and_so_is_damage(name):
+    whole = PLAIN[name]
+    pixels = plain_pixels(with_pixels_stored(whole, MOST))
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(BytesIO(whole))))
+    accepted = 0
+    for at in range(len(whole)):
+        damaged = whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :]
+        stored = with_pixels_stored(damaged, MOST)
+        if stored is not damaged and (pixels := plain_pixels(stored)) is not None:
+            np.testing.assert_array_equal(pixels, np.asarray(Image.open(BytesIO(damaged))))
+            accepted += 1
+    assert accepted <= 12, "none of the header or the rows"  # checksums of IDAT and IEND, which PIL does not look at
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(MASKS[name] for name in ("one bit", "palette of 2", "palette of 256", "transparent colour", "filter 0")),
+        encoded(Image.fromarray(blob() * 255), exif=TURNED),
+    ],
+)
+def test_other_masks_are_for_pil(content):
+    stored = with_pixels_stored(content, MOST)
+    assert stored is not content and plain_pixels(stored) is None
 
 
 @pytest.mark.parametrize("name", ["one bit", "palette of 16", "filter 4"])
