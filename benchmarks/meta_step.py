@@ -1,6 +1,7 @@
 """What a weighted step costs beside a plain one: time and memory of each estimator on one network and batch.
 
     python benchmarks/meta_step.py [--width 64 --depth 4 --norm none --size 96 --batch 6] [--rounds 9] [--json FILE]
+    python benchmarks/meta_step.py --only one_pass --rounds 30      # beside the plain steps
 
 A plain step is forward, backward and SGD with momentum: on the noisy batch (`plain`), or on the noisy and the clean
 batch together (`plain_both`). The others find the weights of the noisy batch from the clean one, and learn from the
@@ -111,9 +112,13 @@ def build_step(contender: str, arguments: argparse.Namespace) -> Callable[[], No
     return step
 
 
+def contenders(arguments: argparse.Namespace) -> list[str]:
+    return [name for name in PASSES if name in ("plain", "plain_both", *arguments.only)]
+
+
 def measure_times(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each contender in each round."""
-    steps = {contender: build_step(contender, arguments) for contender in PASSES}
+    steps = {contender: build_step(contender, arguments) for contender in contenders(arguments)}
     return take_turns(steps, arguments.rounds, arguments.device)
 
 
@@ -146,7 +151,7 @@ def measure_peak_apart(contender: str, options: list[str]) -> int:
 
 def report(arguments: argparse.Namespace, options: list[str]) -> dict:
     seconds = measure_times(arguments)
-    peaks = {contender: measure_peak_apart(contender, options) for contender in PASSES}
+    peaks = {contender: measure_peak_apart(contender, options) for contender in contenders(arguments)}
 
     def beside(contender: str, base: str) -> dict:
         ratios = [own / plain for own, plain in zip(seconds[contender], seconds[base], strict=True)]
@@ -198,6 +203,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96, help="side of the images, pixels")
     parser.add_argument("--batch", type=int, default=6, help="noisy images, and as many clean ones")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
+    parser.add_argument("--only", nargs="+", choices=PASSES, default=list(PASSES), help="these beside the plain steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--peak-of", choices=PASSES, help=argparse.SUPPRESS)
@@ -206,7 +212,7 @@ def main() -> None:
     if contender:
         print(measure_peak(contender, arguments))
         return
-    options = [f"--{name}={value}" for name, value in vars(arguments).items() if name != "json"]
+    options = [f"--{name}={value}" for name, value in vars(arguments).items() if name not in ("json", "only")]
     path = arguments.json
     result = report(arguments, options)
     print(show(result))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distseg.cli.main import COMMANDS
+from distseg.testing.forked import run_script, start_script
 
 ROOT = Path(__file__).parents[2]
 DISTSEG = [sys.executable, "-m", "distseg.cli.main"]
@@ -100,22 +101,27 @@ def test_results_are_shown_in_a_terminal_of_any_encoding(tmp_path: Path) -> None
     assert "\\u2013" in done.stdout
 
 
-def test_results_that_go_to_a_full_device_end_in_one_line(counted) -> None:
-    with Path("/dev/full").open("w") as full:
-        words = ["sweep", "configs/experiments/paper.yaml", "data.root=/data", "--list"]
-        done = call(*DISTSEG, *words, stdout=full, stderr=subprocess.PIPE, capture_output=False)
-    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+def to_full_device(words: list[str], folder: Path) -> tuple[int | None, str]:
+    """Exit code and stderr of a script whose stdout can take nothing."""
+    errors = folder / "stderr"
+    process = start_script(words, ROOT, os.environ, Path("/dev/full"), errors)
+    process.join(120)
+    return process.exitcode, errors.read_text()
+
+
+def test_results_that_go_to_a_full_device_end_in_one_line(tmp_path: Path, counted) -> None:
+    words = ["launch/sweep.py", "configs/experiments/paper.yaml", "data.root=/data", "--list"]
+    assert to_full_device(words, tmp_path) == (1, "error: standard output: No space left on device\n")
     counted("closed pipes and full devices", 1)
 
 
 def test_a_run_whose_result_is_written_ends_well_whoever_listens(drawn_data: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
-    words = ["train", "--config", str(tmp_path / "c.yaml"), f"data.root={drawn_data}", "--runs-dir", str(tmp_path)]
-    with Path("/dev/full").open("w") as full:
-        done = call(*DISTSEG, *words, stdout=full, stderr=subprocess.PIPE, capture_output=False)
-    assert done.returncode == 0, done.stderr
+    words = ["launch/train.py", "--config", str(tmp_path / "c.yaml"), f"data.root={drawn_data}"]
+    code, said = to_full_device([*words, "--runs-dir", str(tmp_path)], tmp_path)
+    assert code == 0, said
     assert (tmp_path / "run" / "result.json").exists()
-    assert "warning: standard output: No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert "warning: standard output: No space left on device" in said and "Traceback" not in said
 
 
 @contextmanager
@@ -166,7 +172,7 @@ def test_ctrl_c_in_another_command_is_one_line(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     study = ["configs/experiments/paper.yaml", "data.root=/data", "--runs-dir", str(tmp_path / "runs")]
-    done = call(*DISTSEG, "sweep", *study)
+    [done] = run_script(["launch/sweep.py", *study], ROOT, os.environ)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and str(tmp_path / "runs") in line

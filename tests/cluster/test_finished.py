@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distseg.testing.forked import run_script
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,8 +21,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def ask(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/finished.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    [asked] = run_script(["launch/finished.py", *arguments], ROOT, os.environ)
+    return asked
 
 
 def test_a_run_is_done_once_its_result_is_whole(config: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -199,12 +198,12 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, tmp_path: Path, train) -> None:
+def test_two_ranks_tell_of_bad_data_once_and_end(small: Path, drawn_data: Path, tmp_path: Path, train_ranks) -> None:
     broken = tmp_path / "data"
-    subprocess.run(["cp", "-r", drawn_data, broken], check=True)
+    shutil.copytree(drawn_data, broken)
     victim = sorted((broken / "images").glob("*.jpg"))[3]
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    done = train(2, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), f"data.root={broken}")
+    done = train_ranks(2, "--config", str(small), "--runs-dir", str(tmp_path / "runs"), f"data.root={broken}")
     assert done.returncode == 2
     assert sum(victim.name in line for line in done.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()

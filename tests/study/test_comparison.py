@@ -260,7 +260,7 @@ def test_a_picture_of_a_run_of_foreign_code_runs_none_unless_allowed(
         "model__name": "leaves_a_mark:Net",
         "model__options": {"in_channels": 3, "out_channels": 1, "kernel_size": 1},
     }
-    folder = run_folder(tmp_path, "foreign", data__root=str(tmp_path), **own)
+    folder = run_folder(tmp_path, "foreign", data__root=str(tmp_path), train__steps=1, **own)
     with pytest.raises(UserError, match=r"leaves_a_mark:Net.*--allow-import"):
         main([str(folder), "--figure", str(tmp_path / "figure.png")])
     assert not (tmp_path / "mark").exists()
