@@ -1,5 +1,7 @@
 """Invariants 1 and 2 (DESIGN §2): the estimators are exact, on networks as users have them, and α does not matter."""
 
+import copy
+
 import pytest
 import torch
 from oracle import IGNORE, double_backward, normalised
@@ -96,6 +98,19 @@ def test_the_default_step_of_finite_suits_the_dtype(dtype: torch.dtype, toleranc
     reweighter = PixelReweighter(model, estimator="finite")
     actual = reweighter(images.to(dtype), masks, clean_images.to(dtype), clean_masks)
     assert_same_weights(actual.double(), expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize("norm", ["none", "group"])
+def test_the_default_step_of_finite_suits_units_that_switch(norm: str) -> None:
+    torch.manual_seed(0)
+    model = UNet(8, 3, norm=norm)
+    noisy, clean = batch(3, 32, 32, 1, seed=1), batch(2, 32, 32, 1, seed=2)
+    double = copy.deepcopy(model).double()
+    expected = normalised(double_backward(double, noisy, clean))
+    (images, masks), (clean_images, clean_masks) = noisy, clean
+    reweighter = PixelReweighter(model, estimator="finite")
+    actual = reweighter(images.float(), masks, clean_images.float(), clean_masks).double()
+    assert (actual / actual.sum() - expected / expected.sum()).abs().sum() < 0.02
 
 
 def test_halving_the_finite_step_quarters_the_error() -> None:
