@@ -164,7 +164,7 @@ def finite(
     """U by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖: the network is only evaluated.
 
     The default step is √ε/32, 1e-5 in float32, with ε the parameters' machine epsilon. Rounding costs ε/h, and units
-    that switch on or off on the way cost h: the cube root of ε, right for smooth functions, is far too much for a U-Net.
+    that switch on or off on the way cost h: the cube root of ε, right for smooth functions, is far too much for U-Nets.
     """
     if relative_step is None:
         relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** 0.5 / 32
