@@ -163,11 +163,11 @@ def finite(
 ) -> Tensor:
     """U by a central difference of ℓ at θ ± h·g, h = relative_step · ‖θ‖/‖g‖: the network is only evaluated.
 
-    The default step is √ε/32, 1e-5 in float32, with ε the parameters' machine epsilon. Rounding costs ε/h, and units
-    that switch on or off on the way cost h: the cube root of ε, right for smooth functions, is far too much for U-Nets.
+    The default step is ε^⅓/400, 1.2e-5 in float32; ε is the parameters' machine epsilon. Rounding costs ε/h, and units
+    that switch on or off on the way cost h, not h²: ε^⅓, right for smooth functions, is far too much for U-Nets.
     """
     if relative_step is None:
-        relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** 0.5 / 32
+        relative_step = torch.finfo(next(iter(parameters.values())).dtype).eps ** (1 / 3) / 400
     scale, slope = norm(parameters, reduction), norm(gradient, reduction)
     h = relative_step * torch.where(slope > 0, scale.clamp(min=1e-3) / slope, 1.0)
 

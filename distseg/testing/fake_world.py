@@ -39,9 +39,29 @@ def fake_rank(rank: int, world_size: int) -> Iterator[None]:
     with patch.dict(os.environ, {name: str(value) for name, value in named.items()} | {"DS_ACCELERATOR": "cpu"}):
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=dist.HashStore())
         try:
-            yield
+            with _Zeroed():
+                yield
         finally:
             dist.destroy_process_group()
+
+
+class _Zeroed(TorchDispatchMode):
+    """New memory holds zeros: a collective leaves it as it is, and what lay there before may be no finite number."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in _EMPTY and not isinstance(result, FakeTensor):
+            result.zero_()
+        return result
+
+
+_EMPTY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
 
 
 @contextmanager

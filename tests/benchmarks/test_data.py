@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_says_what_it_measured(drawn_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
     for name in ("isic_original", "isic2017_128"):

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_says_what_it_measured(drawn_data: Path, tmp_path: Path) -> None:
     small = ["--rounds", "2", "--size", "16", "--scale", "0.5", "--json", str(tmp_path / "figures.json")]
     command = [sys.executable, "benchmarks/shapes.py", str(drawn_data), *small]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distseg.cli.main import COMMANDS
+from distseg.cli.main import COMMANDS, main
 from distseg.testing.forked import run_script, start_script
 
 ROOT = Path(__file__).parents[2]
@@ -51,10 +51,12 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_file_in_launch_is_the_same_command(name: str) -> None:
-    console, launch = call(*DISTSEG, name, "--help"), call(sys.executable, f"launch/{name}.py", "--help")
-    assert launch.returncode == console.returncode == 0
-    usage = " ".join(console.stdout.split())
+def test_the_file_in_launch_is_the_same_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    [launch] = run_script([f"launch/{name}.py", "--help"], ROOT, os.environ)
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert launch.returncode == end.value.code == 0
+    usage = " ".join(capsys.readouterr().out.split())
     assert " ".join(launch.stdout.split()) == usage.replace(f"distseg {name}", f"{name}.py", 1)
 
 

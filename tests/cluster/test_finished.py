@@ -40,7 +40,13 @@ def test_a_run_is_done_once_its_result_is_whole(config: Path, tmp_path: Path) ->
     assert ask(*arguments, "nam=other").returncode == 2
 
 
-@pytest.mark.parametrize(("code", "written", "expected"), [(0, False, 1), (0, True, 0), (3, True, 3), (3, False, 3)])
+@pytest.mark.parametrize(
+    ("code", "written", "expected"),
+    [
+        (0, False, 1),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((0, True, 0), (3, True, 3), (3, False, 3))),
+    ],
+)
 def test_the_batch_script_checks_the_result(
     config: Path, tmp_path: Path, code: int, written: bool, expected: int
 ) -> None:

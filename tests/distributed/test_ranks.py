@@ -223,6 +223,7 @@ def reweighter_of(model: nn.Module, placement, estimator: str, virtual: str) -> 
         estimator=estimator,
         virtual_lr=virtual_lr,
         initial_weight=initial_weight,
+        finite_step=torch.finfo(next(model.parameters()).dtype).eps ** (1 / 3),  # the best for a smooth network
         reduction=AllReduce(placement.sharded),
         placement=placement,
     )

@@ -18,6 +18,7 @@ from distseg.testing.launcher import train_environment
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+CHOSEN = [path if path.stem == "combination" else pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS]
 ENVIRONMENT = train_environment() | {
     "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(ROOT))),
     "OMP_NUM_THREADS": "1",
@@ -75,7 +76,7 @@ def test_two_ranks_take_the_steps_of_one(run_here: Callable[[str], str], monkeyp
     assert two == pytest.approx(one, abs=2e-8)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CHOSEN, ids=lambda path: path.stem)
 def test_a_config_trains(config: Path, drawn: Path, tmp_path: Path) -> None:
     run_path("launch/train.py", "--config", str(config), "--runs-dir", str(tmp_path), f"data.root={drawn}")
     [result] = tmp_path.glob("*/result.json")

@@ -56,6 +56,7 @@ def check_mask(mask: np.ndarray, run: Path, picture: Path) -> None:
     np.testing.assert_array_equal(mask[sure], np.where(logits > 0, 700, 3)[sure])
 
 
+@pytest.mark.slow
 def test_the_folder_holds_no_pickle_and_says_what_it_is(served: tuple[Path, Path], picture: Path) -> None:
     import mlflow.pyfunc
     import pandas as pd
