@@ -23,8 +23,8 @@ def start(
     """`function(*arguments)` in a process with this environment and the caller's working folder, writing to two files.
 
     `function` must be importable by name. What libraries read from the environment as they are imported, such as
-    OMP_NUM_THREADS, is that of the first call. Wait for the process, or kill it. Where there is CUDA, whose runtime does
-    not outlive a fork, it is a new one and starts as slowly as any.
+    OMP_NUM_THREADS, is that of the first call. Wait for the process, or kill it. Where there is CUDA, whose runtime
+    does not outlive a fork, it is a new one and starts as slowly as any.
     """
     context: Any = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["distseg.testing.preload"])

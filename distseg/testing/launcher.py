@@ -6,5 +6,5 @@ __all__ = ["train_command", "train_environment"]
 
 
 def train_command(ranks: int, *arguments: str) -> list[str]:
-    """Under DeepSpeed's launcher on `ranks` processes of this machine, or as plain python for 0."""
+    """Under DeepSpeed's launcher on `ranks` processes of this machine."""
     return [*launcher(ranks), "launch/train.py", *arguments]
