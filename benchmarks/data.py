@@ -7,7 +7,7 @@ PATH holds isic_original/ and isic2017_128/, each with manifest.csv. All contend
 masks under the same augmentation, on the same two cores:
 
     baseline       a torch DataLoader with two workers over Image.open, resize and PIL's own transforms
-    torch          distseg's loader on cv2, two threads
+    torch 1, 2     distseg's loader on cv2, with so many threads that read
     DALI 1, 2      distseg's loader on DALI, with so many threads that read and as many that transform
     … in memory    the same from the second epoch on, when the files have been decoded
 
@@ -135,10 +135,12 @@ def contenders(root: Path, arguments: argparse.Namespace) -> dict[str, Callable[
 
     return {
         "baseline": lambda: plain_batches(samples, arguments),
-        "torch": lambda: stream_batches(stream("torch", 2)),
+        "torch 1": lambda: stream_batches(stream("torch", 1)),
+        "torch 2": lambda: stream_batches(stream("torch", 2)),
         "DALI 1": lambda: stream_batches(stream("dali", 1)),
         "DALI 2": lambda: stream_batches(stream("dali", 2)),
-        "torch, in memory": in_memory("torch", 2),
+        "torch 1, in memory": in_memory("torch", 1),
+        "torch 2, in memory": in_memory("torch", 2),
         "DALI 1, in memory": in_memory("dali", 1),
         "DALI 2, in memory": in_memory("dali", 2),
     }

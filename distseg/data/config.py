@@ -152,7 +152,7 @@ class DataConfig(Section):
     pipeline: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI where it imports, the torch loader elsewhere."""
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Per stream: as many read and decode, and as many transform."""
+    """Per stream: as many read and decode, and as many transform. More than one helps where files are large."""
     memory: Annotated[float, Field(ge=0, le=_MOST_GIB)] = 1.0
     """GiB per stream and rank in which images and masks are kept at network resolution once they are decoded."""
     device_memory: Annotated[float, Field(ge=0, le=_MOST_GIB)] = 1.0

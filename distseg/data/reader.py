@@ -4,6 +4,7 @@ Resizing comes before anything random, so its result can be kept: from the secon
 now, kept in memory or read from a cache on disk, the bits are the same, so that order and resume stay as they are.
 """
 
+import math
 import queue
 import threading
 from collections import deque
@@ -95,19 +96,28 @@ def read_ahead(
     """Each batch of `requests` with `work` done on its items by `threads` threads, in order, two batches ahead.
 
     What `work` raises comes out at its batch. Closing the generator stops the threads.
+
+    A thread takes its part of a batch at once: where files are small, waking one for every item, and the caller for
+    every result, takes longer than the work.
     """
-    pending: deque[tuple[Sequence[Request], list[Future[Work]]]] = deque()
+    pending: deque[tuple[Sequence[Request], list[Future[list[Work]]]]] = deque()
+
+    def work_on(part: Sequence[Request]) -> list[Work]:
+        return [work(request) for request in part]
+
     with ThreadPoolExecutor(threads, thread_name_prefix="distseg-read") as pool:
         try:
             while True:
                 while len(pending) <= _PREFETCHED_BATCHES and (batch := next(requests, None)) is not None:
                     if len(batch) > max_batch_size:
                         raise ValueError(f"a batch of {len(batch)} where at most {max_batch_size} were announced")
-                    pending.append((batch, [pool.submit(work, request) for request in batch]))
+                    size = max(1, math.ceil(len(batch) / threads))
+                    parts = [batch[first : first + size] for first in range(0, len(batch), size)]
+                    pending.append((batch, [pool.submit(work_on, part) for part in parts]))
                 if not pending:
                     return
                 batch, futures = pending.popleft()
-                yield batch, [future.result() for future in futures]
+                yield batch, [item for future in futures for item in future.result()]
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -14,7 +14,7 @@ import torch
 
 from distseg.data.batch import Batch
 from distseg.data.config import AugmentConfig, DataConfig
-from distseg.data.reader import PixelReader, taken_by_a_thread
+from distseg.data.reader import PixelReader, read_ahead, taken_by_a_thread
 from distseg.data.splits import split_clean
 from distseg.data.streams import Stream, evaluation_batches
 from distseg.data.survey import read_samples
@@ -227,6 +227,20 @@ def test_loading_starts_no_teams_of_openmp_threads(open_stream, config, pipeline
     for step in range(3):
         stream.batch(step, 0)
     assert foreign_threads() <= before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_work_comes_out_in_order_however_a_batch_is_divided(threads):
+    batches = [range(7), range(0), range(7, 8), range(8, 12)]
+    done = list(read_ahead(iter(batches), lambda number: -number, 7, threads))
+    assert done == [(batch, [-number for number in batch]) for batch in batches]
+
+
+def test_what_work_raises_comes_out_at_its_batch():
+    ahead = read_ahead(iter([range(1, 5), range(4)]), lambda number: 12 // number, 4, 2)
+    assert next(ahead)[1] == [12, 6, 4, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
