@@ -16,12 +16,13 @@ on every other one, in the order of their ids, while the rest is learned from. �
 step on Σ W·CE(q, p) lowers the clean loss in proportion to Σ W (p − q)·ż, which gives every meta-gradient below.
 
     uniform              y, all pixels the same: the preset with labels.kind=drawn
+    uniform_half         the same, learning from the half of the clean images that all who take a gradient learn from
     label_correction     the preset
     held_out_gradient    y, W ∝ max(U, 0), U = (p − y)·ż (Mirikharaji et al. 2019, arXiv 1906.03815)
     gradient_after_step  the same with g taken after a virtual SGD step on the loss that `uniform` would have, which is
                          as long as the optimiser's last update; the tangent is at the present parameters
-    both_labels          y and a corrected label, each with its own weight ∝ max(U, 0), together 1 (Zhou et al. 2024,
-                         "L2B: Learning to Bootstrap Robust Models for Combating Label Noise"). The corrected label is
+    both_labels          y and a corrected label, each with its own weight ∝ max(U, 0), together 1 (Zhou et al. 2022,
+                         "Learning to Bootstrap for Combating Label Noise", arXiv 2202.04291). The corrected label is
                          the label model's once that corrects, and what the network predicts until then
     gate                 q = r·y + (1 − r)·t, t of a teacher that averages the network, r = MLP(features, y, t) by the
                          meta-gradient, and by y = truth on held-out images that have a drawn mask too (Taraday and
@@ -138,9 +139,26 @@ def of_both_labels(logits: Tensor, tangents: Tensor, drawn: Tensor, corrected: T
     return Targets(weights, torch.where(weights > 0, says_foreground / weights, 0.0))
 
 
-def meta_loss(tangents: Tensor, foreground: Tensor, weights: Tensor) -> Tensor:
-    """Σ W·q·ż: η times its gradient by what q depends on is that of the clean loss after a step of size η."""
-    return (weights * foreground * tangents).sum()
+def meta_loss(targets: Targets, tangents: Tensor) -> Tensor:
+    """Σ W·q·ż, ż (B, H, W): η times its gradient by what q depends on is that of the clean loss after a step of size η.
+
+    With g after that step; to first order in η with g before it.
+    """
+    return (targets.weights * targets.foreground * tangents).sum()
+
+
+def meta_update(
+    optimizer: torch.optim.Optimizer, targets: Targets, tangents: Tensor, beside: Tensor | float
+) -> Targets:
+    """Move what q depends on along the meta-gradient, and down a loss `beside` it; the targets as they were before.
+
+    The meta-loss is divided by Σ W·|ż|, so that it lies between −1 and 1 whatever the size of g.
+    """
+    size = (targets.weights * tangents.abs()).sum().clamp(min=torch.finfo(tangents.dtype).tiny)
+    optimizer.zero_grad()
+    (meta_loss(targets, tangents) / size + beside).backward()
+    optimizer.step()
+    return targets._replace(foreground=targets.foreground.detach())
 
 
 def posterior(relative: Tensor, table: Tensor, bins: Tensor) -> Tensor:
@@ -202,13 +220,22 @@ def over_scales(network: nn.Module, images: Tensor, multiple: int) -> Tensor:
     return torch.stack(back).mean(0)
 
 
+class HeldOutImages(NamedTuple):
+    """Clean images (B, 3, H, W) that are not learned from, and their masks (B, H, W)."""
+
+    images: Tensor
+    truth: Tensor
+    drawn: Tensor
+    """The truth where nobody has drawn one."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a variant is shown of a step after the warm-up."""
 
     noisy: Batch
-    held_out: Batch | None
-    """Clean images that are not learned from: `masks` as drawn where that is known, `true_masks`."""
+    held_out: HeldOutImages | None
+    """Of variants that take a gradient, else None."""
     beside: Batch | None
     """Clean images that this step learns from too."""
     share: float
@@ -218,8 +245,8 @@ class Seen:
 class Variant:
     """Labels as drawn, and the base of the others."""
 
-    in_folds = False
-    """Whether it takes a clean gradient throughout, from a fold of the clean images that is never learned from."""
+    takes_gradient = False
+    """Whether it needs clean images that are held out throughout, and therefore learns from half of them alone."""
 
     def __init__(self, trainer: Trainer, drawn_known: bool) -> None:
         """drawn_known: whether the clean images have drawn masks."""
@@ -238,17 +265,17 @@ class Variant:
     def updated(self) -> None:
         """The parameters have been updated."""
 
-    def clean_gradient(self, clean: Batch, at: Parameters | None = None) -> Parameters:
-        """g at the present parameters, or at others."""
-        return self.mean_gradient(clean.images, clean.true_masks, at)
-
     def mean_gradient(self, images: Tensor, masks: Tensor, at: Parameters | None = None) -> Parameters:
+        """∇ of the mean cross-entropy at the present parameters, or at others: g, of clean images."""
         parameters = at or self.placement.trainable()
         return mean_gradient(self.network, parameters, [(images, masks)], OneProcess()).gradient
 
-    def along(self, gradient: Parameters, images: Tensor) -> tuple[Tensor, Tensor]:
-        """z and ż (B, 1, H, W) at the present parameters."""
-        return logits_along(self.network, self.placement.trainable(), gradient, images)
+    def clean_gradient(self, seen: Seen) -> Parameters:
+        return self.mean_gradient(seen.held_out.images, seen.held_out.truth)
+
+    def along(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """z and ż (B, 1, H, W) of the noisy images along g, at the present parameters."""
+        return logits_along(self.network, self.placement.trainable(), self.clean_gradient(seen), seen.noisy.images)
 
     def copied(self) -> nn.Module:
         """The network as it is, apart from the one that is trained."""
@@ -257,16 +284,17 @@ class Variant:
         return twin.requires_grad_(False)
 
 
+class UniformHalf(Variant):
+    takes_gradient = True  # and does nothing with it
+
+
 class HeldOutGradient(Variant):
-    in_folds = True
+    takes_gradient = True
 
     def targets(self, seen: Seen) -> Targets:
-        logits, tangents = self.along(self.direction(seen), seen.noisy.images)
+        logits, tangents = self.along(seen)
         [weights] = shares(alignment(logits, tangents, seen.noisy.masks))
         return Targets(weights, as_foreground(seen.noisy.masks))
-
-    def direction(self, seen: Seen) -> Parameters:
-        return self.clean_gradient(seen.held_out)
 
 
 class GradientAfterStep(HeldOutGradient):
@@ -277,7 +305,7 @@ class GradientAfterStep(HeldOutGradient):
         self.before = {name: value.clone() for name, value in self.placement.trainable().items()}
         self.length = torch.zeros(())
 
-    def direction(self, seen: Seen) -> Parameters:
+    def clean_gradient(self, seen: Seen) -> Parameters:
         parameters = self.placement.trainable()
         step = self.mean_gradient(seen.noisy.images, seen.noisy.masks)
         if seen.beside:
@@ -285,19 +313,18 @@ class GradientAfterStep(HeldOutGradient):
             step = {name: torch.lerp(value, clean[name], seen.share) for name, value in step.items()}
         rate = self.length / norm(step, OneProcess()).clamp(min=1e-12)
         ahead = {name: value - rate * step[name] for name, value in parameters.items()}
-        return self.clean_gradient(seen.held_out, ahead)
+        return self.mean_gradient(seen.held_out.images, seen.held_out.truth, ahead)
 
     def updated(self) -> None:
         now = self.placement.trainable()
         self.length = norm({name: value - self.before[name] for name, value in now.items()}, OneProcess())
         self.before = {name: value.clone() for name, value in now.items()}
-        self.notes["length of the last update"] = self.length.item()
 
 
 class WithLabelModel(Variant):
     """Keeps the label model of the preset going, which learns as it does there."""
 
-    in_folds = True
+    takes_gradient = True
 
     def __init__(self, trainer: Trainer, drawn_known: bool) -> None:
         super().__init__(trainer, drawn_known)
@@ -309,7 +336,7 @@ class WithLabelModel(Variant):
         model, held_out, masks = self.label_model, None, seen.noisy.masks
         if seen.beside is None:
             with torch.no_grad():
-                held_out = HeldOut(self.model(seen.held_out.images), seen.held_out.true_masks)
+                held_out = HeldOut(self.model(seen.held_out.images), seen.held_out.truth)
         labels, evidence = model.correct(logits, masks, model.bins(masks), held_out)
         model.learn(evidence, torch.tensor(False), lr=0.0)
         self.notes["corrects"] = model.corrects.item()
@@ -319,7 +346,7 @@ class WithLabelModel(Variant):
 class BothLabels(WithLabelModel):
     def targets(self, seen: Seen) -> Targets:
         masks = seen.noisy.masks
-        logits, tangents = self.along(self.clean_gradient(seen.held_out), seen.noisy.images)
+        logits, tangents = self.along(seen)
         corrected = self.corrected(seen, logits)
         if not self.label_model.corrects:
             corrected = torch.where(valid_pixels(masks), (logits[:, 0] > 0).to(masks.dtype), masks)
@@ -333,7 +360,7 @@ class LearnedCounts(WithLabelModel):
 
     def targets(self, seen: Seen) -> Targets:
         masks, model = seen.noisy.masks, self.label_model
-        logits, tangents = self.along(self.clean_gradient(seen.held_out), seen.noisy.images)
+        logits, tangents = self.along(seen)
         self.corrected(seen, logits)
         if self.table is None and model.known >= model.decide_after:
             self.start = log_likelihood(model.counts).float()
@@ -341,15 +368,11 @@ class LearnedCounts(WithLabelModel):
             self.optimizer = torch.optim.Adam([self.table], lr=TABLE_RATE)
         if self.table is None:
             return uniform(masks)
-        targets = uniform(
-            masks, posterior(calibrated(relative_logits(logits), model.theta[0]), self.table, model.bins(masks))
-        )
-        size = meta_loss(tangents[:, 0].abs(), torch.ones(()), targets.weights)
-        self.optimizer.zero_grad()
-        (meta_loss(tangents[:, 0], targets.foreground, targets.weights) / size).backward()
-        self.optimizer.step()
+        relative = calibrated(relative_logits(logits), model.theta[0])
+        targets = uniform(masks, posterior(relative, self.table, model.bins(masks)))
+        targets = meta_update(self.optimizer, targets, tangents[:, 0], beside=0.0)
         self.notes["table moved"] = (self.table.detach() - self.start).abs().mean().item()
-        return targets._replace(foreground=targets.foreground.detach())
+        return targets
 
 
 class EmaTeacher(Variant):
@@ -375,7 +398,7 @@ class EmaTeacher(Variant):
 
 
 class Gate(EmaTeacher):
-    in_folds = True
+    takes_gradient = True
 
     def __init__(self, trainer: Trainer, drawn_known: bool) -> None:
         super().__init__(trainer, drawn_known)
@@ -387,21 +410,17 @@ class Gate(EmaTeacher):
 
     def targets(self, seen: Seen) -> Targets:
         noisy, held_out = seen.noisy, seen.held_out
-        _, tangents = self.along(self.clean_gradient(held_out), noisy.images)
+        _, tangents = self.along(seen)
         drawn, taught = as_foreground(noisy.masks), self.taught(noisy.images)
         kept = self.logits_of_gate(noisy.images, drawn, taught).sigmoid()
         targets = uniform(noisy.masks, kept * drawn + (1 - kept) * taught)
-        size = meta_loss(tangents[:, 0].abs(), torch.ones(()), targets.weights)
-        loss = meta_loss(tangents[:, 0], targets.foreground, targets.weights) / size
+        known: Tensor | float = 0.0
         if self.drawn_known:
-            right = uniform(held_out.masks, (held_out.masks == held_out.true_masks).float())
-            own = self.logits_of_gate(held_out.images, as_foreground(held_out.masks), self.taught(held_out.images))
-            loss = loss + right.loss(own[:, None])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+            right = uniform(held_out.drawn, (held_out.drawn == held_out.truth).float())
+            own = self.logits_of_gate(held_out.images, as_foreground(held_out.drawn), self.taught(held_out.images))
+            known = right.loss(own[:, None])
         self.notes["mean r"] = kept.mean().item()
-        return targets._replace(foreground=targets.foreground.detach())
+        return meta_update(self.optimizer, targets, tangents[:, 0], beside=known)
 
     def logits_of_gate(self, images: Tensor, drawn: Tensor, taught: Tensor) -> Tensor:
         """(B, H, W): log r / (1 − r)."""
@@ -478,6 +497,7 @@ class Adele(Variant):
 
 VARIANTS: dict[str, type[Variant] | None] = {
     "uniform": Variant,
+    "uniform_half": UniformHalf,
     "label_correction": None,
     "held_out_gradient": HeldOutGradient,
     "gradient_after_step": GradientAfterStep,
@@ -524,10 +544,9 @@ class Screen:
             trainer.streams.append(opened)
             return opened
 
-        self.held_out: Stream | None = stream("clean", drawn, "noisy")
-        """Until clean images are learned from."""
-        self.held_out_then = stream("held_out", drawn[1::2], "noisy") if variant.in_folds else None
-        self.beside = stream("clean", clean[::2] if variant.in_folds else clean, "true")
+        self.all_clean, self.half = stream("clean", drawn, "noisy"), stream("held_out", drawn[1::2], "noisy")
+        """What is held out for a gradient before clean images are learned from, and then."""
+        self.beside = stream("clean", clean[::2] if variant.takes_gradient else clean, "true")
         self.wrong: list[dict[str, float]] = []
         """Of each step after the warm-up, where the truth is known."""
 
@@ -537,9 +556,11 @@ class Screen:
         beside = self.beside.batch(index, 0) if share else None
         targets = uniform(noisy.masks)
         if phase.main:
-            held_out = self.held_out_then if beside else self.held_out
-            batch = held_out.batch(index, 0) if held_out else None
-            targets = self.variant.targets(Seen(noisy, batch, beside, share))
+            held_out = None
+            if self.variant.takes_gradient:
+                batch = (self.half if beside else self.all_clean).batch(index, 0)
+                held_out = HeldOutImages(batch.images, batch.true_masks, batch.masks)
+            targets = self.variant.targets(Seen(noisy, held_out, beside, share))
             if noisy.true_masks is not None:
                 self.wrong.append(wrong_shares(noisy, targets))
         if beside is None:

@@ -54,6 +54,10 @@ def batch(seed: int, count: int = 2) -> Batch:
     return Batch(images, masks, truth, ())
 
 
+def held_out(clean: Batch) -> screen.HeldOutImages:
+    return screen.HeldOutImages(clean.images, clean.true_masks, clean.masks)
+
+
 def cross_entropy(network: nn.Module, parameters: Parameters, images: Tensor, foreground: Tensor) -> Tensor:
     """(B, H, W), by torch alone."""
     z = functional_call(network, parameters, images)[:, 0]
@@ -85,7 +89,7 @@ def clean_gradient(network: nn.Module, clean: Batch, at: Parameters) -> Paramete
 def test_weights_along_the_held_out_gradient_are_the_reweighters(network: nn.Module) -> None:
     noisy, clean = batch(0), batch(1)
     variant = screen.HeldOutGradient(SimpleNamespace(model=network), drawn_known=True)
-    actual = variant.targets(screen.Seen(noisy, clean, None, 0.0)).weights
+    actual = variant.targets(screen.Seen(noisy, held_out(clean), None, 0.0)).weights
     expected = PixelReweighter(network)(noisy.images, noisy.masks, clean.images, clean.true_masks)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
 
@@ -95,7 +99,7 @@ def test_weights_after_a_step_are_those_of_a_double_backward_through_it(network:
     noisy, clean, beside = batch(0), batch(1), batch(2)
     variant = screen.GradientAfterStep(SimpleNamespace(model=network), drawn_known=True)
     variant.length = torch.tensor(0.7, dtype=torch.float64)
-    actual = variant.targets(screen.Seen(noisy, clean, beside if share else None, share)).weights
+    actual = variant.targets(screen.Seen(noisy, held_out(clean), beside if share else None, share)).weights
 
     valid, valid_beside = (each.masks != IGNORE for each in (noisy, beside))
     weights = (valid.double() / valid.sum()).requires_grad_()
@@ -159,7 +163,9 @@ def test_the_meta_loss_has_the_gradient_of_the_clean_loss_after_a_step(network: 
     loss, ahead = after_step(network, clean, rate, inner)
     [expected] = torch.autograd.grad(loss, learned)
     _, along = tangents(network, clean_gradient(network, clean, ahead), noisy.images)
-    [actual] = torch.autograd.grad(rate * screen.meta_loss(along[:, 0].detach(), foreground(), weights), learned)
+    [actual] = torch.autograd.grad(
+        rate * screen.meta_loss(screen.Targets(weights, foreground()), along[:, 0].detach()), learned
+    )
     assert expected.norm() > 0
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-15)
 
