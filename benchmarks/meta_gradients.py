@@ -39,8 +39,8 @@ What differs from the sources. All: this schedule, in which nothing starts again
 predictions are averaged. gate: a small MLP on the network's own features, which learn nothing from it; no adversarial
 training; g at the present parameters, where theirs is after the step. ema_teacher: no noise between the two, and a
 teacher that starts where the warm-up ends. spatial_correction: two rounds, at 0.3 and 0.6, with hard contours, and Δ in
-pixels of the network's input. adele: no loss for consistency between scales; IoU is of an epoch's own batches; there is
-one correction, not before the warm-up ends.
+pixels of the network's input. adele: no loss for consistency between scales; a twentieth of the steps, and the IoU of
+its batches, stand for an epoch; there is one correction, not before the warm-up ends.
 """
 
 import argparse
@@ -98,6 +98,8 @@ GATE_RATE, TABLE_RATE = 1e-2, 2e-2
 GATE_START = 2.0
 """The logit of r before anything is learned: drawn labels are trusted, r = 0.88."""
 ADELE_SLOPE, ADELE_SURE, ADELE_SCALES = 0.9, 0.8, (0.7, 1.0, 1.5)
+ADELE_TIMES = 20
+"""How often in a run IoU is measured: about as many as the paper has epochs, of which a screen has three."""
 
 
 class Targets(NamedTuple):
@@ -194,19 +196,19 @@ def moved(predicted: np.ndarray, shift: float) -> np.ndarray:
 
 
 def early_learning_ended(ious: Sequence[float]) -> bool:
-    """Whether f(t) = a·(1 − exp(−t^b / c)), fitted to the IoU of epochs 1, 2, …, has lost 0.9 of its slope at t = 1."""
+    """Whether f(t) = a·(1 − exp(−t^b / c)), fitted to the IoU at t = 1, 2, …, has lost 0.9 of its slope at t = 1."""
     if len(ious) < 4:
         return False
 
     def curve(t: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
         return a * (1 - np.exp(-(t**b) / c))
 
-    epochs = np.arange(1.0, len(ious) + 1)
+    times = np.arange(1.0, len(ious) + 1)
     try:
-        (a, b, c), _ = curve_fit(curve, epochs, ious, p0=(0.9, 0.9, 1.0), bounds=([0, 0, 1e-6], [1, 1, np.inf]))
+        (a, b, c), _ = curve_fit(curve, times, ious, p0=(0.9, 0.9, 1.0), bounds=([0, 0, 1e-6], [1, 1, np.inf]))
     except RuntimeError:  # no fit
         return False
-    slope = a * b / c * epochs ** (b - 1) * np.exp(-(epochs**b) / c)
+    slope = a * b / c * times ** (b - 1) * np.exp(-(times**b) / c)
     return bool(slope[0] > 0 and abs(slope[-1] - slope[0]) / slope[0] > ADELE_SLOPE)
 
 
@@ -472,12 +474,13 @@ class Adele(Variant):
         super().__init__(trainer, drawn_known)
         self.ious: list[float] = []
         self.overlap, self.steps = torch.zeros(2), 0
+        self.interval = max(1, trainer.steps // ADELE_TIMES)
 
     def watch(self, noisy: Batch, logits: Tensor) -> None:
         predicted, drawn = (logits[:, 0] > 0) & valid_pixels(noisy.masks), noisy.masks == 1
         self.overlap += torch.stack([(predicted & drawn).sum(), (predicted | drawn).sum()])
         self.steps += 1
-        if self.steps * len(noisy.masks) < (len(self.ious) + 1) * len(self.trainer.splits.noisy):
+        if self.steps % self.interval:
             return
         self.ious.append((self.overlap[0] / self.overlap[1].clamp(min=1)).item())
         self.overlap.zero_()
