@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from distseg.errors import InvalidArgument
 from distseg.meta.estimators import LabelledImages, MeanLoss, SummedLoss, summed_loss, valid_count
-from distseg.meta.network import Network, Parameters, StatelessNetwork
-from distseg.meta.placement import Whole
+from distseg.meta.network import Network, Parameters
 from distseg.meta.reduction import Reduction
 
 
@@ -158,12 +157,6 @@ class _Passed:
 
     def of_network(self, _network: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         self.result = output
-
-
-def check_head(model: nn.Module, images: Tensor) -> None:
-    """Raise InvalidArgument for a network that has no such last layer. Nothing is left changed."""
-    placement = Whole(model)
-    Head(model).find(StatelessNetwork(model, placement), placement.trainable(), images)
 
 
 def _summed_gradient(logits: Tensor, features: Tensor, masks: Tensor, loss: SummedLoss) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from distseg.distributed.runtime import Runtime
 from distseg.errors import BadFileError, UserError
 from distseg.evaluation.metrics import counts_csv, never_predicted, summarise
 from distseg.files import write_atomically
-from distseg.meta.head import check_head
+from distseg.meta.check import check_estimator
 from distseg.meta.placement import Whole
 from distseg.methods.context import Context
 from distseg.methods.method import Method, build_method
@@ -133,8 +133,8 @@ class Trainer:
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
         weighting = config.method.weighting
-        if isinstance(weighting, AlignedConfig) and weighting.estimator == "head":
-            check_head(self.model, trial.to(runtime.device))  # now, and not after the warm-up
+        if isinstance(weighting, AlignedConfig):
+            check_estimator(weighting.estimator, self.model, trial.to(runtime.device))
         if (source := config.model.init_from) is not None:
             main_rank_first(lambda: warm_start(self.model, source, self.folder, runtime.is_main), runtime.device)
         if runtime.shard.world_size > 1:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distseg import PixelReweighter
 from distseg.errors import InvalidArgument
-from distseg.meta.head import check_head
+from distseg.meta.check import check_estimator
 from distseg.models.unet import UNet
 
 
@@ -101,7 +101,7 @@ class Enlarged(nn.Module):
 def test_another_last_layer_is_refused_in_one_line(model: nn.Module) -> None:
     noisy = batch(1, 8, 1, 1)
     for call in (
-        lambda: check_head(model.double(), noisy[0]),
+        lambda: check_estimator("head", model.double(), noisy[0]),
         lambda: PixelReweighter(model.double(), estimator="head")(*noisy, *noisy),
     ):
         with pytest.raises(InvalidArgument, match=r"not that of a trained 1×1 .*; use estimator=forward") as caught:
