@@ -67,6 +67,7 @@ def test_two_ranks_train_track_and_report(small: Path, tmp_path: Path, train) ->
     assert (run / "figures" / "step_00000006.png").stat().st_size > 1000
     assert (run / "checkpoints" / "last").read_text() == "step_00000012"
     assert "small" in done.stderr and "12/12" in done.stderr, "no progress bar"
+    assert "Warning" not in done.stderr
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     tracked = client.get_run((run / "mlflow_run_id").read_text().strip())
