@@ -13,7 +13,6 @@ whose runs are folders of STUDY; take it as --score then.
 import argparse
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +71,8 @@ def _by_seed(rows: Sequence[Row], method: str, noise: str, clean_count: str, key
     }
 
 
-def test_dice_of_best_step(run: Path, runtime: Runtime) -> float:
-    """At the network's resolution, as training scores the last step."""
+def dice_of_best_step(run: Path, runtime: Runtime) -> float:
+    """Test Dice at the network's resolution, as training scores the last step."""
     config = load_config(run / "config.yaml", [])
     samples = [each for each in survey(config.data)[0] if each.split == "test" and each.reference is not None]
     predictor = Predictor.of_run(run, runtime.device, Settings(), "best")
@@ -90,7 +89,7 @@ def add_best_steps(rows: Sequence[Row], study: Path) -> None:
         if ends[0] == ends[1]:
             row[BEST_STEP] = row["test/dice"]
         else:
-            row[BEST_STEP] = repr(test_dice_of_best_step(run, runtime))
+            row[BEST_STEP] = repr(dice_of_best_step(run, runtime))
     stop_runtime()
 
 
@@ -100,7 +99,6 @@ def main() -> None:
     parser.add_argument("--champion", default="label_correction")
     parser.add_argument("--score", default="test/dice")
     parser.add_argument("--best-steps", type=Path, metavar="STUDY")
-    parser.add_argument("--json", type=Path, help="write the differences to this file too")
     arguments = parser.parse_args()
     with arguments.runs.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -112,16 +110,13 @@ def main() -> None:
         table.writerows(rows)
         write_atomically(arguments.runs, out.getvalue())
         return
-    found = list(differences(rows, arguments.champion, arguments.score))
     print(f"| noise | K | rival | seeds | {arguments.champion} | rival's {arguments.score} | difference |")
     print("|---|---|---|---:|---:|---:|---:|")
-    for each in found:
+    for each in differences(rows, arguments.champion, arguments.score):
         print(
             f"| {each.noise} | {each.clean_count} | {each.rival} | {each.seeds} | {each.champion_mean:.3f} |"
             f" {each.rival_mean:.3f} | {each.mean:+.4f} ± {each.error:.4f} |"
         )
-    if arguments.json:
-        write_atomically(arguments.json, json.dumps([each._asdict() for each in found], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/learned_labels.py STUDY [--csv FILE]
 
-STUDY is a folder of runs whose truth is known and kept back. A logged step tells of its batch: `worst` is the largest
-ratio of wrong learned labels to wrong drawn ones, and `above` how many logged steps are above 1.02.
+STUDY is a folder of runs whose truth is known and kept back. A logged step tells of its batch, and counts where the
+number of wrong labels is not that of the drawn ones: `worst` is the largest ratio of the two, and `above` how many of
+these steps are above 1.02.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def import_deepspeed() -> Any:
     # DeepSpeed would compile this C++ op at every first start on a CPU and fail without a compiler; gloo does its work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls what torch 2.13 has renamed, and torch would say so at every step of ZeRO-3.
+    # DeepSpeed 0.19 calls what torch 2.13 has renamed, and torch would say so at every step under ZeRO.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     return deepspeed
 

@@ -25,5 +25,5 @@ def check_estimator(estimator: str, model: nn.Module, images: Tensor) -> None:
             reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
             raise InvalidArgument(
                 f"estimator forward: the network has an operator without a derivative in forward mode ({reason}); use "
-                "estimator=reverse, or give it one (autograd.Function.jvp)"
+                "estimator=reverse of weighting aligned, or give it one (autograd.Function.jvp)"
             ) from None

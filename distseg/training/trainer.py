@@ -34,6 +34,7 @@ from distseg.methods.context import Context
 from distseg.methods.method import Method, build_method
 from distseg.methods.step import MicroBatch
 from distseg.methods.weighting.aligned import AlignedConfig
+from distseg.methods.weighting.learned import LearnedConfig
 from distseg.models.check import check_network
 from distseg.models.registry import build_model
 from distseg.optim.optimizers import build_optimizer
@@ -133,7 +134,7 @@ class Trainer:
         trial = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         refuse_unsaved_state(self.model.train(), trial.to(runtime.device))
         weighting = config.method.weighting
-        if isinstance(weighting, AlignedConfig):
+        if isinstance(weighting, AlignedConfig | LearnedConfig):
             check_estimator(weighting.estimator, self.model, trial.to(runtime.device))
         if (source := config.model.init_from) is not None:
             main_rank_first(lambda: warm_start(self.model, source, self.folder, runtime.is_main), runtime.device)

@@ -186,6 +186,16 @@ def test_a_dry_run_says_what_would_happen_and_keeps_nothing(small: Path, tmp_pat
             ],
             "estimator head: the network's output is not that of a trained 1×1 convolution",
         ),
+        *(
+            (
+                [
+                    "model={name: 'tests.training.no_forward_mode:OwnOperator', width: null, depth: null, norm: null}",
+                    f"method.name={method}",
+                ],
+                "estimator forward: the network has an operator without a derivative in forward mode",
+            )
+            for method in ("pixel_reweight", "meta_weight_net")
+        ),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(

@@ -7,23 +7,7 @@ from torch import Tensor, nn
 from distseg.errors import InvalidArgument
 from distseg.meta.check import check_estimator
 from distseg.models.unet import UNet
-
-
-class Doubled(torch.autograd.Function):
-    """Has no jvp."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return 2 * gradient
-
-
-class OwnOperator(nn.Conv2d):
-    def forward(self, images: Tensor) -> Tensor:
-        return Doubled.apply(super().forward(images))
+from tests.training.no_forward_mode import OwnOperator
 
 
 class Distances(nn.Conv2d):
@@ -34,7 +18,7 @@ class Distances(nn.Conv2d):
         return logits + torch.nn.functional.pdist(logits.flatten(1)).sum()
 
 
-@pytest.mark.parametrize(("network", "operator"), [(OwnOperator(3, 1, 1), "jvp"), (Distances(3, 1, 1), "_pdist")])
+@pytest.mark.parametrize(("network", "operator"), [(OwnOperator(), "jvp"), (Distances(3, 1, 1), "_pdist")])
 def test_a_network_without_forward_mode_is_refused_in_one_line(network: nn.Module, operator: str) -> None:
     images = torch.randn(2, 3, 8, 8)
     with pytest.raises(InvalidArgument, match=rf"forward mode \(.*{operator}.*\w\); use estimator=reverse") as caught:

@@ -32,6 +32,8 @@ class LearnedConfig(Section):
 
     needs_clean: ClassVar[bool] = True
     by_pixel: ClassVar[bool] = True
+    estimator: ClassVar[str] = "forward"
+    """What its inner products with the clean gradient come from."""
 
     def build(self, context: Context, class_weights: Tensor | None) -> Weighting:
         return LossWeights(context, self.weight_lr, self.virtual_lr, class_weights)
