@@ -1,11 +1,11 @@
 """How a command speaks and ends: results on stdout, and one line on stderr for what went wrong."""
 
-import contextlib
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from distseg.errors import UserError
 from distseg.text import for_terminal
@@ -43,8 +43,12 @@ def tell_error(error: Exception | str) -> None:
 
 def tell(line: str) -> None:
     """Print a line on stderr; where that cannot be written to, nobody is left to tell."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
+    if sys.stderr is None:  # closed by the shell
+        return
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
 
 
 def say(text: str) -> None:
@@ -54,9 +58,9 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _drop_stdout()
+        _drop(sys.stdout)
     except OSError as error:
-        _drop_stdout()
+        _drop(sys.stdout)
         raise OSError(f"standard output: {error.strerror}") from None
 
 
@@ -86,8 +90,8 @@ class _Terminal(logging.Handler):
             tell(f"{record.levelname.lower()}: {for_terminal(text)}")
 
 
-def _drop_stdout() -> None:
+def _drop(stream: TextIO) -> None:
     """Send what is still in the buffer, and all that follows, to nowhere: the interpreter flushes again at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -85,11 +85,14 @@ def test_a_reader_that_has_gone_is_no_error(words: list[str], drawn_data: Path, 
     counted("closed pipes and full devices", 1)
 
 
-def test_an_error_that_nobody_reads_ends_in_its_exit_code(counted) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_an_error_that_nobody_reads_ends_in_its_exit_code(unbuffered: str, counted) -> None:
     read, write = os.pipe()
     os.close(read)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     with os.fdopen(write, "w") as pipe:
-        done = call(*DISTSEG, "sweep", "gone.yaml", stdout=pipe, stderr=pipe, capture_output=False)
+        words = (*DISTSEG, "sweep", "gone.yaml")
+        done = call(*words, stdout=pipe, stderr=pipe, capture_output=False, env=environment)
     assert done.returncode == 2
     counted("closed pipes and full devices", 1)
 
