@@ -27,16 +27,16 @@ def drawn_masks(sample: Sample) -> tuple[Annotation, ...]:
 
 @dataclass(frozen=True)
 class Annotators:
-    """Who has drawn masks, and how many of one image at most."""
+    """Who has drawn masks of the training images, and how many of one image at most."""
 
     names: tuple[str, ...]
     """Sorted; an empty one for those without a name."""
     most: int
 
     @classmethod
-    def of(cls, noisy: Sequence[Sample], known: Sequence[Sample]) -> Self:
-        """Of the noisy images and those with a reference that streams take, so that all batches are alike."""
-        drawn = [*map(drawn_masks, noisy), *(sample.annotations for sample in known)]
+    def of(cls, noisy: Sequence[Sample], clean: Sequence[Sample]) -> Self:
+        """Of both streams, so that all batches are alike."""
+        drawn = [*map(drawn_masks, noisy), *(sample.annotations for sample in clean)]
         names = {each.annotator for annotations in drawn for each in annotations}
         return cls(tuple(sorted(names)), max(map(len, drawn), default=0))
 

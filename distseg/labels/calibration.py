@@ -109,16 +109,14 @@ def sums_of_gain(logits: Tensor, without: Tensor, masks: Tensor) -> Tensor:
     return torch.stack([seen.sum(), before.sum(), gain.sum(), gain.square().sum()])
 
 
-def relative_gain(sums: Tensor, images: int, steps: float = torch.inf) -> tuple[Tensor, Tensor]:
+def relative_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """The share of the loss on clean images that the shift takes away, and its standard error, 0-dim float64.
 
-    sums: averaged `gain_sums`; images: how many different ones there are; steps: over how many such sums the average
-    goes, where these are too few to have seen them all.
+    sums: averaged `gain_sums`; images: how many different ones they are of.
     """
     count = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
     loss, gain, square = sums[1] / count, sums[2] / count, sums[3] / count
-    seen = (steps * count).clamp(max=images)
-    error = ((square - gain.square()).clamp(min=0) / (seen - 1).clamp(min=1)).sqrt()
+    error = ((square - gain.square()).clamp(min=0) / max(images - 1, 1)).sqrt()
     known = loss > 0
     return torch.where(known, gain / loss, 0.0), torch.where(known, error / loss, 0.0)
 

@@ -25,7 +25,6 @@ class Context:
 
     noisy: Sequence[Sample]
     clean: Sequence[Sample]
-    validation: Sequence[Sample]
     steps: int
     batch_size: int
     """Images of a micro-batch on this rank; `clean_batch_size` is the number of clean ones beside noisy ones."""
@@ -54,14 +53,6 @@ class Context:
 
     def clean_stream(self, size: int) -> Stream:
         return self._stream("clean", self.clean, "true", size)
-
-    @property
-    def held_out(self) -> list[Sample]:
-        """What a label model is calibrated on: every reference that no step before has learned from."""
-        return [*self.clean, *self.validation]
-
-    def held_out_stream(self, size: int) -> Stream:
-        return self._stream("held_out", self.held_out, "true", size)
 
     def true_stream(self) -> Stream:
         """Every training image with its true mask."""

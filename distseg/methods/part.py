@@ -95,7 +95,7 @@ class Loss(Part, ABC):
 
 
 class HeldOut(NamedTuple):
-    """Images with references that the network has not learned from: its logits (B, C, H, W) and their masks (B, H, W)."""
+    """Clean images that the network has not learned from: its logits (B, C, H, W) and their masks (B, H, W)."""
 
     logits: Tensor
     masks: Tensor

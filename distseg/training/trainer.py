@@ -162,14 +162,13 @@ class Trainer:
             precision=config.train.precision,
         )
         every = config.data.annotators == "all"
-        self.annotators = Annotators.of(self.splits.noisy, [*self.splits.clean, *self.splits.val]) if every else None
+        self.annotators = Annotators.of(self.splits.noisy, self.splits.clean) if every else None
         if self.annotators:
             self.annotators.check_several()
         self.streams = []
         context = Context(
             noisy=self.splits.noisy,
             clean=self.splits.clean,
-            validation=self.splits.val,
             steps=self.steps,
             batch_size=config.train.batch_size,
             clean_batch_size=config.train.clean_batch_size,

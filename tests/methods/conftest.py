@@ -47,8 +47,7 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
                 "train": {"steps": STEPS},
             }
         )
-        samples = read_samples(config.data)
-        clean, noisy = split_clean(samples, 4, 0)
+        clean, noisy = split_clean(read_samples(config.data), 4, 0)
         opened = set()
 
         def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
@@ -62,7 +61,6 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
         context = Context(
             noisy=noisy,
             clean=clean,
-            validation=[sample for sample in samples if sample.split == "val"],
             steps=STEPS,
             batch_size=BATCH,
             clean_batch_size=CLEAN_BATCH,

@@ -6,8 +6,6 @@ DECAY = 0.9
 """Of the exponential moving averages, a step."""
 MEMORY = 1 / (1 - DECAY)
 """How many steps they remember: an average times this is about the sum over them."""
-EFFECTIVE_STEPS = (1 + DECAY) / (1 - DECAY)
-"""An average has the variance of a plain mean over so many steps: (Σ w)² / Σ w² with w = DECAY^k."""
 
 
 def averaged(average: Tensor, new: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from distseg.labels.combination import (
     reliability,
 )
 from distseg.meta.weights import Diagnostics
-from distseg.methods.labels.averages import EFFECTIVE_STEPS, MEMORY, averaged
+from distseg.methods.labels.averages import MEMORY, averaged
 from distseg.methods.part import HeldOut, LabelModel
 
 
@@ -40,13 +40,13 @@ class Combined(LabelModel):
         device: torch.device,
         classes: int,
         annotators: int,
-        held_out_count: int,
+        clean_count: int,
         least_gain: float,
         decide_after: int,
         pooled: bool,
     ) -> None:
-        """annotators: A; held_out_count, of annotated images, and decide_after as of Corrected; pooled: whether the annotators count as one."""
-        self.classes, self.held_out_count, self.least_gain = classes, held_out_count, least_gain
+        """annotators: A; clean_count and decide_after as of Corrected; pooled: whether the annotators count as one."""
+        self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.decide_after, self.pooled = decide_after, pooled
 
         def zeros(*size: int) -> Tensor:
@@ -67,7 +67,7 @@ class Combined(LabelModel):
         self.gain = zeros(4)
         """Averaged `sums_of_gain`: of the network, beside the annotators."""
         self.known = zeros()
-        """Steps with held-out images that are annotated."""
+        """Steps with clean images that the network had not learned from."""
         self.corrects = zeros()
         """1 if labels are the posterior's, 0 if they are the vote's."""
 
@@ -96,7 +96,7 @@ class Combined(LabelModel):
         self.drawn = torch.where(keep, averaged(self.drawn, drawn), self.drawn)
         if len(clean):
             self._learn_from_clean(clean, keep)
-        share, error = relative_gain(self.gain, self.held_out_count, EFFECTIVE_STEPS)
+        share, error = relative_gain(self.gain, self.clean_count)
         return {
             "labels/gain": share,
             "labels/gain_error": error,
@@ -128,7 +128,7 @@ class Combined(LabelModel):
         ]
 
     def _learn_from_clean(self, evidence: Tensor, keep: Tensor) -> None:
-        """From held-out images; and whose labels count from here on."""
+        """From clean images that the network has not learned from; and whose labels count from here on."""
         sums = evidence.split([each.numel() for each in (self.fit, self.fit_alone, self.gain)])
         keep = keep & (sums[0][0] > 0)
         self.fit, self.fit_alone, self.gain = (
@@ -138,7 +138,7 @@ class Combined(LabelModel):
         self.theta = torch.where(keep, joint_newton_step(self.theta, self.fit), self.theta)
         self.alone = torch.where(keep, newton_step(self.alone, self.fit_alone), self.alone)
         self.known = self.known + keep
-        share, error = relative_gain(self.gain, self.held_out_count, EFFECTIVE_STEPS)
+        share, error = relative_gain(self.gain, self.clean_count)
         pays = (self.known >= self.decide_after) & (share - error >= self.least_gain)
         # Asked again at every step; when the clean images are learned from, the last word stands.
         self.corrects = torch.where(keep, pays.double(), self.corrects)

@@ -1,12 +1,11 @@
 """The labels of the noisy images as they most probably are, by the label model of distseg/labels.
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
-pass of held-out images: the clean ones before they are learned from, and those of the validation split, of which a few
-numbers are fitted and no weight of the network. Labels stay as drawn until these show that correction pays: the shift
-of the calibration takes away a share of the loss on them that is above its own standard error by `least_gain`. A
-network averages out what annotators do to both sides; what they do to one side it learns, and the shift is how much of
-that the held-out images show. Once labels are corrected they stay so. docs/ablation.md has the reasoning and the
-figures.
+pass of clean images. Labels stay as drawn until the clean images that the network has not learned from show that
+correction pays: the shift of the calibration takes away a share of the loss on these images that is above its own
+standard error by `least_gain`. A network averages out what annotators do to both sides; what they do to one side it
+learns, and the shift is how much of that the clean images show. Once labels are corrected they stay so.
+docs/ablation.md has the reasoning and the figures.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -30,25 +29,25 @@ from distseg.labels.calibration import (
 from distseg.labels.distances import MOST_CLASSES, signed_distance_bins
 from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
-from distseg.methods.labels.averages import EFFECTIVE_STEPS, averaged
+from distseg.methods.labels.averages import averaged
 from distseg.methods.labels.combined import Combined
 from distseg.methods.part import HeldOut, LabelModel
 from distseg.section import Section
 
 LEAST_STEPS = 20
-"""With held-out images, before a label may be corrected; a fifth of all steps in shorter runs."""
+"""With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
 
 class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
     least_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
-    """Labels stay as drawn unless the held-out images show systematic errors that cost the network a share of its loss
+    """Labels stay as drawn unless the clean images show systematic errors that cost the network a share of its loss
     which is above its standard error by this. −1 corrects always. Of data.annotators=all, the same of what the
     network takes away from the loss of the annotators alone."""
     pooled: bool = False
     """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
-    needs_held_out: ClassVar[bool] = True
+    needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
         """Raises UserError where there are more classes than the label model has bins for."""
@@ -58,21 +57,20 @@ class CorrectedConfig(Section):
                 f"{context.classes}; set method.labels=drawn"
             )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
-        rule = (self.least_gain, decide_after)
+        rule = (len(context.clean), self.least_gain, decide_after)
         if context.annotators is None:
-            return Corrected(context.device, context.classes, len(context.held_out), *rule)
-        annotated = sum(bool(sample.annotations) for sample in context.held_out)
-        return Combined(context.device, context.classes, context.annotators, annotated, *rule, self.pooled)
+            return Corrected(context.device, context.classes, *rule)
+        return Combined(context.device, context.classes, context.annotators, *rule, self.pooled)
 
 
 class Corrected(LabelModel):
     """All state is the same on every rank, float64."""
 
     def __init__(
-        self, device: torch.device, classes: int, held_out_count: int, least_gain: float, decide_after: int
+        self, device: torch.device, classes: int, clean_count: int, least_gain: float, decide_after: int
     ) -> None:
-        """held_out_count: how many different images are held out; decide_after: steps with them before a correction."""
-        self.classes, self.held_out_count, self.least_gain = classes, held_out_count, least_gain
+        """clean_count: how many different clean images there are; decide_after: steps with them before a correction."""
+        self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.decide_after = decide_after
         self.counts = identity_prior(classes, device)
         """(C, bins) of the posterior. They start from annotators who do not err and move a tenth of the way a step:
@@ -84,7 +82,7 @@ class Corrected(LabelModel):
         self.gain = torch.zeros(4, dtype=torch.float64, device=device)
         """Averaged `gain_sums`."""
         self.known = torch.zeros((), dtype=torch.float64, device=device)
-        """Steps with held-out images."""
+        """Steps with clean images that the network had not learned from."""
         self.corrects = torch.zeros((), dtype=torch.float64, device=device)
         """1 if labels are corrected, 0 if not, or not yet."""
 
@@ -108,7 +106,7 @@ class Corrected(LabelModel):
         self.counts = torch.where(keep, averaged(self.counts, counts.view_as(self.counts)), self.counts)
         if len(held_out):
             self._learn_calibration(held_out, keep)
-        share, error = relative_gain(self.gain, self.held_out_count, EFFECTIVE_STEPS)
+        share, error = relative_gain(self.gain, self.clean_count)
         return {
             "labels/gain": share,
             "labels/gain_error": error,
@@ -125,7 +123,7 @@ class Corrected(LabelModel):
             setattr(self, name, state[name].to(getattr(self, name)))
 
     def _learn_calibration(self, evidence: Tensor, keep: Tensor) -> None:
-        """From held-out images, and whether labels are corrected from here on."""
+        """From clean images that the network has not learned from, and whether labels are corrected from here on."""
         fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
         fit = fit.view_as(self.fit)
         keep = keep & (fit[0, 0] > 0)
@@ -134,7 +132,7 @@ class Corrected(LabelModel):
         self.theta = torch.where(keep, ahead, self.theta)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
-        share, error = relative_gain(self.gain, self.held_out_count, EFFECTIVE_STEPS)
+        share, error = relative_gain(self.gain, self.clean_count)
         pays = keep & (self.known >= self.decide_after) & (share - error >= self.least_gain)
         # For good: corrected labels take the shift away.
         self.corrects = torch.where(pays, 1.0, self.corrects)
