@@ -6,13 +6,13 @@ Trains `noisy_only` by the config and stops at the steps given. There it calibra
 none of which it has seen, and prints, of all noisy images without augmentation: wrong pixels in per cent as drawn, by
 the calibrated network alone, corrected with counts from calibrated probabilities, with counts from the posterior (ten
 rounds), and with these where no more changes than can be wrong; the worst ratio of these errors to the drawn ones in
-400 batches of 16 images, before and after that exception; and the gain of the calibration's shift on the clean images
-with its standard error, by which label_correction decides.
+400 batches of 16 images, before and after that exception; and what the calibration's shift does to the Dice of the
+network's masks of the clean images, with its standard error, by which label_correction decides.
 
 Where images have several annotations there is a second table: wrong pixels as drawn, of the vote, of STAPLE, of all
 annotators' distances as if they were independent, and of the posterior that data.annotators=all fits on the clean
-images (ten rounds); the network's gain there and its error; and a, τ, b. The truth of the noisy images serves the
-figures of errors alone.
+images (ten rounds); what that adds to the Dice of the vote there and its error; and a, τ, b. The truth of the noisy
+images serves the figures of errors alone.
 """
 
 import argparse
@@ -33,13 +33,12 @@ from distseg.labels.annotators import log_likelihood
 from distseg.labels.calibration import (
     calibrated,
     calibration_sums,
-    gain_sums,
+    dice_gain_sums,
     identity,
     joint_newton_step,
+    mean_gain,
     newton_step,
-    relative_gain,
     relative_logits,
-    sums_of_gain,
 )
 from distseg.labels.combination import annotation_counts, annotator_scores, reliability
 from distseg.labels.distances import bin_count, signed_distance_bins
@@ -80,11 +79,11 @@ def credible(labels: Tensor, masks: Tensor) -> Tensor:
 
 def figures(noisy: Seen, clean: tuple[Tensor, Tensor]) -> Tensor:
     """(11,) float64, COLUMNS; clean: relative logits and masks."""
-    theta, without = identity(CLASSES, noisy[0].device), identity(CLASSES, noisy[0].device)
+    theta = identity(CLASSES, noisy[0].device)
     for _ in range(30):
         theta = newton_step(theta, calibration_sums(*clean, theta))
-        without = newton_step(without, calibration_sums(*clean, without), shifts=False)
-    gain, error = relative_gain(gain_sums(*clean, theta, without), len(clean[1]))
+    own, shifted = clean[0].argmax(1), calibrated(clean[0], theta).argmax(1)
+    gain, error = mean_gain(dice_gain_sums(shifted, own, clean[1], CLASSES), len(clean[1]))
 
     relative, drawn, truth, _ = noisy
     bins, one = signed_distance_bins(drawn, CLASSES)[:, None], torch.zeros(len(drawn), 1, dtype=torch.int64)
@@ -130,17 +129,16 @@ def figures_of_annotators(noisy: Seen, clean: Seen, count: int) -> Tensor:
 
     annotations = annotation_counts(every.annotators, count)
     counts = torch.eye(CLASSES, dtype=torch.float64).repeat(count, 1, 1) * annotations[:, None, None]
-    of_annotators = identity(CLASSES, truth.device)
     for _ in range(ROUNDS):
         tables = reliability(counts, annotations, pooled=False)
         scores = annotator_scores(*clean.every, tables, clean.relative.dtype)
         for _ in range(30):
             theta = joint_newton_step(theta, calibration_sums(clean.relative, clean.truth, theta, scores))
-            of_annotators = newton_step(of_annotators, calibration_sums(scores, clean.truth, of_annotators))
         calibration = torch.cat([theta[:1], theta[2:]])
         joint, counts = correct_labels(relative, votes, *every, theta[1] * tables, calibration)
-    both = calibrated(clean.relative, calibration) + theta[1] * scores
-    gain = relative_gain(sums_of_gain(both, calibrated(scores, of_annotators), clean.truth), len(clean.truth))
+    both = (calibrated(clean.relative, calibration) + theta[1] * scores).argmax(1)
+    sums = dice_gain_sums(both, vote(clean.every.masks, CLASSES), clean.truth, CLASSES)
+    gain = mean_gain(sums, len(clean.truth))
     wrong = [100 * (each != truth).double().mean() for each in (votes, fused, by_distance, joint)]
     return torch.stack([100 * drawn.double(), *wrong, *gain, *theta])
 

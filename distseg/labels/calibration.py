@@ -109,6 +109,25 @@ def sums_of_gain(logits: Tensor, without: Tensor, masks: Tensor) -> Tensor:
     return torch.stack([seen.sum(), before.sum(), gain.sum(), gain.square().sum()])
 
 
+def dice_gain_sums(labels: Tensor, before: Tensor, masks: Tensor, classes: int) -> Tensor:
+    """(3,) float64: images n whose masks (B, H, W) show an object, Σ d and Σ d² over them.
+
+    d is how much nearer `labels` are to an image's mask than the labels `before`, both (B, H, W), in Dice, a mean over
+    the classes that the mask shows.
+    """
+    before, after = (_image_dice(each, masks, classes) for each in (before, labels))
+    shown = before.isfinite()
+    gain = torch.where(shown, after - before, 0.0)
+    return torch.stack([shown.double().sum(), gain.sum(), gain.square().sum()])
+
+
+def mean_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """The mean of d and its standard error, 0-dim float64, of averaged `dice_gain_sums` of so many different images."""
+    count = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
+    gain, square = sums[1] / count, sums[2] / count
+    return gain, ((square - gain.square()).clamp(min=0) / max(images - 1, 1)).sqrt()
+
+
 def relative_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """The share of the loss on clean images that the shift takes away, and its standard error, 0-dim float64.
 
@@ -119,6 +138,14 @@ def relative_gain(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
     error = ((square - gain.square()).clamp(min=0) / max(images - 1, 1)).sqrt()
     known = loss > 0
     return torch.where(known, gain / loss, 0.0), torch.where(known, error / loss, 0.0)
+
+
+def _image_dice(labels: Tensor, masks: Tensor, classes: int) -> Tensor:
+    """(B,) float64: Dice of labels (B, H, W), a mean over the classes that a mask shows; NaN where it shows none."""
+    valid, foreground = valid_pixels(masks), torch.arange(1, classes, device=masks.device).view(-1, 1, 1, 1)
+    drawn, found = ((each == foreground) & valid for each in (masks, labels))
+    common, both = (each.sum((2, 3)).double() for each in (drawn & found, drawn.int() + found.int()))
+    return torch.where(drawn.any(3).any(2), 2 * common / both, torch.nan).nanmean(0)
 
 
 def _image_losses(logits: Tensor, masks: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from distseg.labels.calibration import (
     PRIOR,
     calibrated,
     calibration_sums,
+    dice_gain_sums,
     gain_sums,
     identity,
+    mean_gain,
     newton_step,
     relative_gain,
     relative_logits,
@@ -124,6 +126,32 @@ def test_nan_at_ignored_pixels_does_not_leak() -> None:
     before = found()
     logits[0, :, :3] = torch.nan
     assert all(torch.equal(*pair) for pair in zip(before, found(), strict=True))
+
+
+def test_gain_in_dice_is_of_the_images_that_show_an_object() -> None:
+    """Against Dice of one image and class after the other, three classes."""
+    generator = torch.Generator().manual_seed(4)
+    masks, labels, before = (torch.randint(0, 3, (6, 8, 8), generator=generator).byte() for _ in range(3))
+    masks[0] = 0
+    masks[1] = 255
+    masks[2][masks[2] == 2] = 0  # class 2 is in the labels there, and not asked for
+    masks[3, :3] = 255
+
+    def dice(found: Tensor, mask: Tensor) -> float:
+        known = mask != 255
+        shown = [c for c in (1, 2) if (mask == c).any()]
+        common = [((found == c) & (mask == c)).sum().item() for c in shown]
+        both = [((found == c) & known).sum().item() + (mask == c).sum().item() for c in shown]
+        return sum(2 * n / total for n, total in zip(common, both, strict=True)) / len(shown)
+
+    d = torch.tensor([dice(labels[k], masks[k]) - dice(before[k], masks[k]) for k in range(2, 6)]).double()
+    sums = dice_gain_sums(labels, before, masks, 3)
+    torch.testing.assert_close(sums, torch.stack([torch.tensor(4.0).double(), d.sum(), d.square().sum()]))
+    parts = [dice_gain_sums(labels[part], before[part], masks[part], 3) for part in (slice(2), slice(2, None))]
+    torch.testing.assert_close(sum(parts), sums)
+    gain, error = mean_gain(sums / 10, 4)  # an average over steps
+    torch.testing.assert_close(torch.stack([gain, error]), torch.stack([d.mean(), d.std() / 2]))
+    assert all(value == 0 for value in mean_gain(torch.zeros(3, dtype=torch.float64), 4))
 
 
 def test_gain_is_of_the_images_losses_with_its_standard_error() -> None:

@@ -133,7 +133,7 @@ def test_three_classes_by_their_formula() -> None:
     masks, logits = truth_and_logits(1000, 4.0, 3)
     masks[0, :2] = 255
     bins = signed_distance_bins(masks, 3).numpy()
-    a, *b = model.theta[0].numpy()
+    a, *b = model.theta.numpy()
     z = logits.numpy() - logits.numpy()[:, :1]
     calibrated = a * z + np.array([0, *b])[:, None, None]
     counts = model.counts.numpy()

@@ -2,25 +2,25 @@
 
 Before anything is known of them the annotators are a vote, the masks of the batch: the class that most of them mark.
 What the network adds is measured on clean images that it has not learned from and that are annotated too, where there
-are such: there, it must take away a share of the loss of what the annotators alone say that is above its own standard
-error by `least_gain`. Clean images without annotations say nothing of that, and the vote stands. docs/ablation.md has
-the figures.
+are such: there, it must bring the labels nearer to the references than the vote is, in Dice and by more than the
+standard error and `least_gain` beside. Clean images without annotations say nothing of that, and the vote stands.
+docs/ablation.md has the figures.
 """
 
 import torch
 from torch import Tensor
 
 from distseg import ops
+from distseg.data.annotators import vote
 from distseg.data.batch import EveryAnnotation
 from distseg.data.classes import IGNORE
 from distseg.labels.calibration import (
     calibrated,
     calibration_sums,
+    dice_gain_sums,
     joint_newton_step,
-    newton_step,
-    relative_gain,
+    mean_gain,
     relative_logits,
-    sums_of_gain,
 )
 from distseg.labels.combination import (
     annotation_counts,
@@ -59,13 +59,10 @@ class Combined(LabelModel):
         """(A,) the annotations that they are of."""
         self.theta = torch.cat([zeros(1) + 1, zeros(size - 1)])
         """(a, τ, b): the network alone, for a start."""
-        self.alone = torch.cat([zeros(1) + 1, zeros(classes - 1)])
-        """(τ, b) of the annotators without the network."""
         self.fit = zeros(1 + size + size**2)
-        self.fit_alone = zeros(1 + classes + classes**2)
-        """Averaged `calibration_sums` of the two."""
-        self.gain = zeros(4)
-        """Averaged `sums_of_gain`: of the network, beside the annotators."""
+        """Averaged `calibration_sums`."""
+        self.gain = zeros(3)
+        """Averaged `dice_gain_sums`: of the network, beside the vote."""
         self.known = zeros()
         """Steps with clean images that the network had not learned from."""
         self.corrects = zeros()
@@ -96,9 +93,9 @@ class Combined(LabelModel):
         self.drawn = torch.where(keep, averaged(self.drawn, drawn), self.drawn)
         if len(clean):
             self._learn_from_clean(clean, keep)
-        share, error = relative_gain(self.gain, self.clean_count)
+        gain, error = mean_gain(self.gain, self.clean_count)
         return {
-            "labels/gain": share,
+            "labels/gain": gain,
             "labels/gain_error": error,
             "labels/corrects": self.corrects,
             "labels/scale": self.theta[0],
@@ -114,7 +111,7 @@ class Combined(LabelModel):
             setattr(self, name, state[name].to(getattr(self, name)))
 
     def _evidence_of_clean(self, clean: HeldOut, every: EveryAnnotation) -> list[Tensor]:
-        """What `fit`, `fit_alone` and `gain` are averaged from, of the images that are annotated."""
+        """What `fit` and `gain` are averaged from, of the images that are annotated."""
         annotated = (every.annotators >= 0).any(1)[:, None, None]
         masks = torch.where(annotated, clean.masks, IGNORE)
         relative = relative_logits(clean.logits)
@@ -123,23 +120,19 @@ class Combined(LabelModel):
         joint = theta[1] * scores + calibrated(relative, torch.cat([theta[:1], theta[2:]]))
         return [
             calibration_sums(relative, masks, self.theta, scores),
-            calibration_sums(scores, masks, self.alone),
-            sums_of_gain(joint, calibrated(scores, self.alone), masks),
+            dice_gain_sums(joint.argmax(1), vote(every.masks, self.classes), masks, self.classes),
         ]
 
     def _learn_from_clean(self, evidence: Tensor, keep: Tensor) -> None:
         """From clean images that the network has not learned from; and whose labels count from here on."""
-        sums = evidence.split([each.numel() for each in (self.fit, self.fit_alone, self.gain)])
-        keep = keep & (sums[0][0] > 0)
-        self.fit, self.fit_alone, self.gain = (
-            torch.where(keep, averaged(average, new), average)
-            for average, new in zip((self.fit, self.fit_alone, self.gain), sums, strict=True)
-        )
+        fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
+        keep = keep & (fit[0] > 0)
+        self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
         self.theta = torch.where(keep, joint_newton_step(self.theta, self.fit), self.theta)
-        self.alone = torch.where(keep, newton_step(self.alone, self.fit_alone), self.alone)
+        self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
-        share, error = relative_gain(self.gain, self.clean_count)
-        pays = (self.known >= self.decide_after) & (share - error >= self.least_gain)
+        mean, error = mean_gain(self.gain, self.clean_count)
+        pays = (self.known >= self.decide_after) & (mean - error > self.least_gain)
         # Asked again at every step; when the clean images are learned from, the last word stands.
         self.corrects = torch.where(keep, pays.double(), self.corrects)
 
@@ -147,4 +140,4 @@ class Combined(LabelModel):
         return reliability(MEMORY * self.counts, MEMORY * self.drawn, self.pooled)
 
 
-_STATE = ("counts", "drawn", "theta", "alone", "fit", "fit_alone", "gain", "known", "corrects")
+_STATE = ("counts", "drawn", "theta", "fit", "gain", "known", "corrects")

@@ -2,10 +2,10 @@
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
 pass of clean images. Labels stay as drawn until the clean images that the network has not learned from show that
-correction pays: the shift of the calibration takes away a share of the loss on these images that is above its own
-standard error by `least_gain`. A network averages out what annotators do to both sides; what they do to one side it
-learns, and the shift is how much of that the clean images show. Once labels are corrected they stay so.
-docs/ablation.md has the reasoning and the figures.
+correction pays: the shift of the calibration brings the network's masks of these images nearer to their references, in
+Dice and by more than its own standard error and `least_gain` beside. A network averages out what annotators do to both
+sides; what they do to one side it learns, and the shift is how much of that the clean images show. Once labels are
+corrected they stay so. docs/ablation.md has the reasoning and the figures.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -19,11 +19,12 @@ from distseg.data.batch import EveryAnnotation
 from distseg.errors import UserError
 from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.calibration import (
+    calibrated,
     calibration_sums,
-    gain_sums,
+    dice_gain_sums,
     identity,
+    mean_gain,
     newton_step,
-    relative_gain,
     relative_logits,
 )
 from distseg.labels.distances import MOST_CLASSES, signed_distance_bins
@@ -34,16 +35,18 @@ from distseg.methods.labels.combined import Combined
 from distseg.methods.part import HeldOut, LabelModel
 from distseg.section import Section
 
+LEAST_GAIN = 0.02
+"""In Dice. What annotators do is seen only through the network here, whose size of an object wavers by a hundredth."""
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
 
 class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
-    least_gain: Annotated[float, Field(ge=-1, le=1)] = 0.05
-    """Labels stay as drawn unless the clean images show systematic errors that cost the network a share of its loss
-    which is above its standard error by this. −1 corrects always. Of data.annotators=all, the same of what the
-    network takes away from the loss of the annotators alone."""
+    least_gain: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Labels stay as drawn unless the clean images show systematic errors that cost the network Dice, above its
+    standard error by more than this, 0.02 unless set. −1 corrects always. Of data.annotators=all: unless the network
+    brings the annotators' labels so much nearer to the references of these images, 0 unless set."""
     pooled: bool = False
     """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
@@ -57,10 +60,11 @@ class CorrectedConfig(Section):
                 f"{context.classes}; set method.labels=drawn"
             )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
-        rule = (len(context.clean), self.least_gain, decide_after)
+        size, count = (context.device, context.classes), len(context.clean)
         if context.annotators is None:
-            return Corrected(context.device, context.classes, *rule)
-        return Combined(context.device, context.classes, context.annotators, *rule, self.pooled)
+            least = LEAST_GAIN if self.least_gain is None else self.least_gain
+            return Corrected(*size, count, least, decide_after)
+        return Combined(*size, context.annotators, count, self.least_gain or 0.0, decide_after, self.pooled)
 
 
 class Corrected(LabelModel):
@@ -75,12 +79,12 @@ class Corrected(LabelModel):
         self.counts = identity_prior(classes, device)
         """(C, bins) of the posterior. They start from annotators who do not err and move a tenth of the way a step:
         counts of the network alone, for a start, trust the masks too little (docs/ablation.md)."""
-        self.theta = identity(classes, device).repeat(2, 1)
-        """(2, C): the calibration, and the one that has no shift."""
-        self.fit = torch.zeros(2, 1 + classes + classes**2, dtype=torch.float64, device=device)
-        """Averaged `calibration_sums` of the two."""
-        self.gain = torch.zeros(4, dtype=torch.float64, device=device)
-        """Averaged `gain_sums`."""
+        self.theta = identity(classes, device)
+        """(C,) the calibration."""
+        self.fit = torch.zeros(1 + classes + classes**2, dtype=torch.float64, device=device)
+        """Averaged `calibration_sums`."""
+        self.gain = torch.zeros(3, dtype=torch.float64, device=device)
+        """Averaged `dice_gain_sums`."""
         self.known = torch.zeros((), dtype=torch.float64, device=device)
         """Steps with clean images that the network had not learned from."""
         self.corrects = torch.zeros((), dtype=torch.float64, device=device)
@@ -91,13 +95,14 @@ class Corrected(LabelModel):
 
     def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
         tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
-        most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta[0])
+        most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta)
         labels = torch.where(self.corrects > 0, most_probable, masks)
         parts = [counts]
         if held_out is not None:
             relative = relative_logits(held_out.logits)
-            parts += [calibration_sums(relative, held_out.masks, theta) for theta in self.theta]
-            parts += [gain_sums(relative, held_out.masks, *self.theta)]
+            own, shifted = relative.argmax(1), calibrated(relative, self.theta).argmax(1)  # a scale changes no label
+            parts.append(calibration_sums(relative, held_out.masks, self.theta))
+            parts.append(dice_gain_sums(shifted, own, held_out.masks, self.classes))
         return labels, torch.cat([part.flatten() for part in parts])
 
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
@@ -106,13 +111,13 @@ class Corrected(LabelModel):
         self.counts = torch.where(keep, averaged(self.counts, counts.view_as(self.counts)), self.counts)
         if len(held_out):
             self._learn_calibration(held_out, keep)
-        share, error = relative_gain(self.gain, self.clean_count)
+        gain, error = mean_gain(self.gain, self.clean_count)
         return {
-            "labels/gain": share,
+            "labels/gain": gain,
             "labels/gain_error": error,
             "labels/corrects": self.corrects,
-            "labels/scale": self.theta[0, 0],
-            "labels/shift": self.theta[0, 1],
+            "labels/scale": self.theta[0],
+            "labels/shift": self.theta[1],
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -125,15 +130,13 @@ class Corrected(LabelModel):
     def _learn_calibration(self, evidence: Tensor, keep: Tensor) -> None:
         """From clean images that the network has not learned from, and whether labels are corrected from here on."""
         fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
-        fit = fit.view_as(self.fit)
-        keep = keep & (fit[0, 0] > 0)
+        keep = keep & (fit[0] > 0)
         self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
-        ahead = torch.stack([newton_step(self.theta[0], self.fit[0]), newton_step(self.theta[1], self.fit[1], False)])
-        self.theta = torch.where(keep, ahead, self.theta)
+        self.theta = torch.where(keep, newton_step(self.theta, self.fit), self.theta)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
-        share, error = relative_gain(self.gain, self.clean_count)
-        pays = keep & (self.known >= self.decide_after) & (share - error >= self.least_gain)
+        mean, error = mean_gain(self.gain, self.clean_count)
+        pays = keep & (self.known >= self.decide_after) & (mean - error > self.least_gain)
         # For good: corrected labels take the shift away.
         self.corrects = torch.where(pays, 1.0, self.corrects)
 
