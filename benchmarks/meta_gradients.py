@@ -370,7 +370,7 @@ class LearnedCounts(WithLabelModel):
             self.optimizer = torch.optim.Adam([self.table], lr=TABLE_RATE)
         if self.table is None:
             return uniform(masks)
-        relative = calibrated(relative_logits(logits), model.theta[0])
+        relative = calibrated(relative_logits(logits), model.theta)
         targets = uniform(masks, posterior(relative, self.table, model.bins(masks)))
         targets = meta_update(self.optimizer, targets, tangents[:, 0], beside=0.0)
         self.notes["table moved"] = (self.table.detach() - self.start).abs().mean().item()
