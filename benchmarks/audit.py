@@ -296,7 +296,7 @@ def read_table(audit: Path) -> list[dict[str, str]]:
 
 
 def summary() -> Iterator[str]:
-    """Means over seeds of what there is, as Markdown."""
+    """Of what there is, as Markdown: means over seeds, with their standard deviation where there are several."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
@@ -305,9 +305,10 @@ def summary() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for (case, mode), results in found.items():
         for score in SCORES:
-            means = {key: np.mean([each["scores"][score][key] for each in results])
-                     for key in ("spearman", "auroc", "precision", "true_dice_of_worst")}  # fmt: skip
-            values = " | ".join(f"{value:.3f}" for value in means.values())
+            values = " | ".join(
+                over_seeds([each["scores"][score][key] for each in results])
+                for key in ("spearman", "auroc", "precision", "true_dice_of_worst")
+            )
             yield f"| {case} | {mode} | {len(results)} | {score} | {values} |"
     weights = [json.loads(path.read_text()) for path in sorted((RESULTS / "weights").glob("*.json"))]
     if weights:
@@ -319,16 +320,25 @@ def summary() -> Iterator[str]:
         for weight, figures in content["weights"].items():
             values = " | ".join(f"{figures[key]:.3f}" for key in keys)
             yield f"| {content['case']}, {content['seed']} | {weight} | {values} |"
-    test: dict[tuple[str, str, float], list[float]] = {}
+    test: dict[tuple[str, str], dict[float, list[float]]] = {}
     for path in sorted((RESULTS / "relabel").glob("*.json")):
         content = json.loads(path.read_text())
-        test.setdefault((content["case"], content["score"], content["share"]), []).append(content["test/dice"])
+        by_share = test.setdefault((content["case"], content["score"]), {})
+        by_share.setdefault(content["share"], []).append(content["test/dice"])
     if test:
+        shares = sorted({share for by_share in test.values() for share in by_share})
         yield ""
-        yield "| case | order | drawn again | seeds | test Dice |"
-        yield "|---|---|---|---|---|"
-    for (case, score, share), values in sorted(test.items()):
-        yield f"| {case} | {score} | {share:.0%} | {len(values)} | {np.mean(values):.4f} |"
+        yield f"| case | order | seeds | {' | '.join(f'{share:.0%} drawn again' for share in shares)} |"
+        yield "|---|---|---|" + "---|" * len(shares)
+    for (case, score), by_share in sorted(test.items()):
+        seeds = max(map(len, by_share.values()))
+        values = " | ".join(over_seeds(by_share[share]) if share in by_share else "" for share in shares)
+        yield f"| {case} | {score} | {seeds} | {values} |"
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def main() -> None:
