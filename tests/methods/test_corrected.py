@@ -103,6 +103,22 @@ def test_a_step_that_is_skipped_or_not_finite_leaves_all_of_the_state(fault: str
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("found", "changes"), [(0.0, False), (0.5, False), (0.7, True), (1.0, True)])
+def test_an_image_whose_object_the_network_misses_keeps_its_mask(found: float, changes: bool) -> None:
+    """The network is sure of each pixel: of the drawn object it finds this much, and something beside it."""
+    model = model_of(least_gain=-1)
+    learn(model, range(LEAST_STEPS), 4.0)
+    masks = torch.zeros(2, SIDE, SIDE, dtype=torch.uint8)
+    masks[:, 2:12, 2:12] = 1
+    seen = masks > 0
+    seen[0, 2 + round(10 * found) : 12] = False
+    seen[:, 20:22, 2:12] = True
+    logits = torch.where(seen, 40.0, -40.0)[:, None]
+    labels, _ = model.correct(logits, masks, model.bins(masks), None)
+    expected = torch.stack([seen[0].byte() if changes else masks[0], seen[1].byte()])
+    assert torch.equal(labels, expected)
+
+
 def test_two_classes_as_one_and_as_two_logits_are_equal() -> None:
     models = model_of(), model_of()
     for seed in range(LEAST_STEPS + 3):
