@@ -100,7 +100,7 @@ class Corrected(LabelModel):
     def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
         tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
         most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta)
-        labels = torch.where((self.corrects > 0) & ~_lost(masks, most_probable), most_probable, masks)
+        labels = torch.where((self.corrects > 0) & ~loses_object(masks, most_probable), most_probable, masks)
         parts = [counts]
         if held_out is not None:
             relative = relative_logits(held_out.logits)
@@ -145,7 +145,7 @@ class Corrected(LabelModel):
         self.corrects = torch.where(pays, 1.0, self.corrects)
 
 
-def _lost(masks: Tensor, labels: Tensor) -> Tensor:
+def loses_object(masks: Tensor, labels: Tensor) -> Tensor:
     """(B, 1, 1) whether labels leave less of an image's drawn objects than MOST_REMOVED allows."""
     drawn = valid_pixels(masks) & (masks > 0)
     removed = drawn & (labels == 0)
