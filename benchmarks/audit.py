@@ -215,7 +215,7 @@ def relabel(place: Place, shares: Sequence[float]) -> None:
             again = [row["id"] for row in ordered[: round(share * len(rows))]]
             root = place.work / "relabelled" / f"{place.case}-s{place.seed}-{name}-{share:g}"
             drawn = {row["id"]: Path(row["file"]) for row in rows}
-            write_data(root, clean, noisy, scored, drawn, set(again))
+            write_data(root, clean, noisy, scored, drawn, set(again), set() if name == "random" else set(again))
             keys = [*place.more, "data.clean_count=null", "data.follow_links=true"]
             keys += [f"data.root={root}", f"seed={place.seed}"]
             train(place, root.name, keys)
@@ -241,8 +241,12 @@ def write_data(
     scored: Sequence[Sample],
     drawn: Mapping[str, Path],
     again: set[str],
+    picked: set[str],
 ) -> None:
-    """A data set of links: references of the clean images, of those drawn again and of those that are scored on."""
+    """A data set of links: references of the clean images, of those drawn again and of those that are scored on.
+
+    picked: those of `again` that were not a random draw.
+    """
     links: dict[str, str] = {}
 
     def linked(path: Path) -> Path:
@@ -263,6 +267,7 @@ def write_data(
                 linked(sample.truth) if known else None,
                 () if known else (Annotation("", linked(drawn[sample.id])),),
                 sample.group,
+                picked=sample.id in picked,
             )
         )
     write_manifest(root, samples)

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from distseg.config.schema import Config
 
 _NAMES = " | ".join(FORMATS)
-_SPELLED = {"role": "as", "noisy_masks": "noisy-masks"}
+_SPELLED = {"role": "as", "noisy_masks": "noisy-masks", "at_random": "at-random"}
 _APART: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "--import": [
         (("role", "images"), "write it after the --import that it is of"),
         (("export", "report", "cache", "noisy_masks"), "is another command, of the data that --import makes"),
+        (("at_random",), "is for --merge"),
     ],
     "--export": [
         (("images", "unmarked"), "is for --import"),
+        (("at_random",), "is for --merge"),
         (("cache", "noisy_masks"), "--export does nothing else; run prepare again"),
     ],
     "--merge": [
@@ -42,7 +44,10 @@ _APART: dict[str, list[tuple[tuple[str, ...], str]]] = {
             "is another command; --merge changes the data where it is",
         ),
     ],
-    "": [(("to", "role", "images", "unmarked"), "is for --import and --export")],
+    "": [
+        (("to", "role", "images", "unmarked"), "is for --import and --export"),
+        (("at_random",), "is for --merge"),
+    ],
 }
 """What is no option of a command, and what to do."""
 
@@ -53,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, action=_OfImport, metavar="FOLDER", help="where an import's images are")
     parser.add_argument("--unmarked", choices=("empty", "skip"), help="images for which an import has nothing")
     parser.add_argument("--merge", metavar="FORMAT=PATH", help="masks that were drawn again, as references of ROOT")
+    parser.add_argument("--at-random", action="store_const", const="", help="merged images are a random draw")
     parser.add_argument("--export", metavar="FORMAT", help="an annotation tool's form of the data")
     parser.add_argument("--to", type=Path, metavar="PATH", help="the new folder, or file, of an import or export")
 
@@ -95,7 +101,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     for names, what in _APART[command]:
         for name in names:
             if (given := getattr(arguments, name)) is not None:
-                parser.error(f"--{_SPELLED.get(name, name)} {given}: {what}")
+                parser.error(f"{f'--{_SPELLED.get(name, name)} {given}'.rstrip()}: {what}")
     if command == "--merge":
         _check_merge(parser, arguments)
         return
@@ -133,8 +139,10 @@ def merge_files(arguments: argparse.Namespace) -> int:
         data = load_config(arguments.config, [f"data.root={json.dumps(root)}", *keys]).data
     role = None if FORMATS[format].all_roles else "reference"
     source = Source(Path(path).expanduser(), arguments.images, role, data.decoding)
-    done = merge_references(data, format, source, arguments.unmarked, _shown)
+    done = merge_references(data, format, source, arguments.unmarked, _shown, arguments.at_random is not None)
     say(f"{root}: {done.added} images have a reference now, {done.replaced} another one, {done.same} had it already")
+    if done.added and arguments.at_random is None:
+        say("those are marked as picked: they are learned from, and annotators' errors are not measured on them")
     if done.unannotated:
         say(f"left out, as nobody has annotated them: {done.unannotated}")
     if done.kept:

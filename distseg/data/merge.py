@@ -1,7 +1,7 @@
 """Masks that were drawn again, as references of the data set that they are of. Nothing that was there is lost."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,12 +40,15 @@ class Merged:
     """The manifest as it was, where there was one and it has changed."""
 
 
-def merge_references(data: DataConfig, format: str, source: Source, unmarked: str | None, progress: Progress) -> Merged:
+def merge_references(
+    data: DataConfig, format: str, source: Source, unmarked: str | None, progress: Progress, at_random: bool = False
+) -> Merged:
     """Make the masks of an annotation tool's file the references of the images of `data.root` with the same ids.
 
     A mask is written to references/ID.png, or another name where that is taken, and then manifest.csv, which is kept
     as manifest.N.csv. Other files are not touched, and a stop at any moment leaves the data as they were or as they
-    are to be. `source` has the role reference for a format that does not say whose masks it holds.
+    are to be. Images that had no reference are marked as picked unless they were drawn `at_random`. `source` has the
+    role reference for a format that does not say whose masks it holds.
 
     Raises UserError or BadFileError, and changes nothing, for an id that is not there, a mask of another size, a class
     that `data` does not name, and several masks of an image none of which is the ground truth.
@@ -67,7 +70,8 @@ def merge_references(data: DataConfig, format: str, source: Source, unmarked: st
     written = {id: _written(data.root, samples[id], mask, data.decoding) for id, mask in masks.items()}
     changed = {id: path for id, path in written.items() if path != samples[id].reference}
     former = {id: reference for id in changed if (reference := samples[id].reference) is not None}
-    kept = _rewrite(data.root, listing, changed, former) if changed else None
+    picked = set() if at_random else changed.keys() - former.keys()
+    kept = _rewrite(data.root, listing, changed, former, picked) if changed else None
     added, replaced = len(changed) - len(former), len(former)
     return Merged(added, replaced, len(masks) - len(changed), contents.unannotated, kept)
 
@@ -150,13 +154,16 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def _rewrite(root: Path, listing: Listing, new: Mapping[str, Path], former: Mapping[str, Path]) -> Path | None:
+def _rewrite(
+    root: Path, listing: Listing, new: Mapping[str, Path], former: Mapping[str, Path], picked: Collection[str]
+) -> Path | None:
     """Write manifest.csv with the new references; where the one before is kept, if there was one."""
     manifest = root / "manifest.csv"
     if not manifest.exists():
-        write_atomically(manifest, manifest_text(root, [_with(sample, new, former) for sample in listing.samples]))
+        samples = [_with(sample, new, former, picked) for sample in listing.samples]
+        write_atomically(manifest, manifest_text(root, samples))
         return None
-    text = with_references(root, _below(root, new), _below(root, former), FORMER)
+    text = with_references(root, _below(root, new), _below(root, former), FORMER, picked)
     number = 1
     while (kept := root / f"manifest.{number}.csv").exists():
         number += 1
@@ -165,8 +172,9 @@ def _rewrite(root: Path, listing: Listing, new: Mapping[str, Path], former: Mapp
     return kept
 
 
-def _with(sample: Sample, new: Mapping[str, Path], former: Mapping[str, Path]) -> Sample:
-    sample = replace(sample, reference=new.get(sample.id, sample.reference))
+def _with(sample: Sample, new: Mapping[str, Path], former: Mapping[str, Path], picked: Collection[str]) -> Sample:
+    chosen = sample.picked or sample.id in picked
+    sample = replace(sample, reference=new.get(sample.id, sample.reference), picked=chosen)
     if sample.id not in former:
         return sample
     annotation = Annotation(_free(FORMER, [each.annotator for each in sample.annotations]), former[sample.id])

@@ -28,6 +28,7 @@ class _Member(Section):
     group: str
     clean: bool
     sha256: dict[FileKey, str]
+    picked: bool = False
 
 
 class _Roster(Section):
@@ -42,12 +43,18 @@ def keep_roster(samples: Sequence[Sample], clean: Collection[str], digests: Dige
     split, group or stream or of another content.
     """
     now = {
-        sample.id: _Member(split=sample.split, group=sample.group, clean=sample.id in clean, sha256=digests[sample.id])
+        sample.id: _Member(
+            split=sample.split,
+            group=sample.group,
+            clean=sample.id in clean,
+            sha256=digests[sample.id],
+            picked=sample.picked,
+        )
         for sample in samples
     }
     if not (begun and record.exists()):
         record.parent.mkdir(parents=True, exist_ok=True)
-        content = _Roster(format=FORMAT, samples=now).model_dump()
+        content = _Roster(format=FORMAT, samples=now).model_dump(exclude_defaults=True)
         write_atomically(record, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return
     changes = _changes(_read(record), now)
@@ -74,7 +81,7 @@ def read_summary(record: Path) -> Summary | None:
     if not record.exists():
         return None
     samples = _read(record)
-    content = {id: sample.model_dump() for id, sample in samples.items()}
+    content = {id: sample.model_dump(exclude_defaults=True) for id, sample in samples.items()}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     clean = sum(sample.clean for sample in samples.values())
     return Summary(digest, dict(Counter(sample.split for sample in samples.values())), clean)
@@ -98,6 +105,8 @@ def _changes(before: dict[str, _Member], now: dict[str, _Member]) -> list[str]:
             changes.append(f"{id} was of the group {old.group!r} and is of {new.group!r}")
         elif old.clean != new.clean:
             changes.append(f"{id} was {'clean' if old.clean else 'noisy'} and is {'clean' if new.clean else 'noisy'}")
+        elif old.picked != new.picked:
+            changes.append(f"{id} was {'picked and is not' if old.picked else 'not picked and is'} now")
         else:
             keys = sorted(old.sha256.keys() | new.sha256.keys())
             changes += [f"the {key} of {id} has changed" for key in keys if old.sha256.get(key) != new.sha256.get(key)]

@@ -38,6 +38,8 @@ class Sample:
     """By annotator, sorted."""
     group: str = ""
     """Patient, lesion or video, which never spans two splits; empty for a group of its own."""
+    picked: bool = False
+    """Whether the reference was drawn because of what the image or its mask looked like: it says nothing of others."""
 
     @property
     def files(self) -> dict[FileKey, Path]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
+from distseg.errors import UserError
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Placement
 from distseg.meta.reduction import Reduction
@@ -53,6 +54,20 @@ class Context:
 
     def clean_stream(self, size: int) -> Stream:
         return self._stream("clean", self.clean, "true", size)
+
+    @property
+    def held_out(self) -> list[Sample]:
+        """What a label model is calibrated on before it is learned from: the clean images that stand for all."""
+        return [sample for sample in self.clean if not sample.picked]
+
+    def held_out_stream(self, size: int) -> Stream:
+        """Raises UserError where all clean images are picked."""
+        if self.clean and not self.held_out:
+            raise UserError(
+                f"all {len(self.clean)} clean images are picked (manifest.csv), and annotators' errors are measured on "
+                "images drawn at random; add references of such, or set method.labels=drawn"
+            )
+        return self._stream("held_out", self.held_out, "true", size)
 
     def true_stream(self) -> Stream:
         """Every training image with its true mask."""

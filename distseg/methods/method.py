@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from distseg.methods.step import CleanTerm, Drawn, MicroBatch, Step
 def build_method(config: MethodConfig, context: Context) -> "Method":
     loss = config.loss.build(context)
     return Method(
-        phases=config.phases.build(context, config.weighting.needs_clean or config.labels.needs_clean),
+        phases=config.phases.build(context, config.weighting.needs_clean, config.labels.needs_held_out),
         weighting=config.weighting.build(context, loss.class_weights),
         loss=loss,
         label_model=config.labels.build(context),
@@ -55,14 +56,14 @@ class Method:
     def begin(self, index: int, diagnose: bool) -> Step:
         """Step `index` (0-based); every rank makes it. `diagnose` adds diagnostics and changes nothing else."""
         phase = self.phases.at(index)
-        noisy, clean = phase.batches(index, self.accumulation)
+        noisy, clean, held_out = phase.batches(index, self.accumulation)
         model = self.label_model if noisy and phase.main else None
         pending = self._pending(phase, noisy, clean)
-        held_out = clean if clean and phase.clean_share == 0 else [None] * self.accumulation
         drawn: Sequence[Drawn | None] = [None] * self.accumulation
         if model:
             labels_first = self.labels_first and not pending
-            drawn = [self._drawn(model, *each, labels_first) for each in zip(noisy, held_out, strict=True)]
+            pairs = zip_longest(noisy, held_out)  # none, or as many
+            drawn = [self._drawn(model, *pair, labels_first) for pair in pairs]
         weighed: Weighed | PendingWeights | None = pending
         if not pending and phase.clean_share is not None:
             weighed = self._weigh(noisy, drawn, clean, diagnose)
@@ -128,13 +129,13 @@ class Method:
             return [weights.times(1 - term.share) for weights in weighed.maps]
         return self._beside_clean(noisy, weighed.maps, clean, phase.clean_share) if phase.clean_share else weighed.maps
 
-    def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None, labels_first: bool) -> Drawn:
+    def _drawn(self, model: LabelModel, batch: Batch, held_out: Batch | None, labels_first: bool) -> Drawn:
         bins = model.bins(batch.masks, batch.every)
         labels = None
         if labels_first:
             labels, _ = model.correct(self.logits_of(batch.images), batch.masks, bins, None)
-        held_out = HeldOut(self.logits_of(clean.images), clean.masks, clean.every) if clean else None
-        return Drawn(len(batch.ids), bins, labels, held_out, batch.true_masks)
+        unseen = HeldOut(self.logits_of(held_out.images), held_out.masks, held_out.every) if held_out else None
+        return Drawn(len(batch.ids), bins, labels, unseen, batch.true_masks)
 
     def _weigh(
         self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool

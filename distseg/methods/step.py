@@ -25,7 +25,7 @@ class Drawn:
     labels: Tensor | None = None
     """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
     held_out: HeldOut | None = None
-    """Clean images beside them, as long as the network has not learned from any."""
+    """Clean images that the network has not learned from."""
     truth: Tensor | None = None
     """(count, H, W) their true masks, where there are any, for diagnostics."""
 

@@ -98,12 +98,25 @@ def test_masks_that_were_drawn_again_join_the_clean_stream(
         rows = {row["ID"]: row for row in csv.DictReader(file, delimiter=";")}
     assert all(row["remark"] == 'said "no"; why?' and row["annotation:anna"] for row in rows.values())
     assert rows["im1"]["annotation:former"] == "expert/im1.png"
+    assert {id for id, row in rows.items() if row["picked"] == "1"} == {"im4", "im6"}, "im1 had been drawn before"
     assert rows["im4"]["annotation:former"] == rows["im0"]["annotation:former"] == ""
 
     again = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
     assert prepare(data, "--merge", f"{format}={export}") == 0
     assert "0 images have a reference now, 0 another one, 3 had it already" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == again
+
+
+def test_only_images_that_are_a_random_draw_are_not_marked_as_picked(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an audit calls worst is of hard images: annotators' errors are not measured on them."""
+    for at_random in (True, False):
+        export = drawn_again(data, tmp_path / f"queue{at_random}", [3, 4] if at_random else [5, 6], "cvat")
+        assert prepare(data, "--merge", f"cvat={export}", *(["--at-random"] if at_random else [])) == 0
+        assert ("marked as picked" in capsys.readouterr().out) != at_random
+        picked = {each.id for each in survey(DataConfig(root=data))[0] if each.picked}
+        assert picked == (set() if at_random else {"im5", "im6"})
 
 
 def test_a_second_opinion_takes_another_name(data: Path, tmp_path: Path) -> None:

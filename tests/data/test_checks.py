@@ -260,7 +260,14 @@ def move_to_test(root: Path) -> str:
     return "s1 was in train and is in test"
 
 
-@pytest.mark.parametrize("change", [grow, shrink, repaint, move_to_test])
+def pick(root: Path) -> str:
+    header, *rows = (root / "manifest.csv").read_text().splitlines()
+    marked = [row + (",1" if row.startswith("s1,") else ",") for row in rows]
+    (root / "manifest.csv").write_text("\n".join([f"{header},picked", *marked]))
+    return "s1 was not picked and is now"
+
+
+@pytest.mark.parametrize("change", [grow, shrink, repaint, move_to_test, pick])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, change, cached):
     config, run = write_dataset(tmp_path / "data"), tmp_path / "run"

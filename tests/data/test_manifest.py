@@ -8,6 +8,7 @@ from PIL import Image
 from distseg.data.checks import check_splits, inspect_files, usable_samples
 from distseg.data.config import DataConfig
 from distseg.data.decode import PLAIN
+from distseg.data.manifest_file import write_manifest
 from distseg.data.sample import Annotation, Sample
 from distseg.data.splits import split_clean
 from distseg.data.survey import read_samples
@@ -199,6 +200,18 @@ def test_a_split_that_the_data_brings_stays_its_own_where_none_of_it_can_be_used
     (tmp_path / "manifest.csv").write_text("\n".join(["id,split,image,mask", *rows]))
     samples = read_samples(DataConfig(root=tmp_path, on_bad="skip"))
     assert not [s for s in samples if s.split == "test"]  # and no training image is tested on in its place
+
+
+def test_a_reference_may_be_of_an_image_that_was_picked(tmp_path):
+    rows = "a,train,a.jpg,a.png,1\nb,val,b.jpg,b.png,0\nc,test,c.jpg,c.png,\n"
+    (tmp_path / "manifest.csv").write_text(f"id,split,image,reference,picked\n{rows}")
+    samples = read_samples(DataConfig(root=tmp_path))
+    assert [sample.picked for sample in samples] == [True, False, False]
+    write_manifest(tmp_path, samples)
+    assert (tmp_path / "manifest.csv").read_text() == "id,split,image,reference,picked\n" + rows.replace(",0", ",")
+    (tmp_path / "manifest.csv").write_text("id,split,image,reference,picked\na,train,a.jpg,a.png,yes\n")
+    with pytest.raises(UserError, match="row 1: picked 'yes' must be 1, 0 or empty"):
+        read_samples(DataConfig(root=tmp_path))
 
 
 @pytest.mark.parametrize(

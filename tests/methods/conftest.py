@@ -1,6 +1,7 @@
 """Methods on a small data set, built as the trainer builds them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ BATCH, CLEAN_BATCH, ACCUMULATION = 4, 3, 2
 
 
 class Built:
-    """A method, the ids of its noisy and clean samples, and the names of the streams that it has opened."""
+    """A method, the ids of its noisy and clean samples, and those of the streams that it has opened, by name."""
 
-    def __init__(self, method: Method, noisy: set[str], clean: set[str], opened: set[str], network: nn.Module) -> None:
+    def __init__(
+        self, method: Method, noisy: set[str], clean: set[str], opened: dict[str, set[str]], network: nn.Module
+    ) -> None:
         self.method, self.noisy, self.clean, self.opened, self.network = method, noisy, clean, opened, network
 
 
@@ -33,7 +36,7 @@ class Built:
 def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
     streams: list[Stream] = []
 
-    def make(name: str, noise: str = "none", **method) -> Built:
+    def make(name: str, picked: int = 0, **method) -> Built:
         config = Config.model_validate(
             {
                 "name": "x",
@@ -48,10 +51,11 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
             }
         )
         clean, noisy = split_clean(read_samples(config.data), 4, 0)
-        opened = set()
+        clean = [replace(sample, picked=number < picked) for number, sample in enumerate(clean)]
+        opened = {}
 
         def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
-            opened.add(name)
+            opened[name] = {sample.id for sample in samples}
             device = torch.device("cpu")
             streams.append(Stream(samples, labels, name, config.data, 0, ShardSpec(), batch_size, ACCUMULATION, device))
             return streams[-1]

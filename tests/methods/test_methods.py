@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distseg.errors import UserError
 from distseg.methods.config import MethodConfig
 from distseg.methods.learned import Learned
 from distseg.methods.method import Method
@@ -120,6 +121,18 @@ def test_needs_clean_and_needs_noisy_are_what_the_streams_say(build: Callable, n
     assert (config.needs_clean, config.needs_noisy) == ("clean" in opened, "noisy" in opened)
 
 
+def test_labels_are_calibrated_on_clean_images_that_were_not_picked_by_their_looks(build: Callable) -> None:
+    built = build("label_correction", picked=3)
+    assert built.opened["clean"] == built.clean and len(built.opened["held_out"]) == 1
+    assert built.method.label_model.clean_count == 1
+    assert build("label_correction").opened["held_out"] == built.clean
+    assert "held_out" not in build("pixel_reweight", picked=4).opened
+    with pytest.raises(
+        UserError, match=r"all 4 clean images are picked.*images drawn at random; add references of such"
+    ):
+        build("label_correction", picked=4)
+
+
 def test_finetune_turns_to_the_clean_images_for_the_last_part(build: Callable) -> None:
     built = build("finetune", clean_phase=0.3)
     assert [set(ids_of(built.method, step)) <= built.noisy for step in (0, 6)] == [True, True]
@@ -185,6 +198,7 @@ def test_weights_on_corrected_labels_are_those_of_the_corrected_labels(build: Ca
     built.method.label_model.corrects.fill_(1)
     run(built.method.begin(0, diagnose=False), lambda images: torch.full((len(images), 1, 16, 16), 3.0))
     built.method.label_model.counts.fill_(1)  # masks say nothing
+    built.method.label_model.theta.copy_(torch.tensor([1.0, 2.0]))  # and the network finds objects in many places
     step, plain = (each.method.begin(1, diagnose=False) for each in (built, drawn))
     changed = 0
     for k, micro in enumerate(step.micro_batches):

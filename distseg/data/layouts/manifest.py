@@ -1,9 +1,10 @@
 """manifest.csv: a row an image, or a row an annotation; paths relative to the root.
 
 Columns: id, image, and of split, reference (the expert's mask), annotation (a cheap one), annotation:NAME (that of an
-annotator of this name), annotator (whose `annotation` is in this row) and group those that there are. `mask` and
-`noisy_mask` are read as reference and annotation; beside `annotator`, `mask` is the annotation. Rows of one id are one
-sample if they agree on its image, split, group and reference, and name different annotators. Other columns are ignored.
+annotator of this name), annotator (whose `annotation` is in this row), group and picked (1 where the reference was
+drawn because of what the image or its mask looked like) those that there are. `mask` and `noisy_mask` are read as
+reference and annotation; beside `annotator`, `mask` is the annotation. Rows of one id are one sample if they agree on
+all but their annotations, and name different annotators. Other columns are ignored.
 
 Tables as spreadsheets save them are read too: separated by commas, semicolons or tabs, with a byte order mark, with
 backslashes in their paths.
@@ -14,7 +15,7 @@ import io
 import os
 import stat
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
@@ -22,10 +23,10 @@ from distseg.data.layouts.listing import Listing
 from distseg.data.sample import SPLITS, Annotation, Problem, Sample, fault_of_id, leaves_root
 from distseg.errors import UserError
 
-HEADER = "id,split,image,reference,annotation[,annotation:NAME …][,group]"
+HEADER = "id,split,image,reference,annotation[,annotation:NAME …][,group][,picked]"
 _NAMED = "annotation:"
 _OLD_NAMES = {"mask": "reference", "noisy_mask": "annotation"}
-_KNOWN = ("id", "split", "image", "reference", "annotation", "annotator", "group")
+_KNOWN = ("id", "split", "image", "reference", "annotation", "annotator", "group", "picked")
 _SEPARATORS = ",;\t|"
 _MOST_BYTES = 2**28
 
@@ -65,11 +66,14 @@ def read_images(table: Path) -> Listing:
     return Listing(samples, problems, frozenset())
 
 
-def with_references(root: Path, new: Mapping[str, str], former: Mapping[str, str], annotator: str) -> str:
+def with_references(
+    root: Path, new: Mapping[str, str], former: Mapping[str, str], annotator: str, picked: Collection[str] = ()
+) -> str:
     """The text of manifest.csv with other references, and the former ones as annotations by `annotator`.
 
-    `new` and `former` are paths relative to the root, by id. All other cells, rows and columns stay as they are. Where
-    an image has an annotation of this name already, the name gets a number.
+    `new` and `former` are paths relative to the root, by id, and `picked` the ids whose rows are to say so. All other
+    cells, rows and columns stay as they are. Where an image has an annotation of this name already, the name gets a
+    number.
     """
     header, columns, lines, separator = _lines(root / "manifest.csv")
     header, columns = [*header], [*columns]
@@ -88,6 +92,8 @@ def with_references(root: Path, new: Mapping[str, str], former: Mapping[str, str
     for row, id in zip(rows, ids, strict=True):
         if id in new:
             row[reference] = new[id]
+        if id in picked:
+            row[place("picked")] = "1"
         if id in named:  # in its first row alone
             row[place(named.pop(id))] = former[id]
     text = io.StringIO(newline="")
@@ -196,7 +202,8 @@ def _parse_row(root: Path, values: dict[str, str], where: str) -> Sample | Probl
     image, reference = files.pop("image"), files.pop("reference", None)
     named = {column: column.removeprefix(_NAMED) for column in files} | {"annotation": values.get("annotator", "")}
     annotations = sorted((Annotation(named[column], path) for column, path in files.items()), key=lambda a: a.annotator)
-    return Sample(id, split, image, reference, tuple(annotations), values.get("group", ""))
+    picked = values.get("picked", "") == "1"
+    return Sample(id, split, image, reference, tuple(annotations), values.get("group", ""), picked)
 
 
 def _is_file(column: str) -> bool:
@@ -211,6 +218,8 @@ def _fault(id: str, split: str, paths: dict[str, str], values: dict[str, str]) -
         return fault
     if split not in SPLITS:
         return f"split {split!r} must be train, val or test"
+    if values.get("picked", "") not in ("", "0", "1"):
+        return f"picked {values['picked']!r} must be 1, 0 or empty"
     if len(paths) == 1:
         return "has neither a reference nor an annotation"
     names = [column.removeprefix(_NAMED) for column in paths if column.startswith(_NAMED)]
