@@ -83,15 +83,17 @@ def without_fold(
 
 def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: DataConfig) -> list[Sample]:
     """`samples` with a test and a val split drawn from the training images with a reference, if the data brings none.
+    Images that were picked by their looks are no sample of the others: they stay in training.
 
     A group's split follows from a hash of (`data.split_seed`, group, or id without one) and the fractions alone: no
     other sample and no bad file moves it, and all seeds of a study share their test images. So the sizes of the splits
     are the fractions only about, as of independent draws. One exception keeps small data usable: a split that would be
-    empty takes a group of the largest one. What a group that is scored on has without a reference is left out.
+    empty takes a group of the largest one. What a group that is scored on has without a reference, or picked, is left
+    out.
     """
     fractions = {"test": config.test_fraction, "val": config.val_fraction}
     wanted = {split: part for split, part in fractions.items() if split not in brought and part > 0}
-    groups = {_group(sample) for sample in samples if sample.split == "train" and sample.reference is not None}
+    groups = {_group(sample) for sample in samples if sample.split == "train" and _can_score(sample)}
     places = {group: stable_hash(config.split_seed, "split", group[1]) / 2**128 for group in groups}
     members: dict[str, list[tuple[str, str]]] = {"train": [], **{split: [] for split in wanted}}
     for group in sorted(places, key=lambda group: (places[group], group)):
@@ -104,11 +106,17 @@ def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: 
     drawn = {group: split for split, those in members.items() for group in those}
     placed = [replace(s, split=drawn.get(_group(s), "train")) if s.split == "train" else s for s in samples]
     unscorable = {
-        new.id for old, new in zip(samples, placed, strict=True) if old.split != new.split and new.reference is None
+        new.id for old, new in zip(samples, placed, strict=True) if old.split != new.split and not _can_score(new)
     }
     if unscorable:
-        _log.warning("data: left out %d images without a reference, of groups that are scored on", len(unscorable))
+        _log.warning(
+            "data: left out %d images without a reference, or picked, of groups that are scored on", len(unscorable)
+        )
     return [sample for sample in placed if sample.id not in unscorable]
+
+
+def _can_score(sample: Sample) -> bool:
+    return sample.reference is not None and not sample.picked
 
 
 def _group(sample: Sample) -> tuple[str, str]:

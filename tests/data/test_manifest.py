@@ -174,6 +174,20 @@ def test_no_sample_and_no_bad_file_moves_another_to_another_split(tmp_path, spoi
     assert all(after[id] == before[id] for id in before.keys() & after.keys())
 
 
+def test_picked_images_are_not_scored_on(tmp_path):
+    rows = [f"{number},i{number}.jpg,m{number}.png,{number % 2},{number // 4}" for number in range(80)]
+    (tmp_path / "manifest.csv").write_text("id,image,reference,picked,group\n" + "\n".join(rows))
+    samples = read_samples(DataConfig(root=tmp_path, val_fraction=0.2, test_fraction=0.2))
+    scored = [sample for sample in samples if sample.split != "train"]
+    assert scored and not any(sample.picked for sample in scored)
+    assert sum(sample.picked for sample in samples) == 40 - len(scored), "they are left out with their groups"
+    (tmp_path / "manifest.csv").write_text(
+        "id,image,reference,picked\n" + "\n".join(r.rpartition(",")[0] for r in rows)
+    )
+    samples = read_samples(DataConfig(root=tmp_path, val_fraction=0.2, test_fraction=0.2))
+    assert len(samples) == 80 and not any(sample.picked for sample in samples if sample.split != "train")
+
+
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
 @pytest.mark.parametrize("seed", range(12))
 def test_small_data_has_an_image_in_every_split(tmp_path, count, seed):
