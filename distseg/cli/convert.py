@@ -142,7 +142,7 @@ def merge_files(arguments: argparse.Namespace) -> int:
     done = merge_references(data, format, source, arguments.unmarked, _shown, arguments.at_random is not None)
     say(f"{root}: {done.added} images have a reference now, {done.replaced} another one, {done.same} had it already")
     if done.added and arguments.at_random is None:
-        say("those are marked as picked: they are learned from, and annotators' errors are not measured on them")
+        say("those are marked as picked: right masks in the noisy stream; --at-random would make them clean images")
     if done.unannotated:
         say(f"left out, as nobody has annotated them: {done.unannotated}")
     if done.kept:

@@ -39,7 +39,8 @@ class Sample:
     group: str = ""
     """Patient, lesion or video, which never spans two splits; empty for a group of its own."""
     picked: bool = False
-    """Whether the reference was drawn because of what the image or its mask looked like: it says nothing of others."""
+    """Whether the reference was drawn because of what the image or its mask looked like, and so says nothing of other
+    images. Such an image stays in the noisy stream, with the reference as its mask."""
 
     @property
     def files(self) -> dict[FileKey, Path]:
@@ -48,6 +49,11 @@ class Sample:
         if self.reference is not None:
             files["reference"] = self.reference
         return files | {each.key: each.mask for each in self.annotations}
+
+    @property
+    def represents(self) -> bool:
+        """Whether there is a reference, and not because of its looks: for the clean stream, and to score on."""
+        return self.reference is not None and not self.picked
 
     @property
     def truth(self) -> Path:

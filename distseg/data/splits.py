@@ -22,22 +22,25 @@ def split_clean(
 
     Without `clean_count` the clean ones are those with a reference, as the data gives it, and the noisy ones those
     without. With it, a study: K of those with a reference are drawn, a smaller K a subset of a larger one's, and what
-    is known of the others is kept from the training. Raises UserError as `check_roles` does.
+    is known of the others is kept from the training. Images that were picked by their looks are noisy ones either way,
+    with the reference in place of their annotations: half of the loss of images of one kind would unbalance it. Raises
+    UserError as `check_roles` does.
     """
     train = sorted((sample for sample in samples if sample.split == "train"), key=lambda s: s.id)
     check_roles(train, clean_count, needs_clean)
-    known = [sample for sample in train if sample.reference is not None]
+    known = [sample for sample in train if sample.represents]
     if clean_count is not None:
         known = sorted(known, key=lambda sample: stable_hash(seed, "clean", sample.id))[:clean_count]
     clean = {sample.id for sample in known}
-    return [s for s in train if s.id in clean], [s for s in train if s.id not in clean]
+    noisy = [replace(s, annotations=()) if s.picked else s for s in train if s.id not in clean]
+    return [s for s in train if s.id in clean], noisy
 
 
 def check_roles(samples: list[Sample], clean_count: int | None, needs_clean: bool) -> None:
     """Raises UserError where the noisy stream would have no image, not as many clean ones could be drawn, or there is
     none and the method needs some."""
     train = [sample for sample in samples if sample.split == "train"]
-    known = sum(sample.reference is not None for sample in train)
+    known = sum(sample.represents for sample in train)
     if clean_count is None:
         if known == len(train):
             raise UserError(
@@ -52,9 +55,11 @@ def check_roles(samples: list[Sample], clean_count: int | None, needs_clean: boo
             f"{max(min(known, len(train) - 1), 0)}"
         )
     if needs_clean and not known:
+        picked = " that was drawn at random" if any(sample.picked for sample in train) else ""
         raise UserError(
-            "data: no training image has a reference mask, and the method learns from some; add experts' masks, name "
-            "the annotator who is the expert (data.expert), or choose a method without (method.name=noisy_only)"
+            f"data: no training image has a reference mask{picked}, and the method learns from some; add experts' "
+            "masks, name the annotator who is the expert (data.expert), or choose a method without "
+            "(method.name=noisy_only)"
         )
 
 
@@ -93,7 +98,7 @@ def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: 
     """
     fractions = {"test": config.test_fraction, "val": config.val_fraction}
     wanted = {split: part for split, part in fractions.items() if split not in brought and part > 0}
-    groups = {_group(sample) for sample in samples if sample.split == "train" and _can_score(sample)}
+    groups = {_group(sample) for sample in samples if sample.split == "train" and sample.represents}
     places = {group: stable_hash(config.split_seed, "split", group[1]) / 2**128 for group in groups}
     members: dict[str, list[tuple[str, str]]] = {"train": [], **{split: [] for split in wanted}}
     for group in sorted(places, key=lambda group: (places[group], group)):
@@ -106,17 +111,13 @@ def draw_missing_splits(samples: list[Sample], brought: frozenset[str], config: 
     drawn = {group: split for split, those in members.items() for group in those}
     placed = [replace(s, split=drawn.get(_group(s), "train")) if s.split == "train" else s for s in samples]
     unscorable = {
-        new.id for old, new in zip(samples, placed, strict=True) if old.split != new.split and not _can_score(new)
+        new.id for old, new in zip(samples, placed, strict=True) if old.split != new.split and not new.represents
     }
     if unscorable:
         _log.warning(
             "data: left out %d images without a reference, or picked, of groups that are scored on", len(unscorable)
         )
     return [sample for sample in placed if sample.id not in unscorable]
-
-
-def _can_score(sample: Sample) -> bool:
-    return sample.reference is not None and not sample.picked
 
 
 def _group(sample: Sample) -> tuple[str, str]:

@@ -67,7 +67,7 @@ class MethodConfig(Section):
             raise ValueError(f"phases {phases.kind}: there are no noisy images to correct; set .labels.kind=drawn")
         if self.labels.kind == "corrected" and not phases.holds_out_clean:
             raise ValueError(
-                "labels corrected: are calibrated before the clean images are learned from; set "
+                "labels corrected: are calibrated on clean images before these are learned from; set "
                 ".phases.kind=noisy and .phases.held_out above 0, or .labels.kind=drawn"
             )
         main_phase_differs = weighting.kind != "uniform" or self.labels.kind != "drawn"
@@ -84,7 +84,7 @@ class MethodConfig(Section):
 
     @property
     def needs_clean(self) -> bool:
-        return self.phases.takes_clean or self.weighting.needs_clean or self.labels.needs_held_out
+        return self.phases.takes_clean or self.weighting.needs_clean or self.labels.needs_clean
 
     @property
     def needs_noisy(self) -> bool:

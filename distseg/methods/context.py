@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from distseg.data.batch import Labels
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
-from distseg.errors import UserError
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Placement
 from distseg.meta.reduction import Reduction
@@ -49,25 +48,16 @@ class Context:
     """Of the masks; the network has as many channels, or one for two classes."""
     _streams: dict[tuple[str, int], Stream] = field(default_factory=dict, compare=False)
 
+    @property
+    def trusted(self) -> frozenset[str]:
+        """Ids of the noisy stream's images whose masks are references, which no label model changes."""
+        return frozenset(sample.id for sample in self.noisy if sample.picked)
+
     def noisy_stream(self, size: int | None = None) -> Stream:
         return self._stream("noisy", self.noisy, "noisy", size or self.batch_size)
 
     def clean_stream(self, size: int) -> Stream:
         return self._stream("clean", self.clean, "true", size)
-
-    @property
-    def held_out(self) -> list[Sample]:
-        """What a label model is calibrated on before it is learned from: the clean images that stand for all."""
-        return [sample for sample in self.clean if not sample.picked]
-
-    def held_out_stream(self, size: int) -> Stream:
-        """Raises UserError where all clean images are picked."""
-        if self.clean and not self.held_out:
-            raise UserError(
-                f"all {len(self.clean)} clean images are picked (manifest.csv), and annotators' errors are measured on "
-                "images drawn at random; add references of such, or set method.labels=drawn"
-            )
-        return self._stream("held_out", self.held_out, "true", size)
 
     def true_stream(self) -> Stream:
         """Every training image with its true mask."""

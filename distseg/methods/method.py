@@ -1,13 +1,13 @@
 """A method: phases × weighting × loss × label model. Every method is the same update, ∇ Σ W·ℓ over the global batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distseg.data.batch import Batch
+from distseg.data.classes import IGNORE
 from distseg.meta.reduction import Reduction
 from distseg.meta.weights import WeightMap, joined, uniform_weights
 from distseg.methods.config import MethodConfig
@@ -20,13 +20,14 @@ from distseg.methods.step import CleanTerm, Drawn, MicroBatch, Step
 def build_method(config: MethodConfig, context: Context) -> "Method":
     loss = config.loss.build(context)
     return Method(
-        phases=config.phases.build(context, config.weighting.needs_clean, config.labels.needs_held_out),
+        phases=config.phases.build(context, config.weighting.needs_clean or config.labels.needs_clean),
         weighting=config.weighting.build(context, loss.class_weights),
         loss=loss,
         label_model=config.labels.build(context),
         accumulation=context.accumulation,
         reduction=context.reduction,
         logits_of=context.logits,
+        trusted=context.trusted,
         labels_first=config.weighting.needs_clean,
         one_pass=context.accumulation == 1,
         reuses_clean=context.adds_gradients and loss.is_cross_entropy,
@@ -45,6 +46,8 @@ class Method:
     reduction: Reduction
     logits_of: Callable[[Tensor], Tensor]
     """Of images, by the network as it is."""
+    trusted: frozenset[str]
+    """Ids of the noisy images whose masks are references: no label model changes them, or learns from them."""
     labels_first: bool
     """Whether weights depend on labels, which otherwise follow from the logits of the weighted pass."""
     one_pass: bool = False
@@ -56,14 +59,14 @@ class Method:
     def begin(self, index: int, diagnose: bool) -> Step:
         """Step `index` (0-based); every rank makes it. `diagnose` adds diagnostics and changes nothing else."""
         phase = self.phases.at(index)
-        noisy, clean, held_out = phase.batches(index, self.accumulation)
+        noisy, clean = phase.batches(index, self.accumulation)
         model = self.label_model if noisy and phase.main else None
         pending = self._pending(phase, noisy, clean)
+        held_out = clean if clean and phase.clean_share == 0 else [None] * self.accumulation
         drawn: Sequence[Drawn | None] = [None] * self.accumulation
         if model:
             labels_first = self.labels_first and not pending
-            pairs = zip_longest(noisy, held_out)  # none, or as many
-            drawn = [self._drawn(model, *pair, labels_first) for pair in pairs]
+            drawn = [self._drawn(model, *each, labels_first) for each in zip(noisy, held_out, strict=True)]
         weighed: Weighed | PendingWeights | None = pending
         if not pending and phase.clean_share is not None:
             weighed = self._weigh(noisy, drawn, clean, diagnose)
@@ -129,13 +132,19 @@ class Method:
             return [weights.times(1 - term.share) for weights in weighed.maps]
         return self._beside_clean(noisy, weighed.maps, clean, phase.clean_share) if phase.clean_share else weighed.maps
 
-    def _drawn(self, model: LabelModel, batch: Batch, held_out: Batch | None, labels_first: bool) -> Drawn:
-        bins = model.bins(batch.masks, batch.every)
-        labels = None
-        if labels_first:
-            labels, _ = model.correct(self.logits_of(batch.images), batch.masks, bins, None)
-        unseen = HeldOut(self.logits_of(held_out.images), held_out.masks, held_out.every) if held_out else None
-        return Drawn(len(batch.ids), bins, labels, unseen, batch.true_masks)
+    def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None, labels_first: bool) -> Drawn:
+        known, masks, every = None, batch.masks, batch.every
+        if self.trusted:
+            flags = torch.tensor([id in self.trusted for id in batch.ids])
+            known = flags.to(masks.device, non_blocking=True)[:, None, None]
+            masks = torch.where(known, IGNORE, masks)
+            every = every and every._replace(annotators=torch.where(known[:, 0], -1, every.annotators))
+        held_out = HeldOut(self.logits_of(clean.images), clean.masks, clean.every) if clean else None
+        drawn = Drawn(len(batch.ids), model.bins(masks, every), known, None, held_out, batch.true_masks)
+        if not labels_first:
+            return drawn
+        labels, _ = drawn.correct(model, self.logits_of(batch.images), batch.masks, None)
+        return replace(drawn, labels=labels)
 
     def _weigh(
         self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.data.batch import Batch
+from distseg.data.classes import IGNORE
 from distseg.meta.estimators import MeanLoss
 from distseg.meta.reduction import Reduction
 from distseg.meta.weights import Diagnostics, WeightMap
@@ -22,12 +23,23 @@ class Drawn:
     count: int
     bins: Any
     """Of their masks: `LabelModel.bins`."""
+    known: Tensor | None = None
+    """(count, 1, 1) whether an image's mask is a reference; its bins are of nothing then. None: no image's is."""
     labels: Tensor | None = None
     """(count, H, W) where they had to be known before the pass; None where they follow from its logits."""
     held_out: HeldOut | None = None
-    """Clean images that the network has not learned from."""
+    """Clean images beside them, as long as the network has not learned from any."""
     truth: Tensor | None = None
     """(count, H, W) their true masks, where there are any, for diagnostics."""
+
+    def correct(
+        self, model: LabelModel, logits: Tensor, masks: Tensor, held_out: HeldOut | None
+    ) -> tuple[Tensor, Tensor]:
+        """`model.correct` of all but the references, which are their own labels."""
+        if self.known is None:
+            return model.correct(logits, masks, self.bins, held_out)
+        labels, evidence = model.correct(logits, torch.where(self.known, IGNORE, masks), self.bins, held_out)
+        return torch.where(self.known, masks, labels), evidence
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ class Step:
         micro = self.micro_batches[index]
         batch, drawn, labels = micro.batch, micro.drawn, micro.batch.masks
         if self._label_model and drawn:
-            labels, _ = self._label_model.correct(logits, labels, drawn.bins, None)
+            labels, _ = drawn.correct(self._label_model, logits, labels, None)
             drawn = replace(drawn, labels=labels)
         weighed = pending.weigh(logits, tangents, labels, batch.true_masks if self._diagnose else None)
         [weights] = weighed.maps
@@ -156,7 +168,7 @@ class Step:
     def _labels(self, index: int, model: LabelModel, batch: Batch, drawn: Drawn, logits: Tensor) -> Tensor:
         """What to learn from, (B, H, W): the noisy images' labels by the label model, the clean ones' as they are."""
         masks, rest = batch.masks[: drawn.count], batch.masks[drawn.count :]
-        found = model.correct(logits[: drawn.count], masks, drawn.bins, drawn.held_out)
+        found = drawn.correct(model, logits[: drawn.count], masks, drawn.held_out)
         labels, self._label_evidence[index] = found
         if drawn.labels is not None:
             labels = drawn.labels

@@ -21,7 +21,7 @@ class Splits:
     val: list[Sample]
     test: list[Sample]
     noise_rate: float
-    """Mean share of wrong pixels in the noisy stream's masks, NaN where their truth is not known."""
+    """Mean share of wrong pixels in the noisy masks that are no references, NaN where their truth is not known."""
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -46,5 +46,8 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
     if config.annotators in ("majority", "staple"):
         noisy = fuse_annotations(noisy, config.annotators, folder.noisy_masks, config.decoding, check)
     noisy_masks = write_noisy_masks if check else read_noisy_masks
-    noisy, noise_rate = noisy_masks(noisy, config.noise, folder.noisy_masks, config.decoding)
+    picked = [sample for sample in noisy if sample.picked]
+    rest = [sample for sample in noisy if not sample.picked]
+    drawn, noise_rate = noisy_masks(rest, config.noise, folder.noisy_masks, config.decoding)
+    noisy = sorted([*drawn, *picked], key=lambda sample: sample.id)
     return Splits(clean, noisy, by_split["val"], by_split["test"], noise_rate)

@@ -11,6 +11,7 @@ import pytest
 
 from distseg.cli.prepare import main
 from distseg.cli.process import run_command
+from distseg.data.annotators import drawn_masks
 from distseg.data.config import DataConfig
 from distseg.data.decode import PLAIN, read_mask
 from distseg.data.formats.convert import export_proposals
@@ -68,16 +69,16 @@ def drawn_again(data: Path, to: Path, numbers: list[int], format: str, by: str =
     return to
 
 
-def streams(data: Path) -> tuple[dict[str, Path], list[str]]:
-    """The clean stream's references and the noisy stream's ids."""
+def streams(data: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The masks that the clean and the noisy stream learn from, by id."""
     samples, problems = survey(DataConfig(root=data, val_fraction=0, test_fraction=0))
     assert not problems
     clean, noisy = split_clean(samples, None, 0)
-    return {sample.id: sample.truth for sample in clean}, [sample.id for sample in noisy]
+    return {sample.id: sample.truth for sample in clean}, {sample.id: drawn_masks(sample)[0].mask for sample in noisy}
 
 
 @pytest.mark.parametrize("format", ["label-studio", "cvat"])
-def test_masks_that_were_drawn_again_join_the_clean_stream(
+def test_masks_that_were_drawn_again_are_learned_from(
     data: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
@@ -86,10 +87,11 @@ def test_masks_that_were_drawn_again_join_the_clean_stream(
     assert prepare(data, "--merge", f"{format}={export}") == 0
     assert "2 images have a reference now, 1 another one, 0 had it already" in capsys.readouterr().out
     clean, noisy = streams(data)
-    assert set(clean) == {"im0", "im1", "im4", "im6"}
-    assert noisy == ["im2", "im3", "im5", "im7"]
+    assert set(clean) == {"im0", "im1"}, "the other two were picked, and say nothing of the rest"
+    assert list(noisy) == ["im2", "im3", "im4", "im5", "im6", "im7"]
     for number in (1, 4, 6):
-        assert (255 * read_mask(clean[f"im{number}"]) == mask_of(number)).all()
+        assert (255 * read_mask((clean | noisy)[f"im{number}"]) == mask_of(number)).all()
+    assert all((255 * read_mask(noisy[f"im{number}"]) == mask_of(0)).all() for number in (2, 3, 5, 7))
     # Nothing is lost: every file, the table as it was, its other columns, and the reference that was replaced.
     manifest = data / "manifest.csv"
     assert (data / "manifest.1.csv").read_bytes() == before.pop(manifest)
@@ -115,8 +117,8 @@ def test_only_images_that_are_a_random_draw_are_not_marked_as_picked(
         export = drawn_again(data, tmp_path / f"queue{at_random}", [3, 4] if at_random else [5, 6], "cvat")
         assert prepare(data, "--merge", f"cvat={export}", *(["--at-random"] if at_random else [])) == 0
         assert ("marked as picked" in capsys.readouterr().out) != at_random
-        picked = {each.id for each in survey(DataConfig(root=data))[0] if each.picked}
-        assert picked == (set() if at_random else {"im5", "im6"})
+        clean, noisy = streams(data)
+        assert set(clean) == {"im0", "im1", "im3", "im4"} and {"im5", "im6"} <= noisy.keys()
 
 
 def test_a_second_opinion_takes_another_name(data: Path, tmp_path: Path) -> None:
@@ -144,11 +146,12 @@ def test_folders_without_a_table_get_one(tmp_path: Path) -> None:
         if number < 2:
             png(data / f"references/im{number}.png", mask_of(1))
     before = streams(data)
-    export = drawn_again(data, tmp_path / "queue", [5], "label-studio")
-    assert prepare(data, "--merge", f"label-studio={export}") == 0
-    after = streams(data)
-    assert set(after[0]) - set(before[0]) == {"im5"}
-    assert after[1] == [id for id in before[1] if id != "im5"]
+    for number, more in ((5, []), (4, ["--at-random"])):
+        export = drawn_again(data, tmp_path / f"queue{number}", [number], "label-studio")
+        assert prepare(data, "--merge", f"label-studio={export}", *more) == 0
+    clean, noisy = streams(data)
+    assert clean.keys() - before[0].keys() == {"im4"} and noisy.keys() == before[1].keys() - {"im4"}
+    assert noisy["im5"].parent.name == "references" and noisy["im3"] == before[1]["im3"]
 
 
 def test_a_row_an_annotation_stays_so(tmp_path: Path) -> None:

@@ -24,11 +24,9 @@ BATCH, CLEAN_BATCH, ACCUMULATION = 4, 3, 2
 
 
 class Built:
-    """A method, the ids of its noisy and clean samples, and those of the streams that it has opened, by name."""
+    """A method, the ids of its noisy and clean samples, and the names of the streams that it has opened."""
 
-    def __init__(
-        self, method: Method, noisy: set[str], clean: set[str], opened: dict[str, set[str]], network: nn.Module
-    ) -> None:
+    def __init__(self, method: Method, noisy: set[str], clean: set[str], opened: set[str], network: nn.Module) -> None:
         self.method, self.noisy, self.clean, self.opened, self.network = method, noisy, clean, opened, network
 
 
@@ -36,7 +34,7 @@ class Built:
 def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
     streams: list[Stream] = []
 
-    def make(name: str, picked: int = 0, **method) -> Built:
+    def make(name: str, picked: bool = False, **method) -> Built:
         config = Config.model_validate(
             {
                 "name": "x",
@@ -51,11 +49,11 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
             }
         )
         clean, noisy = split_clean(read_samples(config.data), 4, 0)
-        clean = [replace(sample, picked=number < picked) for number, sample in enumerate(clean)]
-        opened = {}
+        noisy = [replace(sample, picked=picked and number % 2 == 0) for number, sample in enumerate(noisy)]
+        opened = set()
 
         def open_stream(name: str, samples: list[Sample], labels: str, batch_size: int) -> Stream:
-            opened[name] = {sample.id for sample in samples}
+            opened.add(name)
             device = torch.device("cpu")
             streams.append(Stream(samples, labels, name, config.data, 0, ShardSpec(), batch_size, ACCUMULATION, device))
             return streams[-1]

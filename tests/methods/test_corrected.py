@@ -205,7 +205,7 @@ class _Launches:
 
 
 def test_more_classes_than_bins_are_refused_before_training() -> None:
-    context = SimpleNamespace(classes=42, steps=10, device=torch.device("cpu"), held_out=[], annotators=None)
+    context = SimpleNamespace(classes=42, steps=10, device=torch.device("cpu"), clean=[], annotators=None)
     with pytest.raises(UserError, match=r"at most 41 classes, and data.classes has 42; set method.labels=drawn"):
         CorrectedConfig().build(context)
     context.classes = 41

@@ -85,7 +85,7 @@ def test_a_key_needs_no_part_before_it() -> None:
         ({"name": "clean_only", "clean_phase": 0.5}, "clean_phase is no key of clean"),
         ({"name": "t_loss", "weighting": "aligned"}, "t_loss: takes one weight an image"),
         ({"name": "clean_only", "labels": "corrected"}, "there are no noisy images to correct"),
-        ({"name": "union", "labels": "corrected"}, "are calibrated before the clean images are learned from"),
+        ({"name": "union", "labels": "corrected"}, "are calibrated on clean images before these are learned from"),
         ({"name": "label_correction", "held_out": 0}, ".phases.held_out above 0"),
         ({"name": "finetune", "held_out": 0.2}, "held_out applies where .include_clean=true"),
         (

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distseg.errors import UserError
 from distseg.methods.config import MethodConfig
+from distseg.methods.labels.averages import averaged
 from distseg.methods.learned import Learned
 from distseg.methods.method import Method
 from distseg.methods.presets import PRESETS
@@ -121,16 +121,36 @@ def test_needs_clean_and_needs_noisy_are_what_the_streams_say(build: Callable, n
     assert (config.needs_clean, config.needs_noisy) == ("clean" in opened, "noisy" in opened)
 
 
-def test_labels_are_calibrated_on_clean_images_that_were_not_picked_by_their_looks(build: Callable) -> None:
-    built = build("label_correction", picked=3)
-    assert built.opened["clean"] == built.clean and len(built.opened["held_out"]) == 1
-    assert built.method.label_model.clean_count == 1
-    assert build("label_correction").opened["held_out"] == built.clean
-    assert "held_out" not in build("pixel_reweight", picked=4).opened
-    with pytest.raises(
-        UserError, match=r"all 4 clean images are picked.*images drawn at random; add references of such"
-    ):
-        build("label_correction", picked=4)
+@pytest.mark.parametrize("method", [{}, {"weighting": "aligned"}])
+def test_masks_that_are_references_are_not_corrected_and_nothing_is_learned_from_them(
+    build: Callable, method: dict
+) -> None:
+    """Of half the noisy images the mask is a reference: they are trusted, and the counts are those of the others."""
+    built = build("label_correction", warm_up=0.0, picked=True, **method)
+    model = built.method.label_model
+    model.corrects.fill_(1)
+    run(built.method.begin(0, diagnose=False), lambda images: torch.full((len(images), 1, 16, 16), 3.0))
+    model.theta.copy_(torch.tensor([1.0, 2.0]))
+    model.counts.fill_(1)  # masks say little
+    before = model.counts.clone()
+    step = built.method.begin(1, diagnose=False)
+    changed, expected = 0, torch.zeros_like(before)
+    for k, micro in enumerate(step.micro_batches):
+        logits = torch.randn(4, 1, 16, 16)
+        masks, trusted = micro.batch.masks, torch.tensor([i in built.method.trusted for i in micro.batch.ids])
+        assert trusted.any() and not trusted.all(), "both kinds are in each micro-batch, or nothing is tested"
+        judged = built.network(micro.batch.images) if micro.drawn.labels is not None else logits
+        alone, _ = model.correct(judged[~trusted], masks[~trusted], model.bins(masks[~trusted]), None)
+        labels = masks.clone()
+        labels[~trusted] = alone
+        changed += (labels != masks).sum().item()
+        expected += model.correct(logits[~trusted], masks[~trusted], model.bins(masks[~trusted]), None)[1].view_as(
+            before
+        )
+        torch.testing.assert_close(step.loss(k, logits), weighted_loss(logits, labels, *micro.weights))
+    assert changed > 0, "nothing was corrected, so nothing was tested"
+    step.finish(NO, 0.1)
+    torch.testing.assert_close(model.counts, averaged(before, expected))
 
 
 def test_finetune_turns_to_the_clean_images_for_the_last_part(build: Callable) -> None:

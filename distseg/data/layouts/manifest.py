@@ -202,7 +202,7 @@ def _parse_row(root: Path, values: dict[str, str], where: str) -> Sample | Probl
     image, reference = files.pop("image"), files.pop("reference", None)
     named = {column: column.removeprefix(_NAMED) for column in files} | {"annotation": values.get("annotator", "")}
     annotations = sorted((Annotation(named[column], path) for column, path in files.items()), key=lambda a: a.annotator)
-    picked = values.get("picked", "") == "1"
+    picked = values.get("picked", "") == "1" and reference is not None
     return Sample(id, split, image, reference, tuple(annotations), values.get("group", ""), picked)
 
 

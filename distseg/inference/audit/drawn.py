@@ -36,10 +36,12 @@ class Drawn:
 
 def drawn_in_training(config: Config, run: Path) -> tuple[list[Drawn], list[Sample]]:
     """Of the data that a run was trained on: the noisy stream's images with each annotator's mask as the run has seen
-    it, and the validation images. Both are sorted by id; files are not opened. Raises UserError."""
+    it, but for those whose mask is a reference, and the validation images. Both are sorted by id; files are not opened.
+    Raises UserError."""
     data = config.data
     samples = usable_samples(data, run, check=False)
     _, noisy = split_clean([sample for sample in samples if sample.split == "train"], data.clean_count, config.seed)
+    noisy = [sample for sample in noisy if not sample.picked]
     if data.noise.kind != "none":
         noisy, _ = read_noisy_masks(noisy, data.noise, RunFolder(run).noisy_masks, data.decoding)
     return [_drawn(sample) for sample in noisy], [sample for sample in samples if sample.split == "val"]

@@ -1,8 +1,7 @@
 """The labels of the noisy images as they most probably are, by the label model of distseg/labels.
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
-pass of clean images, of those that were not picked by their looks (an audit's worst masks are of hard images, which say
-nothing of the rest). Labels stay as drawn until these images, before the network learns from them, show that
+pass of clean images. Labels stay as drawn until the clean images that the network has not learned from show that
 correction pays: the shift of the calibration brings the network's masks of these images nearer to their references, in
 Dice and by more than its own standard error and `least_gain` beside. A network averages out what annotators do to both
 sides; what they do to one side it learns, and the shift is how much of that the clean images show. Once labels are
@@ -55,7 +54,7 @@ class CorrectedConfig(Section):
     pooled: bool = False
     """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
-    needs_held_out: ClassVar[bool] = True
+    needs_clean: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
         """Raises UserError where there are more classes than the label model has bins for."""
@@ -65,7 +64,7 @@ class CorrectedConfig(Section):
                 f"{context.classes}; set method.labels=drawn"
             )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
-        size, count = (context.device, context.classes), len(context.held_out)
+        size, count = (context.device, context.classes), len(context.clean)
         if context.annotators is None:
             least = LEAST_GAIN if self.least_gain is None else self.least_gain
             return Corrected(*size, count, least, decide_after)
