@@ -229,6 +229,8 @@ class HeldOutImages(NamedTuple):
     truth: Tensor
     drawn: Tensor
     """The truth where nobody has drawn one."""
+    second: Tensor
+    """(B,) whether an image is of the second half of the clean ones."""
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,9 @@ class WithLabelModel(Variant):
         model, held_out, masks = self.label_model, None, seen.noisy.masks
         if seen.beside is None:
             with torch.no_grad():
-                held_out = HeldOut(self.model(seen.held_out.images), seen.held_out.truth)
+                held_out = HeldOut(
+                    self.model(seen.held_out.images), seen.held_out.truth, seen.held_out.second, seen.held_out.drawn
+                )
         labels, evidence = model.correct(logits, masks, model.bins(masks), held_out)
         model.learn(evidence, torch.tensor(False), lr=0.0)
         self.notes["corrects"] = model.corrects.item()
@@ -370,7 +374,7 @@ class LearnedCounts(WithLabelModel):
             self.optimizer = torch.optim.Adam([self.table], lr=TABLE_RATE)
         if self.table is None:
             return uniform(masks)
-        relative = calibrated(relative_logits(logits), model.theta)
+        relative = calibrated(relative_logits(logits), model.theta[0])
         targets = uniform(masks, posterior(relative, self.table, model.bins(masks)))
         targets = meta_update(self.optimizer, targets, tangents[:, 0], beside=0.0)
         self.notes["table moved"] = (self.table.detach() - self.start).abs().mean().item()
@@ -550,6 +554,7 @@ class Screen:
         self.all_clean, self.half = stream("clean", drawn, "noisy"), stream("held_out", drawn[1::2], "noisy")
         """What is held out for a gradient before clean images are learned from, and then."""
         self.beside = stream("clean", clean[::2] if variant.takes_gradient else clean, "true")
+        self.second_half = {sample.id for sample in clean[1::2]}
         self.wrong: list[dict[str, float]] = []
         """Of each step after the warm-up, where the truth is known."""
 
@@ -562,7 +567,8 @@ class Screen:
             held_out = None
             if self.variant.takes_gradient:
                 batch = (self.half if beside else self.all_clean).batch(index, 0)
-                held_out = HeldOutImages(batch.images, batch.true_masks, batch.masks)
+                second = torch.tensor([id in self.second_half for id in batch.ids])
+                held_out = HeldOutImages(batch.images, batch.true_masks, batch.masks, second)
             targets = self.variant.targets(Seen(noisy, held_out, beside, share))
             if noisy.true_masks is not None:
                 self.wrong.append(wrong_shares(noisy, targets))

@@ -84,7 +84,7 @@ class MethodConfig(Section):
 
     @property
     def needs_clean(self) -> bool:
-        return self.phases.takes_clean or self.weighting.needs_clean or self.labels.needs_clean
+        return self.phases.takes_clean or self.weighting.needs_clean or self.labels.needs_held_out
 
     @property
     def needs_noisy(self) -> bool:

@@ -53,11 +53,25 @@ class Context:
         """Ids of the noisy stream's images whose masks are references, which no label model changes."""
         return frozenset(sample.id for sample in self.noisy if sample.picked)
 
+    @property
+    def second_half(self) -> frozenset[str]:
+        """Ids of every other clean image."""
+        return frozenset(sample.id for sample in self.clean[1::2])
+
+    @property
+    def paired(self) -> frozenset[str]:
+        """Ids of the clean images that annotators have drawn too."""
+        return frozenset(sample.id for sample in self.clean if sample.annotations)
+
     def noisy_stream(self, size: int | None = None) -> Stream:
         return self._stream("noisy", self.noisy, "noisy", size or self.batch_size)
 
     def clean_stream(self, size: int) -> Stream:
         return self._stream("clean", self.clean, "true", size)
+
+    def held_out_stream(self, size: int) -> Stream:
+        """The clean images with a drawn mask beside the reference, where there is one; with all of them, if wanted."""
+        return self._stream("held_out", self.clean, "true" if self.annotators else "noisy", size)
 
     def true_stream(self) -> Stream:
         """Every training image with its true mask."""

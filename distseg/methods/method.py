@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from distseg.methods.step import CleanTerm, Drawn, MicroBatch, Step
 def build_method(config: MethodConfig, context: Context) -> "Method":
     loss = config.loss.build(context)
     return Method(
-        phases=config.phases.build(context, config.weighting.needs_clean or config.labels.needs_clean),
+        phases=config.phases.build(context, config.weighting.needs_clean, config.labels.needs_held_out),
         weighting=config.weighting.build(context, loss.class_weights),
         loss=loss,
         label_model=config.labels.build(context),
@@ -28,6 +29,8 @@ def build_method(config: MethodConfig, context: Context) -> "Method":
         reduction=context.reduction,
         logits_of=context.logits,
         trusted=context.trusted,
+        second_half=context.second_half,
+        paired=context.paired,
         labels_first=config.weighting.needs_clean,
         one_pass=context.accumulation == 1,
         reuses_clean=context.adds_gradients and loss.is_cross_entropy,
@@ -46,10 +49,14 @@ class Method:
     reduction: Reduction
     logits_of: Callable[[Tensor], Tensor]
     """Of images, by the network as it is."""
-    trusted: frozenset[str]
-    """Ids of the noisy images whose masks are references: no label model changes them, or learns from them."""
     labels_first: bool
     """Whether weights depend on labels, which otherwise follow from the logits of the weighted pass."""
+    trusted: frozenset[str] = frozenset()
+    """Ids of the noisy images whose masks are references: no label model changes them, or learns from them."""
+    second_half: frozenset[str] = frozenset()
+    """Ids of half of the clean images."""
+    paired: frozenset[str] = frozenset()
+    """Ids of the clean images that annotators have drawn too."""
     one_pass: bool = False
     """Whether weights may come from the pass that they weigh. With several micro-batches that is too late: the weights
     of the first one need the sum over all."""
@@ -59,14 +66,14 @@ class Method:
     def begin(self, index: int, diagnose: bool) -> Step:
         """Step `index` (0-based); every rank makes it. `diagnose` adds diagnostics and changes nothing else."""
         phase = self.phases.at(index)
-        noisy, clean = phase.batches(index, self.accumulation)
+        noisy, clean, held_out = phase.batches(index, self.accumulation)
         model = self.label_model if noisy and phase.main else None
         pending = self._pending(phase, noisy, clean)
-        held_out = clean if clean and phase.clean_share == 0 else [None] * self.accumulation
         drawn: Sequence[Drawn | None] = [None] * self.accumulation
         if model:
             labels_first = self.labels_first and not pending
-            drawn = [self._drawn(model, *each, labels_first) for each in zip(noisy, held_out, strict=True)]
+            pairs = zip_longest(noisy, held_out)  # none, or as many
+            drawn = [self._drawn(model, *pair, labels_first) for pair in pairs]
         weighed: Weighed | PendingWeights | None = pending
         if not pending and phase.clean_share is not None:
             weighed = self._weigh(noisy, drawn, clean, diagnose)
@@ -132,19 +139,25 @@ class Method:
             return [weights.times(1 - term.share) for weights in weighed.maps]
         return self._beside_clean(noisy, weighed.maps, clean, phase.clean_share) if phase.clean_share else weighed.maps
 
-    def _drawn(self, model: LabelModel, batch: Batch, clean: Batch | None, labels_first: bool) -> Drawn:
+    def _drawn(self, model: LabelModel, batch: Batch, held_out: Batch | None, labels_first: bool) -> Drawn:
         known, masks, every = None, batch.masks, batch.every
         if self.trusted:
-            flags = torch.tensor([id in self.trusted for id in batch.ids])
-            known = flags.to(masks.device, non_blocking=True)[:, None, None]
+            known = _flags(batch, self.trusted)[:, None, None]
             masks = torch.where(known, IGNORE, masks)
             every = every and every._replace(annotators=torch.where(known[:, 0], -1, every.annotators))
-        held_out = HeldOut(self.logits_of(clean.images), clean.masks, clean.every) if clean else None
-        drawn = Drawn(len(batch.ids), model.bins(masks, every), known, None, held_out, batch.true_masks)
+        unseen = self._unseen(held_out) if held_out else None
+        drawn = Drawn(len(batch.ids), model.bins(masks, every), known, None, unseen, batch.true_masks)
         if not labels_first:
             return drawn
         labels, _ = drawn.correct(model, self.logits_of(batch.images), batch.masks, None)
         return replace(drawn, labels=labels)
+
+    def _unseen(self, batch: Batch) -> HeldOut:
+        if batch.true_masks is None:
+            raise ValueError("held-out images without references")
+        drawn = torch.where(_flags(batch, self.paired)[:, None, None], batch.masks, IGNORE)
+        second = _flags(batch, self.second_half)
+        return HeldOut(self.logits_of(batch.images), batch.true_masks, second, drawn, batch.every)
 
     def _weigh(
         self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool
@@ -166,6 +179,11 @@ class Method:
             joined([weights.times(1 - share), clean_weights.times(share)], [batch.masks, clean_batch.masks])
             for batch, weights, clean_batch, clean_weights in zip(noisy, maps, clean, even, strict=True)
         ]
+
+
+def _flags(batch: Batch, ids: frozenset[str]) -> Tensor:
+    """(B,) which images are of `ids`, on their device; nothing waits for it."""
+    return torch.tensor([id in ids for id in batch.ids]).to(batch.images.device, non_blocking=True)
 
 
 def _joined(noisy: Sequence[Batch], clean: Sequence[Batch]) -> list[Batch]:

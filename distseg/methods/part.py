@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from distseg.data.batch import EveryAnnotation
+from distseg.data.classes import IGNORE
 from distseg.meta.estimators import LabelledImages, MeanLoss
 from distseg.meta.weights import Diagnostics, WeightMap
 
@@ -99,8 +101,17 @@ class HeldOut(NamedTuple):
 
     logits: Tensor
     masks: Tensor
+    second: Tensor
+    """(B,) whether an image is of the second half of the clean ones; one half judges what is fitted to the other."""
+    drawn: Tensor
+    """(B, H, W) what one annotator has drawn of them; 255 where nobody has."""
     every: EveryAnnotation | None = None
-    """What annotators have drawn of them, of data.annotators=all."""
+    """What all annotators have drawn of them, of data.annotators=all."""
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The masks of each half, 255 for images of the other."""
+        second = self.second[:, None, None]
+        return torch.where(second, IGNORE, self.masks), torch.where(second, self.masks, IGNORE)
 
 
 class LabelModel(Part, ABC):

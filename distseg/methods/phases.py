@@ -7,7 +7,7 @@ union   half noisy, half clean images in each batch
 truth   every training image with its true mask, the noisy stream's too
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -24,18 +24,19 @@ class Phase:
 
     noisy: Stream | None = None
     clean: Stream | None = None
+    held_out: Stream | None = None
+    """Clean images for a label model, none of which has been learned from; `masks` are as drawn where they are too."""
     clean_share: float | None = None
     """Of the loss; None where every valid pixel of both streams counts the same."""
     main: bool = False
     """Whether the method's weights and labels are at work: else weights are uniform and labels as drawn."""
 
-    def batches(self, index: int, accumulation: int) -> tuple[list[Batch], list[Batch]]:
-        """This rank's micro-batches of step `index`: noisy ones and clean ones, either may be none."""
-        noisy, clean = (
+    def batches(self, index: int, accumulation: int) -> list[list[Batch]]:
+        """This rank's micro-batches of step `index`: noisy, clean and held-out ones, each may be none."""
+        return [
             [stream.batch(index, micro) for micro in range(accumulation)] if stream else []
-            for stream in (self.noisy, self.clean)
-        )
-        return noisy, clean
+            for stream in (self.noisy, self.clean, self.held_out)
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,20 @@ class NoisyConfig(Section):
     def takes_clean(self) -> bool:
         return self.include_clean or self.clean_phase > 0
 
-    def build(self, context: Context, needs_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool, needs_held_out: bool) -> Phases:
         noisy = context.noisy_stream()
-        beside = self.include_clean or needs_clean
         main = Phase(
             noisy,
-            context.clean_stream(context.clean_batch_size) if beside else None,
-            self.clean_share or 0.0,
+            clean=context.clean_stream(context.clean_batch_size) if needs_clean else None,
+            held_out=context.held_out_stream(context.clean_batch_size) if needs_held_out else None,
+            clean_share=0.0,
             main=True,
         )
         first = round(context.steps * self.warm_up)
-        schedule = [(0, Phase(noisy)), (first, replace(main, clean_share=0.0))]
-        schedule.append((first + round(context.steps * self.held_out), main))
+        schedule = [(0, Phase(noisy)), (first, main)]
+        if self.include_clean:
+            beside = Phase(noisy, context.clean_stream(context.clean_batch_size), None, self.clean_share, main=True)
+            schedule.append((first + round(context.steps * self.held_out), beside))
         if self.clean_phase:
             clean = Phase(clean=context.clean_stream(context.batch_size))
             schedule.append((round(context.steps * (1 - self.clean_phase)), clean))
@@ -116,7 +119,7 @@ class CleanConfig(Section):
     takes_clean: ClassVar[bool] = True
     holds_out_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, needs_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool, needs_held_out: bool) -> Phases:
         return Phases(((0, Phase(clean=context.clean_stream(context.batch_size))),))
 
 
@@ -127,7 +130,7 @@ class UnionConfig(Section):
     takes_clean: ClassVar[bool] = True
     holds_out_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, needs_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool, needs_held_out: bool) -> Phases:
         half = context.batch_size // 2
         return Phases(((0, Phase(context.noisy_stream(half), context.clean_stream(half), main=True)),))
 
@@ -139,7 +142,7 @@ class TruthConfig(Section):
     takes_clean: ClassVar[bool] = False
     holds_out_clean: ClassVar[bool] = False
 
-    def build(self, context: Context, needs_clean: bool) -> Phases:
+    def build(self, context: Context, needs_clean: bool, needs_held_out: bool) -> Phases:
         return Phases(((0, Phase(clean=context.true_stream())),))
 
 

@@ -65,14 +65,14 @@ def method_on(
     The clean images have `clean_share` of the loss; they are held out where it is 0. One process, one micro-batch.
     """
     first, then = (None if batch is None else cast(Stream, GivenStream(batch)) for batch in (noisy, clean))
+    learned, unseen = (then, None) if clean_share else (None, then)
     return Method(
-        phases=Phases(((0, Phase(first, then, clean_share, main=True)),)),
+        phases=Phases(((0, Phase(first, learned, unseen, clean_share, main=True)),)),
         weighting=Uniform(OneProcess()),
         loss=CrossEntropy(),
         label_model=label_model,
         accumulation=1,
         reduction=OneProcess(),
         logits_of=logits_of,
-        trusted=frozenset(),
         labels_first=False,
     )

@@ -1,7 +1,7 @@
 """The samples of a run: the clean and the noisy ones of its training split, and those that it is scored on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distseg.data.annotators import fuse_annotations
@@ -45,6 +45,8 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
         clean, noisy = without_fold(clean, noisy, config.fold, config.split_seed)
     if config.annotators in ("majority", "staple"):
         noisy = fuse_annotations(noisy, config.annotators, folder.noisy_masks, config.decoding, check)
+    if config.noise.kind != "none":  # then their annotators are not those of the noisy images
+        clean = [replace(sample, annotations=()) for sample in clean]
     noisy_masks = write_noisy_masks if check else read_noisy_masks
     picked = [sample for sample in noisy if sample.picked]
     rest = [sample for sample in noisy if not sample.picked]

@@ -146,7 +146,10 @@ def learn(model: Combined, steps: range, network: float = 2.0, skipped: Tensor =
         if not paired:
             clean = EveryAnnotation(torch.full_like(clean.masks, IGNORE), torch.full_like(clean.annotators, -1))
         _, evidence = model.correct(
-            logits, vote(every.masks, model.classes), every, HeldOut(clean_logits, truth, clean)
+            logits,
+            vote(every.masks, model.classes),
+            every,
+            HeldOut(clean_logits, truth, torch.arange(len(truth)) % 2 == 1, truth, clean),
         )
         found = model.learn(evidence, skipped, 0.1)
     return found
@@ -212,7 +215,12 @@ def test_a_step_that_is_skipped_or_not_finite_leaves_all_of_the_state(fault: str
     _, logits, every = case(70)
     truth, clean_logits, clean = case(71)
     {"skipped": logits, "noisy": logits, "clean": clean_logits}[fault][0, 0, 3, 3] = torch.nan
-    _, evidence = model.correct(logits, vote(every.masks, model.classes), every, HeldOut(clean_logits, truth, clean))
+    _, evidence = model.correct(
+        logits,
+        vote(every.masks, model.classes),
+        every,
+        HeldOut(clean_logits, truth, torch.arange(len(truth)) % 2 == 1, truth, clean),
+    )
     if fault == "skipped":
         evidence = torch.zeros_like(evidence)
     model.learn(evidence, YES if fault == "skipped" else NO, 0.1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.data.sample import Sample
+from distseg.data.sample import Annotation, Sample
 from distseg.data.splits import split_clean
 from distseg.data.streams import Stream
 from distseg.data.survey import read_samples
@@ -34,7 +34,7 @@ class Built:
 def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
     streams: list[Stream] = []
 
-    def make(name: str, picked: bool = False, **method) -> Built:
+    def make(name: str, picked: bool = False, paired: int = 0, **method) -> Built:
         config = Config.model_validate(
             {
                 "name": "x",
@@ -49,6 +49,8 @@ def build(drawn_data: Path) -> Iterator[Callable[..., Built]]:
             }
         )
         clean, noisy = split_clean(read_samples(config.data), 4, 0)
+        other = Annotation("", noisy[0].truth)
+        clean = [replace(s, annotations=(other,) if k < paired else ()) for k, s in enumerate(clean)]
         noisy = [replace(sample, picked=picked and number % 2 == 0) for number, sample in enumerate(noisy)]
         opened = set()
 

@@ -130,7 +130,7 @@ def test_masks_that_are_references_are_not_corrected_and_nothing_is_learned_from
     model = built.method.label_model
     model.corrects.fill_(1)
     run(built.method.begin(0, diagnose=False), lambda images: torch.full((len(images), 1, 16, 16), 3.0))
-    model.theta.copy_(torch.tensor([1.0, 2.0]))
+    model.theta[0].copy_(torch.tensor([1.0, 2.0]))
     model.counts.fill_(1)  # masks say little
     before = model.counts.clone()
     step = built.method.begin(1, diagnose=False)
@@ -151,6 +151,22 @@ def test_masks_that_are_references_are_not_corrected_and_nothing_is_learned_from
     assert changed > 0, "nothing was corrected, so nothing was tested"
     step.finish(NO, 0.1)
     torch.testing.assert_close(model.counts, averaged(before, expected))
+
+
+def test_clean_images_are_held_out_with_what_annotators_have_drawn_of_them(build: Callable) -> None:
+    """Half of them have a drawn mask, which is another image's here; with four such, labels are judged by them."""
+    for paired in (2, 4):
+        method = build("label_correction", warm_up=0.0, paired=paired).method
+        assert method.label_model.paired == (paired == 4) and len(method.paired) == paired
+        [*_, batch] = [each.batch(0, 0) for each in (method.phases.at(0).noisy, method.phases.at(0).held_out)]
+        held_out = method.begin(0, diagnose=False).micro_batches[0].drawn.held_out
+        for k, id in enumerate(batch.ids):
+            assert held_out.second[k] == (id in method.second_half)
+            assert torch.equal(held_out.masks[k], batch.true_masks[k])
+            drawn = torch.full_like(batch.masks[k], 255) if id not in method.paired else batch.masks[k]
+            assert torch.equal(held_out.drawn[k], drawn)
+        assert not torch.equal(batch.masks, batch.true_masks)
+    assert len(method.second_half) == 2
 
 
 def test_finetune_turns_to_the_clean_images_for_the_last_part(build: Callable) -> None:
@@ -218,7 +234,7 @@ def test_weights_on_corrected_labels_are_those_of_the_corrected_labels(build: Ca
     built.method.label_model.corrects.fill_(1)
     run(built.method.begin(0, diagnose=False), lambda images: torch.full((len(images), 1, 16, 16), 3.0))
     built.method.label_model.counts.fill_(1)  # masks say nothing
-    built.method.label_model.theta.copy_(torch.tensor([1.0, 2.0]))  # and the network finds objects in many places
+    built.method.label_model.theta[0].copy_(torch.tensor([1.0, 2.0]))  # and the network finds objects in many places
     step, plain = (each.method.begin(1, diagnose=False) for each in (built, drawn))
     changed = 0
     for k, micro in enumerate(step.micro_batches):

@@ -74,7 +74,7 @@ def correct(rank: int, world_size: int, total, annotators: int | None = None) ->
         clean_batch_size=4 // world_size,
         accumulation=1,
         seed=0,
-        open_stream=lambda name, *_: Drawn({"noisy": 20, "clean": 30}[name], name == "clean"),
+        open_stream=lambda name, *_: Drawn({"noisy": 20, "clean": 30, "held_out": 40}[name], name != "noisy"),
         model=network,
         placement=Whole(network),
         reduction=ByFunction(total),

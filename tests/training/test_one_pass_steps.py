@@ -95,7 +95,7 @@ def trained(runtime, case: Case, steps: int) -> dict[str, Tensor]:
     reduction = AllReduce(placement.sharded)
     noisy, clean = (Stream(runtime, case.accumulation, clean) for clean in (False, True))
     method = Method(
-        phases=Phases(((0, Phase(noisy, clean, case.share, main=True)),)),
+        phases=Phases(((0, Phase(noisy, clean, clean_share=case.share, main=True)),)),
         weighting=Aligned(PixelReweighter(shadow, reduction=reduction, placement=placement), one_pass=case.one_pass),
         loss=CrossEntropy(),
         label_model=None,

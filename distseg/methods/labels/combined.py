@@ -59,8 +59,8 @@ class Combined(LabelModel):
         """(A,) the annotations that they are of."""
         self.theta = torch.cat([zeros(1) + 1, zeros(size - 1)])
         """(a, τ, b): the network alone, for a start."""
-        self.fit = zeros(1 + size + size**2)
-        """Averaged `calibration_sums`."""
+        self.fit = zeros(2, 1 + size + size**2)
+        """Averaged `calibration_sums` of either half of the clean images."""
         self.gain = zeros(3)
         """Averaged `dice_gain_sums`: of the network, beside the vote."""
         self.known = zeros()
@@ -116,19 +116,21 @@ class Combined(LabelModel):
         masks = torch.where(annotated, clean.masks, IGNORE)
         relative = relative_logits(clean.logits)
         scores = annotator_scores(*every, self._reliability(), relative.dtype)
-        theta = self.theta.to(relative.dtype)
-        joint = theta[1] * scores + calibrated(relative, torch.cat([theta[:1], theta[2:]]))
+        halves = [torch.where(annotated, half, IGNORE) for half in clean.halves()]
+        by_first, by_second = (_joint(relative, scores, joint_newton_step(self.theta, fit)) for fit in self.fit)
+        labels = torch.where(clean.second[:, None, None], by_first, by_second)
         return [
-            calibration_sums(relative, masks, self.theta, scores),
-            dice_gain_sums(joint.argmax(1), vote(every.masks, self.classes), masks, self.classes),
+            *(calibration_sums(relative, half, self.theta, scores) for half in halves),
+            dice_gain_sums(labels, vote(every.masks, self.classes), masks, self.classes),
         ]
 
     def _learn_from_clean(self, evidence: Tensor, keep: Tensor) -> None:
         """From clean images that the network has not learned from; and whose labels count from here on."""
         fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
-        keep = keep & (fit[0] > 0)
+        fit = fit.view_as(self.fit)
+        keep = keep & (fit[:, 0].sum() > 0)
         self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
-        self.theta = torch.where(keep, joint_newton_step(self.theta, self.fit), self.theta)
+        self.theta = torch.where(keep, joint_newton_step(self.theta, self.fit.sum(0)), self.theta)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
         mean, error = mean_gain(self.gain, self.clean_count)
@@ -138,6 +140,12 @@ class Combined(LabelModel):
 
     def _reliability(self) -> Tensor:
         return reliability(MEMORY * self.counts, MEMORY * self.drawn, self.pooled)
+
+
+def _joint(relative: Tensor, scores: Tensor, theta: Tensor) -> Tensor:
+    """(B, H, W): the most probable class by θ = (a, τ, b)."""
+    exponent = theta[1].to(scores.dtype)
+    return (exponent * scores + calibrated(relative, torch.cat([theta[:1], theta[2:]]))).argmax(1)
 
 
 _STATE = ("counts", "drawn", "theta", "fit", "gain", "known", "corrects")

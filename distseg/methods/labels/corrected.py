@@ -1,13 +1,21 @@
 """The labels of the noisy images as they most probably are, by the label model of distseg/labels.
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
-pass of clean images. Labels stay as drawn until the clean images that the network has not learned from show that
-correction pays: the shift of the calibration brings the network's masks of these images nearer to their references, in
-Dice and by more than its own standard error and `least_gain` beside. A network averages out what annotators do to both
-sides; what they do to one side it learns, and the shift is how much of that the clean images show. Once labels are
-corrected they stay so, but for images whose object the network misses. docs/ablation.md has the reasoning and figures.
+pass of clean images, before the network learns from any. Labels stay as drawn until these images show that correction
+pays, in Dice and by more than its standard error and `least_gain` beside.
+
+Where annotators have drawn clean images too, these are corrected as the noisy ones are and held against the references.
+Else all that shows is what annotators do to one side. A network averages out what they do to both; the rest it learns.
+So it is calibrated twice, to the references of the clean images and to the noisy images as drawn, and correction pays
+where the first brings the network's masks of the clean images nearer to their references than the second does, which
+has what a young network itself gets wrong. Such a correction is for good.
+
+Either way each half of the clean images is judged by the calibration to the other half: what ten images happen to share
+is no error of the annotators. An image whose object the network misses keeps its mask. docs/ablation.md has the
+reasoning and the figures.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -16,6 +24,7 @@ from torch import Tensor
 
 from distseg import ops
 from distseg.data.batch import EveryAnnotation
+from distseg.data.classes import IGNORE
 from distseg.errors import UserError
 from distseg.labels.annotators import identity_prior, log_likelihood
 from distseg.labels.calibration import (
@@ -41,6 +50,8 @@ LEAST_GAIN = 0.02
 MOST_REMOVED = 0.4
 """Of the pixels that an image's mask shows as objects, the most that a correction may make background. Where it would
 be more, the network has not found the object, and the mask stays as drawn."""
+LEAST_IMAGES = 4
+"""With fewer clean images no spread can be told."""
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
@@ -48,13 +59,13 @@ LEAST_STEPS = 20
 class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
     least_gain: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Labels stay as drawn unless the clean images show systematic errors that cost the network Dice, above its
-    standard error by more than this, 0.02 unless set. −1 corrects always. Of data.annotators=all: unless the network
-    brings the annotators' labels so much nearer to the references of these images, 0 unless set."""
+    """Labels stay as drawn unless correction adds more than this to Dice, above the standard error, on clean images
+    that are annotated too: 0 unless set. With fewer than 4 of these: unless annotators' errors show in the network,
+    and cost it that much, 0.02 unless set. −1 corrects always."""
     pooled: bool = False
     """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
-    needs_clean: ClassVar[bool] = True
+    needs_held_out: ClassVar[bool] = True
 
     def build(self, context: Context) -> LabelModel:
         """Raises UserError where there are more classes than the label model has bins for."""
@@ -64,29 +75,39 @@ class CorrectedConfig(Section):
                 f"{context.classes}; set method.labels=drawn"
             )
         decide_after = min(LEAST_STEPS, max(1, context.steps // 5))
-        size, count = (context.device, context.classes), len(context.clean)
-        if context.annotators is None:
-            least = LEAST_GAIN if self.least_gain is None else self.least_gain
-            return Corrected(*size, count, least, decide_after)
-        return Combined(*size, context.annotators, count, self.least_gain or 0.0, decide_after, self.pooled)
+        size = (context.device, context.classes)
+        if context.annotators is not None:
+            count, least = len(context.paired), self.least_gain or 0.0
+            return Combined(*size, context.annotators, count, least, decide_after, self.pooled)
+        paired = len(context.paired) >= LEAST_IMAGES
+        count = len(context.paired if paired else context.clean)
+        usual = 0.0 if paired else LEAST_GAIN if count >= LEAST_IMAGES else math.inf
+        return Corrected(*size, count, usual if self.least_gain is None else self.least_gain, decide_after, paired)
 
 
 class Corrected(LabelModel):
     """All state is the same on every rank, float64."""
 
     def __init__(
-        self, device: torch.device, classes: int, clean_count: int, least_gain: float, decide_after: int
+        self,
+        device: torch.device,
+        classes: int,
+        clean_count: int,
+        least_gain: float,
+        decide_after: int,
+        paired: bool = False,
     ) -> None:
-        """clean_count: how many different clean images there are; decide_after: steps with them before a correction."""
+        """clean_count: how many different clean images say whether correction pays; decide_after: steps with them
+        before one; paired: whether they do so by what annotators have drawn of them."""
         self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
-        self.decide_after = decide_after
+        self.decide_after, self.paired = decide_after, paired
         self.counts = identity_prior(classes, device)
         """(C, bins) of the posterior. They start from annotators who do not err and move a tenth of the way a step:
         counts of the network alone, for a start, trust the masks too little (docs/ablation.md)."""
-        self.theta = identity(classes, device)
-        """(C,) the calibration."""
-        self.fit = torch.zeros(1 + classes + classes**2, dtype=torch.float64, device=device)
-        """Averaged `calibration_sums`."""
+        self.theta = identity(classes, device).repeat(2, 1)
+        """(2, C): the calibration, and the one that is to the noisy images as drawn."""
+        self.fit = torch.zeros(3, 1 + classes + classes**2, dtype=torch.float64, device=device)
+        """Averaged `calibration_sums`: of either half of the clean images at θ[0], of the noisy ones at θ[1]."""
         self.gain = torch.zeros(3, dtype=torch.float64, device=device)
         """Averaged `dice_gain_sums`."""
         self.known = torch.zeros((), dtype=torch.float64, device=device)
@@ -99,15 +120,38 @@ class Corrected(LabelModel):
 
     def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
         tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
-        most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta)
+        most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta[0])
         labels = torch.where((self.corrects > 0) & ~loses_object(masks, most_probable), most_probable, masks)
         parts = [counts]
         if held_out is not None:
             relative = relative_logits(held_out.logits)
-            own, shifted = relative.argmax(1), calibrated(relative, self.theta).argmax(1)  # a scale changes no label
-            parts.append(calibration_sums(relative, held_out.masks, self.theta))
-            parts.append(dice_gain_sums(shifted, own, held_out.masks, self.classes))
+            parts += [calibration_sums(relative, half, self.theta[0]) for half in held_out.halves()]
+            parts.append(calibration_sums(relative_logits(logits), masks, self.theta[1]))
+            parts.append(self._gain_of_labels(held_out, tables) if self.paired else self._gain_of_shift(held_out))
         return labels, torch.cat([part.flatten() for part in parts])
+
+    def _gain_of_labels(self, held_out: HeldOut, tables: Tensor) -> Tensor:
+        """`dice_gain_sums` of correction, of the images that are annotated too."""
+        drawn, bins = held_out.drawn, self.bins(held_out.drawn)[:, None]
+        one = self.counts.new_zeros((len(drawn), 1), dtype=torch.int64)
+        by_first, by_second = (
+            ops.correct_labels(held_out.logits, drawn, bins, one, tables, newton_step(self.theta[0], half))[0]
+            for half in self.fit[:2]
+        )
+        labels = torch.where(held_out.second[:, None, None], by_first, by_second)
+        labels = torch.where(loses_object(drawn, labels), drawn, labels)
+        masks = torch.where(valid_pixels(drawn), held_out.masks, IGNORE)
+        return dice_gain_sums(labels, drawn, masks, self.classes)
+
+    def _gain_of_shift(self, held_out: HeldOut) -> Tensor:
+        """`dice_gain_sums` of what the calibration to the truth adds to that to the annotators."""
+        relative = relative_logits(held_out.logits)
+        by_first, by_second = (
+            calibrated(relative, newton_step(self.theta[0], half)).argmax(1) for half in self.fit[:2]
+        )
+        labels = torch.where(held_out.second[:, None, None], by_first, by_second)
+        by_annotators = calibrated(relative, self.theta[1]).argmax(1)
+        return dice_gain_sums(labels, by_annotators, held_out.masks, self.classes)
 
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
         counts, held_out = evidence.split([self.counts.numel(), len(evidence) - self.counts.numel()])
@@ -120,8 +164,8 @@ class Corrected(LabelModel):
             "labels/gain": gain,
             "labels/gain_error": error,
             "labels/corrects": self.corrects,
-            "labels/scale": self.theta[0],
-            "labels/shift": self.theta[1],
+            "labels/scale": self.theta[0, 0],
+            "labels/shift": self.theta[0, 1],
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -134,15 +178,18 @@ class Corrected(LabelModel):
     def _learn_calibration(self, evidence: Tensor, keep: Tensor) -> None:
         """From clean images that the network has not learned from, and whether labels are corrected from here on."""
         fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
-        keep = keep & (fit[0] > 0)
+        fit = fit.view_as(self.fit)
+        keep = keep & (fit[:2, 0].sum() > 0)
         self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
-        self.theta = torch.where(keep, newton_step(self.theta, self.fit), self.theta)
+        ahead = newton_step(self.theta[0], self.fit[:2].sum(0)), newton_step(self.theta[1], self.fit[2])
+        self.theta = torch.where(keep, torch.stack(ahead), self.theta)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
         mean, error = mean_gain(self.gain, self.clean_count)
-        pays = keep & (self.known >= self.decide_after) & (mean - error > self.least_gain)
-        # For good: corrected labels take the shift away.
-        self.corrects = torch.where(pays, 1.0, self.corrects)
+        pays = (self.known >= self.decide_after) & (mean - error > self.least_gain)
+        # A shift is for good: corrected labels take it away. Of labels it is asked again until these are learned from.
+        before = torch.zeros_like(self.corrects) if self.paired else self.corrects
+        self.corrects = torch.where(keep, torch.where(pays, 1.0, before), self.corrects)
 
 
 def loses_object(masks: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from distseg.section import Section
 class DrawnConfig(Section):
     kind: Literal["drawn"] = "drawn"
 
-    needs_clean: ClassVar[bool] = False
+    needs_held_out: ClassVar[bool] = False
 
     def build(self, context: Context) -> None:
         """No label model: the masks are the labels."""
