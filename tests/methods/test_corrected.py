@@ -77,21 +77,16 @@ def test_a_network_that_does_not_know_the_drawn_masks_yet_is_not_taken_for_annot
     assert learn(model, range(50, 80), 4.0, young=1.0)["labels/corrects"] == 1
 
 
-def test_what_the_clean_images_happen_to_share_is_no_error_of_the_annotators() -> None:
-    """Each image has a shift of its own, zero on average. Fitted to eight of them a shift always helps these eight."""
-    corrected, gains = 0, []
-    for seed in range(20):
-        model = model_of(least_gain=0.02)
-        own = 3 * torch.randn(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for step in range(LEAST_STEPS + 5):
-            masks, logits = truth_and_logits(step, 0.0)
-            clean, clean_logits = truth_and_logits(step + 100, 0.0)
-            clean_logits[:, 1] += (own - own.mean())[:, None, None]
-            held_out = HeldOut(clean_logits, clean, SECOND, NOBODY)
-            found = model.learn(model.correct(logits, masks, model.bins(masks), held_out)[1], NO, 0.1)
-        corrected += int(model.corrects)
-        gains.append(found["labels/gain"])
-    assert corrected <= 1 and torch.stack(gains).mean() < 0
+def test_what_half_of_the_clean_images_happen_to_share_is_no_error_of_the_annotators() -> None:
+    """One half is seen too small, the other too large: a shift that is fitted to either harms the other."""
+    model = model_of(least_gain=0.0)
+    for step in range(LEAST_STEPS + 5):
+        masks, logits = truth_and_logits(step, 0.0)
+        clean, clean_logits = truth_and_logits(step + 100, 0.0)
+        clean_logits[:, 1] += torch.where(SECOND, 3.0, -3.0)[:, None, None]
+        held_out = HeldOut(clean_logits, clean, SECOND, NOBODY)
+        found = model.learn(model.correct(logits, masks, model.bins(masks), held_out)[1], NO, 0.1)
+    assert found["labels/gain"] < -0.05 and model.corrects == 0
 
 
 def too_small(masks: Tensor) -> Tensor:
