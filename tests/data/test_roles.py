@@ -12,6 +12,7 @@ from PIL import Image
 from distseg.data.annotators import majority, staple
 from distseg.data.checks import check_splits
 from distseg.data.config import DataConfig
+from distseg.data.noise.box import BoxNoise
 from distseg.data.sample import Annotation, Sample
 from distseg.data.splits import split_clean
 from distseg.data.streams import Stream
@@ -317,6 +318,27 @@ def test_several_annotations_become_one(tmp_path, rule):
     roster = json.loads((tmp_path / "run" / "data.json").read_text())["samples"]
     assert {id for id, member in roster.items() if member["clean"]} == {"a"}
     assert set(roster["b"]["sha256"]) == {"image", "annotation:x", "annotation:y", "annotation:z"}
+
+
+def test_simulated_annotators_leave_picked_references_alone_and_are_not_those_of_the_data(tmp_path):
+    ids = "abcdefvt"
+    masks = ({f"{kind}/{id}.png": grow for id in ids} for kind, grow in (("references", 0), ("annotations", 2)))
+    config = folders(tmp_path / "data", *masks, image_size=SIZE)
+    splits = {"v": "val", "t": "test"}
+    rows = [
+        f"{id},{splits.get(id, 'train')},images/{id}.png,references/{id}.png,annotations/{id}.png,{int(id in 'ab')}"
+        for id in ids
+    ]
+    (config.root / "manifest.csv").write_text("\n".join(["id,split,image,reference,annotation,picked", *rows]))
+    for noise, own in ((config.noise.model_copy(), True), (BoxNoise(), False)):
+        study = config.model_copy(update={"noise": noise, "clean_count": 2})
+        parts = prepare_splits(study, 0, RunFolder(tmp_path / f"run{own}"), check=True)
+        assert all(bool(sample.annotations) == own for sample in parts.clean) and len(parts.clean) == 2
+        picked = [sample for sample in parts.noisy if sample.picked]
+        assert [sample.id for sample in picked] == ["a", "b"] and not any(sample.annotations for sample in picked)
+        rest = [sample for sample in parts.noisy if not sample.picked]
+        assert len(rest) == 2 and all(sample.annotations for sample in rest)
+        assert all((sample.annotations[0].mask.parent.name == "annotations") == own for sample in rest)
 
 
 def test_votes(tmp_path):
