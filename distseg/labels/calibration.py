@@ -98,12 +98,7 @@ def gain_sums(relative: Tensor, masks: Tensor, theta: Tensor, theta_of_scale: Te
 
     ℓ is an image's mean negative log-likelihood at θ, ℓ₀ at a θ that has no shift, and d = ℓ₀ − ℓ.
     """
-    return sums_of_gain(calibrated(relative, theta), calibrated(relative, theta_of_scale), masks)
-
-
-def sums_of_gain(logits: Tensor, without: Tensor, masks: Tensor) -> Tensor:
-    """`gain_sums` of two posteriors (B, C, H, W), the one that may gain first."""
-    loss, before = (_image_losses(each, masks) for each in (logits, without))
+    loss, before = (_image_losses(calibrated(relative, each), masks) for each in (theta, theta_of_scale))
     gain = before - loss
     seen = valid_pixels(masks).any(2).any(1).double()
     return torch.stack([seen.sum(), before.sum(), gain.sum(), gain.square().sum()])

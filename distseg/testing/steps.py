@@ -1,6 +1,7 @@
 """Steps of given images: of given weights, for what comes after the method, and of a method on the same batch again."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor
@@ -64,8 +65,9 @@ def method_on(
 
     The clean images have `clean_share` of the loss; they are held out where it is 0. One process, one micro-batch.
     """
-    first, then = (None if batch is None else cast(Stream, GivenStream(batch)) for batch in (noisy, clean))
-    learned, unseen = (then, None) if clean_share else (None, then)
+    held_out = replace(clean, true_masks=clean.masks) if clean and not clean_share else None
+    given = (noisy, clean if clean_share else None, held_out)
+    first, learned, unseen = (None if batch is None else cast(Stream, GivenStream(batch)) for batch in given)
     return Method(
         phases=Phases(((0, Phase(first, learned, unseen, clean_share, main=True)),)),
         weighting=Uniform(OneProcess()),
