@@ -229,8 +229,8 @@ class HeldOutImages(NamedTuple):
     truth: Tensor
     drawn: Tensor
     """The truth where nobody has drawn one."""
-    second: Tensor
-    """(B,) whether an image is of the second half of the clean ones."""
+    fold: Tensor
+    """(B,) int64 which fold of the clean images each is in."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class WithLabelModel(Variant):
         if seen.beside is None:
             with torch.no_grad():
                 held_out = HeldOut(
-                    self.model(seen.held_out.images), seen.held_out.truth, seen.held_out.second, seen.held_out.drawn
+                    self.model(seen.held_out.images), seen.held_out.truth, seen.held_out.fold, seen.held_out.drawn
                 )
         labels, evidence = model.correct(logits, masks, model.bins(masks), held_out)
         model.learn(evidence, torch.tensor(False), lr=0.0)
@@ -554,7 +554,7 @@ class Screen:
         self.all_clean, self.half = stream("clean", drawn, "noisy"), stream("held_out", drawn[1::2], "noisy")
         """What is held out for a gradient before clean images are learned from, and then."""
         self.beside = stream("clean", clean[::2] if variant.takes_gradient else clean, "true")
-        self.second_half = {sample.id for sample in clean[1::2]}
+        self.folds = trainer.method.folds
         self.wrong: list[dict[str, float]] = []
         """Of each step after the warm-up, where the truth is known."""
 
@@ -567,8 +567,8 @@ class Screen:
             held_out = None
             if self.variant.takes_gradient:
                 batch = (self.half if beside else self.all_clean).batch(index, 0)
-                second = torch.tensor([id in self.second_half for id in batch.ids])
-                held_out = HeldOutImages(batch.images, batch.true_masks, batch.masks, second)
+                fold = torch.tensor([self.folds[id] for id in batch.ids])
+                held_out = HeldOutImages(batch.images, batch.true_masks, batch.masks, fold)
             targets = self.variant.targets(Seen(noisy, held_out, beside, share))
             if noisy.true_masks is not None:
                 self.wrong.append(wrong_shares(noisy, targets))

@@ -41,9 +41,9 @@ def identity(classes: int, device: torch.device) -> Tensor:
 
 
 def calibrated(relative: Tensor, theta: Tensor) -> Tensor:
-    """a·z + b, (B, C, H, W): logits whose softmax is P(c | x)."""
-    scale, shift = theta[0].to(relative.dtype), _shift(theta).to(relative.dtype)
-    return scale * relative + shift[:, None, None]
+    """a·z + b, (B, C, H, W): logits whose softmax is P(c | x). θ may be one for each image, (B, C)."""
+    scale, shift = theta[..., :1].to(relative.dtype), _shift(theta).to(relative.dtype)
+    return scale[..., None, None] * relative + shift[..., None, None]
 
 
 def calibration_sums(relative: Tensor, masks: Tensor, theta: Tensor, *others: Tensor) -> Tensor:
@@ -165,5 +165,5 @@ def _toward(theta: Tensor, sums: Tensor, free: Tensor) -> Tensor:
 
 
 def _shift(theta: Tensor) -> Tensor:
-    """(C,): b, with b_0 = 0."""
-    return torch.cat([torch.zeros_like(theta[:1]), theta[1:]])
+    """(…, C): b, with b_0 = 0."""
+    return torch.cat([torch.zeros_like(theta[..., :1]), theta[..., 1:]], -1)

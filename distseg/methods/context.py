@@ -13,6 +13,7 @@ from distseg.data.streams import Stream
 from distseg.meta.network import StatelessNetwork
 from distseg.meta.placement import Placement
 from distseg.meta.reduction import Reduction
+from distseg.methods.part import FOLDS
 
 
 class OpenStream(Protocol):
@@ -54,9 +55,9 @@ class Context:
         return frozenset(sample.id for sample in self.noisy if sample.picked)
 
     @property
-    def second_half(self) -> frozenset[str]:
-        """Ids of every other clean image."""
-        return frozenset(sample.id for sample in self.clean[1::2])
+    def folds(self) -> dict[str, int]:
+        """Which fold each clean image is in, by id."""
+        return {sample.id: number % FOLDS for number, sample in enumerate(self.clean)}
 
     @property
     def paired(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """A method: phases × weighting × loss × label model. Every method is the same update, ∇ Σ W·ℓ over the global batch."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
@@ -29,7 +29,7 @@ def build_method(config: MethodConfig, context: Context) -> "Method":
         reduction=context.reduction,
         logits_of=context.logits,
         trusted=context.trusted,
-        second_half=context.second_half,
+        folds=context.folds,
         paired=context.paired,
         labels_first=config.weighting.needs_clean,
         one_pass=context.accumulation == 1,
@@ -53,8 +53,8 @@ class Method:
     """Whether weights depend on labels, which otherwise follow from the logits of the weighted pass."""
     trusted: frozenset[str] = frozenset()
     """Ids of the noisy images whose masks are references: no label model changes them, or learns from them."""
-    second_half: frozenset[str] = frozenset()
-    """Ids of half of the clean images."""
+    folds: Mapping[str, int] = field(default_factory=dict)
+    """Which fold each clean image is in, by id."""
     paired: frozenset[str] = frozenset()
     """Ids of the clean images that annotators have drawn too."""
     one_pass: bool = False
@@ -156,8 +156,8 @@ class Method:
         if batch.true_masks is None:
             raise ValueError("held-out images without references")
         drawn = torch.where(_flags(batch, self.paired)[:, None, None], batch.masks, IGNORE)
-        second = _flags(batch, self.second_half)
-        return HeldOut(self.logits_of(batch.images), batch.true_masks, second, drawn, batch.every)
+        fold = torch.tensor([self.folds.get(id, 0) for id in batch.ids]).to(batch.images.device, non_blocking=True)
+        return HeldOut(self.logits_of(batch.images), batch.true_masks, fold, drawn, batch.every)
 
     def _weigh(
         self, noisy: Sequence[Batch], drawn: Sequence[Drawn | None], clean: Sequence[Batch], diagnose: bool

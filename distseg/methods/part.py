@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from distseg.data.batch import EveryAnnotation
-from distseg.data.classes import IGNORE
 from distseg.meta.estimators import LabelledImages, MeanLoss
 from distseg.meta.weights import Diagnostics, WeightMap
 
@@ -96,22 +95,27 @@ class Loss(Part, ABC):
         """
 
 
+FOLDS = 10
+"""Of the clean images; fewer have one each."""
+
+
 class HeldOut(NamedTuple):
     """Clean images that the network has not learned from: its logits (B, C, H, W) and their masks (B, H, W)."""
 
     logits: Tensor
     masks: Tensor
-    second: Tensor
-    """(B,) whether an image is of the second half of the clean ones; one half judges what is fitted to the other."""
+    fold: Tensor
+    """(B,) int64 which of FOLDS each is in: it judges what is fitted to the others."""
     drawn: Tensor
     """(B, H, W) what one annotator has drawn of them; 255 where nobody has."""
     every: EveryAnnotation | None = None
     """What all annotators have drawn of them, of data.annotators=all."""
 
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """The masks of each half, 255 for images of the other."""
-        second = self.second[:, None, None]
-        return torch.where(second, IGNORE, self.masks), torch.where(second, self.masks, IGNORE)
+    def by_fold(self, of_images: Sequence[Tensor]) -> Tensor:
+        """(FOLDS, D): vectors (D,), one an image, added up by fold."""
+        rows = torch.stack([*of_images])
+        members = self.fold == torch.arange(FOLDS, device=rows.device)[:, None]
+        return members.to(rows.dtype) @ rows
 
 
 class LabelModel(Part, ABC):

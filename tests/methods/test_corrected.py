@@ -17,6 +17,7 @@ from distseg.methods.part import HeldOut
 NO, YES = torch.tensor(False), torch.tensor(True)
 SIDE = 24
 SECOND = torch.arange(8) % 2 == 1
+FOLD = torch.arange(8) % 2
 NOBODY = torch.full((8, SIDE, SIDE), 255, dtype=torch.uint8)
 
 
@@ -47,7 +48,7 @@ def learn(
     for seed in steps:
         masks, logits = truth_and_logits(seed, young, model.classes)
         clean, clean_logits = truth_and_logits(seed + 100, shift, model.classes)
-        beside = HeldOut(clean_logits, clean, SECOND, NOBODY) if held_out else None
+        beside = HeldOut(clean_logits, clean, FOLD, NOBODY) if held_out else None
         found = model.learn(model.correct(logits, masks, model.bins(masks), beside)[1], skipped, 0.1)
     return found
 
@@ -84,7 +85,7 @@ def test_what_half_of_the_clean_images_happen_to_share_is_no_error_of_the_annota
         masks, logits = truth_and_logits(step, 0.0)
         clean, clean_logits = truth_and_logits(step + 100, 0.0)
         clean_logits[:, 1] += torch.where(SECOND, 3.0, -3.0)[:, None, None]
-        held_out = HeldOut(clean_logits, clean, SECOND, NOBODY)
+        held_out = HeldOut(clean_logits, clean, FOLD, NOBODY)
         found = model.learn(model.correct(logits, masks, model.bins(masks), held_out)[1], NO, 0.1)
     assert found["labels/gain"] < -0.05 and model.corrects == 0
 
@@ -103,7 +104,7 @@ def test_clean_images_that_are_annotated_too_say_whether_labels_get_better_and_a
         (truth, logits), (clean, clean_logits) = (truth_and_logits(each, 0.0) for each in (seed, seed + 100))
         masks = annotator(truth)
         drawn = torch.where(SECOND[:, None, None] & (torch.arange(8) > 3)[:, None, None], 255, annotator(clean))
-        held_out = HeldOut(clean_logits, clean, SECOND, drawn)
+        held_out = HeldOut(clean_logits, clean, FOLD, drawn)
         labels, evidence = model.correct(logits, masks, model.bins(masks), held_out)
         assert evidence[-3] == 6, "two images are not annotated"
         wrong = (labels != truth).double().mean(), (masks != truth).double().mean()
@@ -147,7 +148,7 @@ def test_a_step_that_is_skipped_or_not_finite_leaves_all_of_the_state(fault: str
     masks, logits = truth_and_logits(1, 4.0)
     clean_logits = logits.clone()
     {"skipped": logits, "noisy": logits, "clean": clean_logits}[fault][0, 0, 0, 0] = torch.nan
-    _, evidence = model.correct(logits, masks, model.bins(masks), HeldOut(clean_logits, masks, SECOND, NOBODY))
+    _, evidence = model.correct(logits, masks, model.bins(masks), HeldOut(clean_logits, masks, FOLD, NOBODY))
     if fault == "skipped":
         evidence = torch.zeros_like(evidence)
     model.learn(evidence, YES if fault == "skipped" else NO, 0.1)
@@ -179,7 +180,7 @@ def test_two_classes_as_one_and_as_two_logits_are_equal() -> None:
             z, clean_z = (
                 each if channels == "two" else (each[:, 1] - each[:, 0])[:, None] for each in (logits, clean_logits)
             )
-            _, evidence = model.correct(z, masks, model.bins(masks), HeldOut(clean_z, clean, SECOND, NOBODY))
+            _, evidence = model.correct(z, masks, model.bins(masks), HeldOut(clean_z, clean, FOLD, NOBODY))
             model.learn(evidence, NO, 0.1)
     assert models[0].corrects == 1
     states = [model.state_dict() for model in models]
@@ -237,8 +238,8 @@ def test_nothing_waits_for_the_device(backend: str, channels: int, monkeypatch: 
     model = Corrected(nowhere, max(2, channels), 8, 0.05, LEAST_STEPS)
     logits = torch.randn(4, channels, 16, 16, device=nowhere)
     masks = torch.zeros(4, 16, 16, dtype=torch.uint8, device=nowhere)
-    second = torch.zeros(4, dtype=torch.bool, device=nowhere)
-    for held_out in (HeldOut(logits, masks, second, masks), None):
+    fold = torch.zeros(4, dtype=torch.int64, device=nowhere)
+    for held_out in (HeldOut(logits, masks, fold, masks), None):
         with ops.using(backend):
             labels, evidence = model.correct(logits, masks, model.bins(masks), held_out)
         found = model.learn(evidence, torch.zeros((), dtype=torch.bool, device=nowhere), 0.1)

@@ -161,12 +161,12 @@ def test_clean_images_are_held_out_with_what_annotators_have_drawn_of_them(build
         [*_, batch] = [each.batch(0, 0) for each in (method.phases.at(0).noisy, method.phases.at(0).held_out)]
         held_out = method.begin(0, diagnose=False).micro_batches[0].drawn.held_out
         for k, id in enumerate(batch.ids):
-            assert held_out.second[k] == (id in method.second_half)
+            assert held_out.fold[k] == method.folds[id]
             assert torch.equal(held_out.masks[k], batch.true_masks[k])
             drawn = torch.full_like(batch.masks[k], 255) if id not in method.paired else batch.masks[k]
             assert torch.equal(held_out.drawn[k], drawn)
         assert not torch.equal(batch.masks, batch.true_masks)
-    assert len(method.second_half) == 2
+    assert sorted(method.folds.values()) == [0, 1, 2, 3]
 
 
 def test_finetune_turns_to_the_clean_images_for_the_last_part(build: Callable) -> None:

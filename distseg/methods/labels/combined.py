@@ -29,7 +29,7 @@ from distseg.labels.combination import (
 )
 from distseg.meta.weights import Diagnostics
 from distseg.methods.labels.averages import MEMORY, averaged
-from distseg.methods.part import HeldOut, LabelModel
+from distseg.methods.part import FOLDS, HeldOut, LabelModel
 
 
 class Combined(LabelModel):
@@ -59,8 +59,8 @@ class Combined(LabelModel):
         """(A,) the annotations that they are of."""
         self.theta = torch.cat([zeros(1) + 1, zeros(size - 1)])
         """(a, τ, b): the network alone, for a start."""
-        self.fit = zeros(2, 1 + size + size**2)
-        """Averaged `calibration_sums` of either half of the clean images."""
+        self.fit = zeros(FOLDS, 1 + size + size**2)
+        """Averaged `calibration_sums` of each fold of the clean images."""
         self.gain = zeros(3)
         """Averaged `dice_gain_sums`: of the network, beside the vote."""
         self.known = zeros()
@@ -116,11 +116,12 @@ class Combined(LabelModel):
         masks = torch.where(annotated, clean.masks, IGNORE)
         relative = relative_logits(clean.logits)
         scores = annotator_scores(*every, self._reliability(), relative.dtype)
-        halves = [torch.where(annotated, half, IGNORE) for half in clean.halves()]
-        by_first, by_second = (_joint(relative, scores, joint_newton_step(self.theta, fit)) for fit in self.fit)
-        labels = torch.where(clean.second[:, None, None], by_first, by_second)
+        thetas = torch.stack([joint_newton_step(self.theta, self.fit.sum(0) - own) for own in self.fit])[clean.fold]
+        calibration, exponent = torch.cat([thetas[:, :1], thetas[:, 2:]], 1), thetas[:, 1, None, None, None]
+        labels = (exponent.to(scores.dtype) * scores + calibrated(relative, calibration)).argmax(1)
+        images = zip(relative.split(1), masks.split(1), scores.split(1), strict=True)
         return [
-            *(calibration_sums(relative, half, self.theta, scores) for half in halves),
+            clean.by_fold([calibration_sums(z, mask, self.theta, score) for z, mask, score in images]),
             dice_gain_sums(labels, vote(every.masks, self.classes), masks, self.classes),
         ]
 
@@ -140,12 +141,6 @@ class Combined(LabelModel):
 
     def _reliability(self) -> Tensor:
         return reliability(MEMORY * self.counts, MEMORY * self.drawn, self.pooled)
-
-
-def _joint(relative: Tensor, scores: Tensor, theta: Tensor) -> Tensor:
-    """(B, H, W): the most probable class by θ = (a, τ, b)."""
-    exponent = theta[1].to(scores.dtype)
-    return (exponent * scores + calibrated(relative, torch.cat([theta[:1], theta[2:]]))).argmax(1)
 
 
 _STATE = ("counts", "drawn", "theta", "fit", "gain", "known", "corrects")

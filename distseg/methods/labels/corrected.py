@@ -10,9 +10,9 @@ So it is calibrated twice, to the references of the clean images and to the nois
 where the first brings the network's masks of the clean images nearer to their references than the second does, which
 has what a young network itself gets wrong. Such a correction is for good.
 
-Either way each half of the clean images is judged by the calibration to the other half: what ten images happen to share
-is no error of the annotators. An image whose object the network misses keeps its mask. docs/ablation.md has the
-reasoning and the figures.
+Either way an image is judged by the calibration to the other ones, a tenth of them left out at a time: what ten images
+happen to share is no error of the annotators. An image whose object the network misses keeps its mask.
+docs/ablation.md has the reasoning and the figures.
 """
 
 import math
@@ -41,7 +41,7 @@ from distseg.meta.weights import Diagnostics
 from distseg.methods.context import Context
 from distseg.methods.labels.averages import averaged
 from distseg.methods.labels.combined import Combined
-from distseg.methods.part import HeldOut, LabelModel
+from distseg.methods.part import FOLDS, HeldOut, LabelModel
 from distseg.ops import valid_pixels
 from distseg.section import Section
 
@@ -106,8 +106,8 @@ class Corrected(LabelModel):
         counts of the network alone, for a start, trust the masks too little (docs/ablation.md)."""
         self.theta = identity(classes, device).repeat(2, 1)
         """(2, C): the calibration, and the one that is to the noisy images as drawn."""
-        self.fit = torch.zeros(3, 1 + classes + classes**2, dtype=torch.float64, device=device)
-        """Averaged `calibration_sums`: of either half of the clean images at θ[0], of the noisy ones at θ[1]."""
+        self.fit = torch.zeros(FOLDS + 1, 1 + classes + classes**2, dtype=torch.float64, device=device)
+        """Averaged `calibration_sums`: of each fold of the clean images at θ[0], then of the noisy ones at θ[1]."""
         self.gain = torch.zeros(3, dtype=torch.float64, device=device)
         """Averaged `dice_gain_sums`."""
         self.known = torch.zeros((), dtype=torch.float64, device=device)
@@ -125,7 +125,8 @@ class Corrected(LabelModel):
         parts = [counts]
         if held_out is not None:
             relative = relative_logits(held_out.logits)
-            parts += [calibration_sums(relative, half, self.theta[0]) for half in held_out.halves()]
+            pairs = zip(relative.split(1), held_out.masks.split(1), strict=True)
+            parts.append(held_out.by_fold([calibration_sums(*pair, self.theta[0]) for pair in pairs]))
             parts.append(calibration_sums(relative_logits(logits), masks, self.theta[1]))
             parts.append(self._gain_of_labels(held_out, tables) if self.paired else self._gain_of_shift(held_out))
         return labels, torch.cat([part.flatten() for part in parts])
@@ -134,24 +135,22 @@ class Corrected(LabelModel):
         """`dice_gain_sums` of correction, of the images that are annotated too."""
         drawn, bins = held_out.drawn, self.bins(held_out.drawn)[:, None]
         one = self.counts.new_zeros((len(drawn), 1), dtype=torch.int64)
-        by_first, by_second = (
-            ops.correct_labels(held_out.logits, drawn, bins, one, tables, newton_step(self.theta[0], half))[0]
-            for half in self.fit[:2]
-        )
-        labels = torch.where(held_out.second[:, None, None], by_first, by_second)
+        as_it_is = identity(self.classes, drawn.device)
+        labels, _ = ops.correct_labels(self._by_others(held_out), drawn, bins, one, tables, as_it_is)
         labels = torch.where(loses_object(drawn, labels), drawn, labels)
         masks = torch.where(valid_pixels(drawn), held_out.masks, IGNORE)
         return dice_gain_sums(labels, drawn, masks, self.classes)
 
     def _gain_of_shift(self, held_out: HeldOut) -> Tensor:
         """`dice_gain_sums` of what the calibration to the truth adds to that to the annotators."""
-        relative = relative_logits(held_out.logits)
-        by_first, by_second = (
-            calibrated(relative, newton_step(self.theta[0], half)).argmax(1) for half in self.fit[:2]
-        )
-        labels = torch.where(held_out.second[:, None, None], by_first, by_second)
-        by_annotators = calibrated(relative, self.theta[1]).argmax(1)
-        return dice_gain_sums(labels, by_annotators, held_out.masks, self.classes)
+        by_annotators = calibrated(relative_logits(held_out.logits), self.theta[1]).argmax(1)
+        return dice_gain_sums(self._by_others(held_out).argmax(1), by_annotators, held_out.masks, self.classes)
+
+    def _by_others(self, held_out: HeldOut) -> Tensor:
+        """(B, C, H, W) logits, calibrated to the clean images of the other folds."""
+        clean = self.fit[:FOLDS]
+        thetas = torch.stack([newton_step(self.theta[0], clean.sum(0) - own) for own in clean])
+        return calibrated(relative_logits(held_out.logits), thetas[held_out.fold])
 
     def learn(self, evidence: Tensor, skipped: Tensor, lr: float) -> Diagnostics:
         counts, held_out = evidence.split([self.counts.numel(), len(evidence) - self.counts.numel()])
@@ -179,9 +178,9 @@ class Corrected(LabelModel):
         """From clean images that the network has not learned from, and whether labels are corrected from here on."""
         fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
         fit = fit.view_as(self.fit)
-        keep = keep & (fit[:2, 0].sum() > 0)
+        keep = keep & (fit[:FOLDS, 0].sum() > 0)
         self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
-        ahead = newton_step(self.theta[0], self.fit[:2].sum(0)), newton_step(self.theta[1], self.fit[2])
+        ahead = newton_step(self.theta[0], self.fit[:FOLDS].sum(0)), newton_step(self.theta[1], self.fit[FOLDS])
         self.theta = torch.where(keep, torch.stack(ahead), self.theta)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
