@@ -2,7 +2,7 @@
 
 Calibration and counts are averages over the last steps, from logits that the loss needs anyway and from one forward
 pass of clean images, before the network learns from any. Labels stay as drawn until these images show that correction
-pays, in Dice and by more than its standard error and `least_gain` beside.
+pays, in Dice, by more than `least_gain` above its standard error, or twice that.
 
 Where annotators have drawn clean images too, these are corrected as the noisy ones are and held against the references.
 Else all that shows is what annotators do to one side. A network averages out what they do to both; the rest it learns.
@@ -52,6 +52,8 @@ MOST_REMOVED = 0.4
 be more, the network has not found the object, and the mask stays as drawn."""
 LEAST_IMAGES = 4
 """With fewer clean images no spread can be told."""
+PAIRED_ERRORS = 2.0
+"""How many standard errors a gain that is measured on labels must be above `least_gain`: it is asked at each step."""
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
@@ -59,9 +61,10 @@ LEAST_STEPS = 20
 class CorrectedConfig(Section):
     kind: Literal["corrected"] = "corrected"
     least_gain: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Labels stay as drawn unless correction adds more than this to Dice, above the standard error, on clean images
+    """Labels stay as drawn unless correction adds more than this to Dice, above two standard errors, on clean images
     that are annotated too: 0 unless set. With fewer than 4 of these: unless annotators' errors show in the network,
-    and cost it that much, 0.02 unless set. −1 corrects always."""
+    and cost it that much above one error, 0.02 unless set. −1 corrects always. Of data.annotators=all: unless the
+    network brings the vote so much nearer to the references of clean images, 0 unless set."""
     pooled: bool = False
     """Of data.annotators=all: count the annotators as one, because their names are places in a list, not persons."""
 
@@ -185,7 +188,8 @@ class Corrected(LabelModel):
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
         mean, error = mean_gain(self.gain, self.clean_count)
-        pays = (self.known >= self.decide_after) & (mean - error > self.least_gain)
+        errors = PAIRED_ERRORS if self.paired else 1.0
+        pays = (self.known >= self.decide_after) & (mean - errors * error > self.least_gain)
         # A shift is for good: corrected labels take it away. Of labels it is asked again until these are learned from.
         before = torch.zeros_like(self.corrects) if self.paired else self.corrects
         self.corrects = torch.where(keep, torch.where(pays, 1.0, before), self.corrects)
