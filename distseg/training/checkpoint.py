@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -187,7 +187,8 @@ def restore(checkpoint: Path, engine: Any, method: Method, runtime: Runtime) -> 
     """Put a whole checkpoint into `engine`, `method` and the RNG streams, and return its progress.
 
     The method gets its tensors on `runtime.device`; those of the engine go where the engine keeps them. Raises
-    UserError for that of another network, OSError or ValueError for a file that cannot be read.
+    UserError for that of another network or a method that learns other things, OSError or ValueError for a file that
+    cannot be read.
     """
     state = _read_state(checkpoint)
     try:
@@ -195,6 +196,11 @@ def restore(checkpoint: Path, engine: Any, method: Method, runtime: Runtime) -> 
     except RuntimeError as error:
         raise UserError(f"checkpoint {checkpoint}: is of another network: {_one_line(error)}") from None
     learned = load_file(checkpoint / "method.safetensors")
+    if _shapes(learned) != _shapes(method.state_dict()):
+        raise UserError(
+            f"checkpoint {checkpoint}: was written by a version whose method learns other things; start a new run with "
+            "another name="
+        )
     method.load_state_dict({name: tensor.to(runtime.device) for name, tensor in learned.items()})
     with ExitStack() as stack:
         parts = [
@@ -208,6 +214,10 @@ def restore(checkpoint: Path, engine: Any, method: Method, runtime: Runtime) -> 
         if torch.cuda.is_available() and "rng.cuda" in streams.keys():  # noqa: SIM118  (a file, not a mapping)
             torch.cuda.set_rng_state(streams.get_tensor("rng.cuda"))
     return dict(state.progress)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def find_checkpoint(folder: Path) -> Path | None:
