@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from distseg.config.schema import Config
@@ -344,8 +345,9 @@ def test_a_pointer_that_is_no_file_is_named_and_the_newest_checkpoint_used(kept:
 def test_what_is_restored_lies_on_the_device_of_the_run(two_ranks) -> None:
     """Every method's state and every slot of the optimiser, shown on the meta device."""
     meta, learned = torch.device("meta"), {}
-    method = SimpleNamespace(load_state_dict=learned.update)
     checkpoint = two_ranks[0] / "adam3" / "step_00000003"
+    kept = load_file(checkpoint / "method.safetensors")
+    method = SimpleNamespace(load_state_dict=learned.update, state_dict=lambda: kept)
     model = Dropped().to(meta)
     optimizer = torch.optim.Adam(model.parameters())
     optimizer.param_groups[0]["fused"] = True  # as on a GPU, where counts lie on the device as well
