@@ -44,7 +44,10 @@ def prepare_splits(config: DataConfig, seed: int, folder: RunFolder, check: bool
     if config.fold is not None:
         clean, noisy = without_fold(clean, noisy, config.fold, config.split_seed)
     if config.annotators in ("majority", "staple"):
-        noisy = fuse_annotations(noisy, config.annotators, folder.noisy_masks, config.decoding, check)
+        clean, noisy = (
+            fuse_annotations(samples, config.annotators, folder.noisy_masks, config.decoding, check)
+            for samples in (clean, noisy)
+        )
     if config.noise.kind != "none":  # then their annotators are not those of the noisy images
         clean = [replace(sample, annotations=()) for sample in clean]
     noisy_masks = write_noisy_masks if check else read_noisy_masks

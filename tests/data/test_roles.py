@@ -304,14 +304,15 @@ def test_several_annotations_become_one(tmp_path, rule):
     config = folders(tmp_path / "data", held, masks, image_size=SIZE, annotators=rule)
     table = ["id,split,image,reference,annotation:x,annotation:y,annotation:z"]
     table += [
-        f"{id},{split},images/{id}.png,references/{id}.png,,,"
+        f"{id},{split},images/{id}.png,references/{id}.png,{','.join(masks) if id == 'a' else ',,'}"
         for id, split in zip("avt", ("train", "val", "test"), strict=True)
     ]
     table += [f"b,train,images/b.png,,{','.join(masks)}"]
     (config.root / "manifest.csv").write_text("\n".join(table))
     splits = prepare_splits(config, 0, RunFolder(tmp_path / "run"), check=True)
-    [noisy] = splits.noisy
-    assert [each.annotator for each in noisy.annotations] == [rule]
+    [noisy], [clean] = splits.noisy, splits.clean
+    for sample in (noisy, clean):  # a clean image says of annotators what is learned from them
+        assert [each.annotator for each in sample.annotations] == [rule]
     np.testing.assert_array_equal(np.asarray(Image.open(noisy.annotations[0].mask)) > 0, draw(1, 1) > 0)
     assert np.isnan(splits.noise_rate) and splits.figures["noise_rate"] is None
     assert prepare_splits(config, 0, RunFolder(tmp_path / "run"), check=False).noisy == splits.noisy
