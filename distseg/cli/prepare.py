@@ -102,6 +102,7 @@ def draw_noisy_masks(config: "Config", good: list[Sample], folder: Path) -> None
     if noise.kind == "none":
         raise UserError(f"--noisy-masks {folder}: data.noise.kind none draws nothing; set data.noise.kind=polygon")
     _, samples = split_clean([s for s in good if s.split == "train"], config.data.clean_count, config.seed)
+    samples = [sample for sample in samples if not sample.picked]  # right masks, which training leaves alone too
     try:
         samples, rate = write_noisy_masks(samples, noise, folder, config.data.decoding)
         shown = samples[:SHOWN_MASKS]
