@@ -1,7 +1,7 @@
 """How well `distseg audit` finds wrong masks, beside its rivals; and what relabelling by its order is worth.
 
     python benchmarks/audit.py ranking WORK --isic PATH [--bubil PATH] [--lidc PATH] [--only isic_polygon]
-    python benchmarks/audit.py relabel WORK --isic PATH … [--shares 0.01 0.02 0.05 0.1]
+    python benchmarks/audit.py relabel WORK --isic PATH … [--shares 0.01 0.02 0.05 0.1] [--method noisy_only]
     python benchmarks/audit.py weights WORK --isic PATH …
     python benchmarks/audit.py show
 
@@ -15,8 +15,9 @@ holds each score against the Dice of masks and truth: Spearman's correlation, th
 weights: what the expected Dice would be with another weight of the annotators' evidence, and with pixels that are wrong
 independently, of the quick audits in WORK.
 
-relabel: the masks that a score of the folds calls worst become references, as if an expert had drawn them again, and a
-network is trained on the result; test Dice.
+relabel: the masks that a score of the quick audit calls worst become references, as if an expert had drawn them again,
+and a network is trained on the result by `--method`; test Dice. A random draw joins the clean images, picked ones stay
+among the noisy ones; noisy_only learns from these alone, so there the random draw stays among them too.
 """
 
 import argparse
@@ -125,15 +126,11 @@ def figures_of(score: NDArray[np.float64], true: NDArray[np.float64], id_order: 
 
 def rank_masks(place: Place, modes: Sequence[str]) -> None:
     for mode in modes:
-        words = ["--folds", str(FOLDS)] if mode == "folds" else []
         result = RESULTS / f"{place.case}-s{place.seed}-{mode}.json"
         if result.exists():
             continue
         started = time.monotonic()
-        train(place, place.run.name, place.keys)
-        command = ["-m", "distseg.cli.audit", str(place.run), "--to", str(place.audit(mode)), *words]
-        call([sys.executable, *command, "--batch-size", "32"])
-        rows = [row for row in read_table(place.audit(mode)) if row["true_dice"]]
+        rows = [row for row in audited(place, mode) if row["true_dice"]]
         true = np.array([float(row["true_dice"]) for row in rows])
         order = np.array([round(1e9 * float(row["random"])) for row in rows])
         scores = {name: sign * np.array([float(row[name]) for row in rows]) for name, sign in SCORES.items()}
@@ -161,7 +158,7 @@ def weigh(place: Place) -> None:
     config, folder = audit_command.configured(arguments), AuditFolder(arguments.to)
     [judge] = [audit_command.judge_of(task, folder) for task in audit_command.find_tasks(arguments, config, folder)]
     decoding = config.data.decoding
-    rows = [row for row in read_table(arguments.to) if row["true_dice"]]
+    rows = [row for row in audited(place, "quick") if row["true_dice"]]
     true = {(row["id"], row["annotator"]): float(row["true_dice"]) for row in rows}
     found = {}
     for weight in WEIGHTS:
@@ -196,34 +193,36 @@ def pixels_apart(posterior: Tensor, mask: Tensor) -> float:
     return float(2 * posterior[1][mask == 1].sum()) / marked if marked else 1.0
 
 
-def relabel(place: Place, shares: Sequence[float]) -> None:
+def relabel(place: Place, shares: Sequence[float], method: str) -> None:
     """Train with each share of masks drawn again, by each score's order; 0 comes first and is the same for all."""
-    config = load_config(base_config(place.work), [*place.keys, f"method.name={METHOD}"])
+    config = load_config(base_config(place.work), [*place.keys, f"method.name={method}"])
     samples = survey(config.data)[0]
     clean, noisy = split_clean([each for each in samples if each.split == "train"], config.data.clean_count, place.seed)
     scored = [each for each in samples if each.split != "train"]
     rows: Sequence[Mapping[str, str]] = []
     for share in (0.0, *shares):
         for name in SCORES if share else ("none",):
-            result = RESULTS / "relabel" / f"{place.case}-s{place.seed}-{name}-{share:g}.json"
+            result = RESULTS / "relabel" / f"{place.case}-s{place.seed}-{method}-{name}-{share:g}.json"
             if result.exists():
                 continue
-            rows = rows or read_table(place.audit("folds"))
+            rows = rows or audited(place, "quick")
             ordered = (
                 sorted(rows, key=lambda row: (SCORES.get(name, 1) * float(row[name]), row["random"])) if share else []
             )
             again = [row["id"] for row in ordered[: round(share * len(rows))]]
-            root = place.work / "relabelled" / f"{place.case}-s{place.seed}-{name}-{share:g}"
+            root = place.work / "relabelled" / result.stem
             drawn = {row["id"]: Path(row["file"]) for row in rows}
-            write_data(root, clean, noisy, scored, drawn, set(again), set() if name == "random" else set(again))
+            joins_clean = name == "random" and method != "noisy_only"
+            write_data(root, clean, noisy, scored, drawn, set(again), set() if joins_clean else set(again))
             keys = [*place.more, "data.clean_count=null", "data.follow_links=true"]
             keys += [f"data.root={root}", f"seed={place.seed}"]
-            train(place, root.name, keys)
+            train(place, root.name, method, keys)
             done = json.loads((place.work / "runs" / root.name / "result.json").read_text())
             content = {
                 "machine": describe_machine("cpu"),
                 "case": place.case,
                 "seed": place.seed,
+                "method": method,
                 "score": name,
                 "share": share,
                 "relabelled": len(again),
@@ -245,7 +244,7 @@ def write_data(
 ) -> None:
     """A data set of links: references of the clean images, of those drawn again and of those that are scored on.
 
-    picked: those of `again` that were not a random draw.
+    picked: those of `again` that stay among the noisy images.
     """
     links: dict[str, str] = {}
 
@@ -273,11 +272,22 @@ def write_data(
     write_manifest(root, samples)
 
 
-def train(place: Place, name: str, keys: Sequence[str]) -> None:
+def train(place: Place, name: str, method: str, keys: Sequence[str]) -> None:
     if (place.work / "runs" / name / "result.json").exists():
         return
     words = ["--config", str(base_config(place.work)), "--runs-dir", str(place.work / "runs"), "--resume", "auto"]
-    call(train_command(0, *words, *keys, f"method.name={METHOD}", f"name={name}"))
+    call(train_command(0, *words, *keys, f"method.name={method}", f"name={name}"))
+
+
+def audited(place: Place, mode: str) -> list[dict[str, str]]:
+    """The table of an audit; of one that is complete there is nothing to do."""
+    train(place, place.run.name, METHOD, place.keys)
+    if not (place.audit(mode) / "table.csv").exists():
+        words = ["--folds", str(FOLDS)] if mode == "folds" else []
+        command = ["-m", "distseg.cli.audit", str(place.run), "--to", str(place.audit(mode)), *words]
+        call([sys.executable, *command, "--batch-size", "32"])
+    with (place.audit(mode) / "table.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def base_config(work: Path) -> Path:
@@ -293,11 +303,6 @@ def call(command: Sequence[str]) -> None:
     done = subprocess.run(command, env=train_environment(), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-
-
-def read_table(audit: Path) -> list[dict[str, str]]:
-    with (audit / "table.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def summary() -> Iterator[str]:
@@ -325,20 +330,20 @@ def summary() -> Iterator[str]:
         for weight, figures in content["weights"].items():
             values = " | ".join(f"{figures[key]:.3f}" for key in keys)
             yield f"| {content['case']}, {content['seed']} | {weight} | {values} |"
-    test: dict[tuple[str, str], dict[float, list[float]]] = {}
+    test: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for path in sorted((RESULTS / "relabel").glob("*.json")):
         content = json.loads(path.read_text())
-        by_share = test.setdefault((content["case"], content["score"]), {})
+        by_share = test.setdefault((content["case"], content["method"], content["score"]), {})
         by_share.setdefault(content["share"], []).append(content["test/dice"])
     if test:
         shares = sorted({share for by_share in test.values() for share in by_share})
         yield ""
-        yield f"| case | order | seeds | {' | '.join(f'{share:.0%} drawn again' for share in shares)} |"
-        yield "|---|---|---|" + "---|" * len(shares)
-    for (case, score), by_share in sorted(test.items()):
+        yield f"| case | learned by | order | seeds | {' | '.join(f'{share:.0%} drawn again' for share in shares)} |"
+        yield "|---|---|---|---|" + "---|" * len(shares)
+    for (case, method, score), by_share in sorted(test.items()):
         seeds = max(map(len, by_share.values()))
         values = " | ".join(over_seeds(by_share[share]) if share in by_share else "" for share in shares)
-        yield f"| {case} | {score} | {seeds} | {values} |"
+        yield f"| {case} | {method} | {score} | {seeds} | {values} |"
 
 
 def over_seeds(values: Sequence[float]) -> str:
@@ -356,6 +361,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", choices=("quick", "folds"), nargs="+", default=["quick", "folds"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1])
+    parser.add_argument("--method", default=METHOD, help="that learns from what was drawn again")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the config")
     parser.add_argument("--results", type=Path, help="another folder for the results")
     arguments = parser.parse_args()
@@ -378,7 +384,7 @@ def main() -> None:
             elif arguments.what == "weights":
                 weigh(place)
             else:
-                relabel(place, arguments.shares)
+                relabel(place, arguments.shares, arguments.method)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_ranking_and_relabelling_run_and_are_taken_up(drawn_data: Path, tmp_path
     ranked = results["isic_polygon-s0-quick.json"]
     assert weighed["auroc"] == pytest.approx(ranked["scores"]["expected_dice"]["auroc"], abs=1e-3)
     assert results["isic_polygon-s0-quick.json"]["masks"] == results["isic_polygon-s0-folds.json"]["masks"] > 0
-    assert results["isic_polygon-s0-random-0.2.json"]["relabelled"] > 0
+    assert results["isic_polygon-s0-label_correction-random-0.2.json"]["relabelled"] > 0
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
