@@ -10,7 +10,11 @@ ratio of wrong pixels to those drawn wrong in 2000 batches of 16 images, and how
 cent; then what the calibration's shift does to the Dice of the network's masks of the clean images, with its standard
 error, by which label_correction decides.
 
-Where images have several annotations there is a second table: wrong pixels as drawn, of the vote, of STAPLE, of all
+A second table has the choice between distances in sizes of the objects and of the frame: the mean Dice of the labels
+as drawn and corrected by either, as in training; and the power by which labelled areas grow with those that the network
+expects, of the clean images' references with its standard error, and of either's labels.
+
+Where images have several annotations there is a third table: wrong pixels as drawn, of the vote, of STAPLE, of all
 annotators' distances as if they were independent, and of the posterior that data.annotators=all fits on the clean
 images (ten rounds); what that adds to the Dice of the vote there and its error; and a, τ, b. The truth of the noisy
 images serves the figures of errors alone.
@@ -31,6 +35,7 @@ from distseg.data.batch import EveryAnnotation
 from distseg.data.sample import Sample
 from distseg.data.streams import Stream
 from distseg.labels.annotators import log_likelihood
+from distseg.labels.areas import area_sums, slope
 from distseg.labels.calibration import (
     calibrated,
     calibration_sums,
@@ -57,6 +62,7 @@ COLUMNS = (
     *("worst", "above 1.02", "worst guarded", "above 1.02 guarded"),
     *("gain", "its error", "scale", "shift"),
 )
+OF_SCALES = ("Dice, drawn", "by object", "by frame", "power", "its error", "by object", "by frame")
 OF_ANNOTATORS = ("drawn", "vote", "STAPLE", "by distance", "joint", "gain", "its error", "scale", "exponent", "shift")
 
 
@@ -95,6 +101,26 @@ def figures(noisy: Seen, clean: tuple[Tensor, Tensor]) -> Tensor:
     ratios = [each[batches].sum(1) / wrong[0][batches].sum(1) for each in wrong[3:]]
     worst = [value for each in ratios for value in (each.max(), 100 * (each > 1.02).double().mean())]
     return torch.stack([*(each.mean() for each in wrong), *worst, gain, error, *theta])
+
+
+def figures_of_scales(noisy: Seen, clean: tuple[Tensor, Tensor]) -> Tensor:
+    """(7,) float64, OF_SCALES."""
+    relative, drawn, truth, _ = noisy
+    theta = identity(CLASSES, truth.device)
+    for _ in range(30):
+        theta = newton_step(theta, calibration_sums(*clean, theta))
+    one = torch.zeros(len(drawn), 1, dtype=torch.int64)
+    candidates = []
+    for of_frame in (False, True):
+        bins = signed_distance_bins(drawn, CLASSES, of_frame)[:, None]
+        table = theta.new_zeros(1, CLASSES, bin_count(CLASSES))
+        for _ in range(ROUNDS + 1):
+            labels, counts = correct_labels(relative, drawn, bins, one, table, theta)
+            table = log_likelihood(counts)
+        candidates.append(torch.where(loses_object(drawn, labels), drawn, labels))
+    dice = [mean_gain(dice_gain_sums(each, 0 * drawn, truth, CLASSES), 2)[0] for each in (drawn, *candidates)]
+    grown = slope(area_sums(clean[0], theta, clean[1]), len(clean[1]))
+    return torch.stack([*dice, *grown, *(slope(area_sums(relative, theta, each), 3)[0] for each in candidates)])
 
 
 def figures_of_annotators(noisy: Seen, clean: Seen, count: int) -> Tensor:
@@ -137,7 +163,7 @@ def figures_of_annotators(noisy: Seen, clean: Seen, count: int) -> Tensor:
 
 
 def measure(runtime, config_file: str, overrides: list[str], steps: list[int]) -> dict[str, Tensor]:
-    """Rows of the two tables, by "first STEP" and "second STEP"."""
+    """Rows of the tables, by "first STEP", "second STEP" and "third STEP"."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(Path(config_file), [*overrides, "method.name=noisy_only", "name=label_errors"])
         plain = config.data.model_copy(update={"augment": type(config.data.augment)()})
@@ -163,10 +189,11 @@ def measure(runtime, config_file: str, overrides: list[str], steps: list[int]) -
                 clean = seen(trainer.splits.clean, "true")
                 noisy = seen(trainer.splits.noisy, "noisy")
                 found[f"first {index + 1}"] = figures(noisy, (clean.relative, clean.truth))
+                found[f"second {index + 1}"] = figures_of_scales(noisy, (clean.relative, clean.truth))
                 if annotators.most > 1:
                     noisy = seen(trainer.splits.noisy, "noisy", annotators)
                     clean = seen(trainer.splits.clean, "true", annotators)
-                    found[f"second {index + 1}"] = figures_of_annotators(noisy, clean, len(annotators.names))
+                    found[f"third {index + 1}"] = figures_of_annotators(noisy, clean, len(annotators.names))
         trainer.close()
     return found
 
@@ -178,7 +205,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     [found] = run_ranks(measure, 1, arguments.config, arguments.overrides, arguments.step, timeout=3600)
-    for table, columns in (("first", COLUMNS), ("second", OF_ANNOTATORS)):
+    for table, columns in (("first", COLUMNS), ("second", OF_SCALES), ("third", OF_ANNOTATORS)):
         rows = {name.split()[1]: row for name, row in found.items() if name.startswith(table)}
         if rows:
             print("\n| step |", " | ".join(columns), "|")

@@ -360,7 +360,7 @@ class BothLabels(WithLabelModel):
 
 
 class LearnedCounts(WithLabelModel):
-    """The table starts from the label model's counts when these have settled, as many steps as that waits too."""
+    """The table, of distances in sizes of objects, starts from the label model's when that has waited and settled."""
 
     table: Tensor | None = None
 
@@ -369,13 +369,13 @@ class LearnedCounts(WithLabelModel):
         logits, tangents = self.along(seen)
         self.corrected(seen, logits)
         if self.table is None and model.known >= model.decide_after:
-            self.start = log_likelihood(model.counts).float()
+            self.start = log_likelihood(model.counts[0]).float()
             self.table = self.start.clone().requires_grad_()
             self.optimizer = torch.optim.Adam([self.table], lr=TABLE_RATE)
         if self.table is None:
             return uniform(masks)
         relative = calibrated(relative_logits(logits), model.theta[0])
-        targets = uniform(masks, posterior(relative, self.table, model.bins(masks)))
+        targets = uniform(masks, posterior(relative, self.table, model.bins(masks)[0]))
         targets = meta_update(self.optimizer, targets, tangents[:, 0], beside=0.0)
         self.notes["table moved"] = (self.table.detach() - self.start).abs().mean().item()
         return targets

@@ -67,9 +67,11 @@ struct Annotations {
 // Of the label model. A pixel's side is its class where an object of one of the classes below `classes` was drawn, else 0.
 struct LabelKernels {
   // bins (N, H, W) from masks y (N, H, W); edges in twentieths of the object's size, outside and inside its contour.
+  // `given`: the area of all objects, that their sizes are of; 0: their own.
   void (*signed_distance_bins)(
       const void* y, bool byte_labels, int64_t images, int64_t height, int64_t width, int64_t classes,
-      const std::vector<int64_t>& outside, const std::vector<int64_t>& inside, uint8_t* bins);
+      const std::vector<int64_t>& outside, const std::vector<int64_t>& inside, int64_t given,
+      uint8_t* bins);
   // calibration (K,) in acc; labels (B, P) like y, counts (B, R, K, M).
   bool (*correct_labels)(
       const Logits&, const Annotations&, const void* calibration, void* labels, double* counts);

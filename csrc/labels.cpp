@@ -136,7 +136,7 @@ class Envelope {
 
 void signed_distance_bins(
     const void* y, bool byte_labels, int64_t images, int64_t height, int64_t width, int64_t classes,
-    const std::vector<int64_t>& outside, const std::vector<int64_t>& inside, uint8_t* bins) {
+    const std::vector<int64_t>& outside, const std::vector<int64_t>& inside, int64_t given, uint8_t* bins) {
   const int64_t pixels = height * width, blocks = (width + kColumns - 1) / kColumns;
   if (images * pixels == 0) return;
   const std::unique_ptr<uint8_t[]> sides(new uint8_t[images * pixels]);
@@ -159,10 +159,11 @@ void signed_distance_bins(
       int64_t area = 0;
       for (int64_t block = 0; block < blocks; ++block) area += areas[(image * blocks + block) * kSides + side];
       for (size_t k = 0; k < inside.size(); ++k)
-        edges[(image * kSides + side) * count + k] = squared_edge(inside[k], area, false);
+        edges[(image * kSides + side) * count + k] = squared_edge(inside[k], given ? given : area, false);
       all += area;
     }
-    for (size_t k = 0; k < outside.size(); ++k) edges[image * kSides * count + k] = squared_edge(outside[k], all, true);
+    for (size_t k = 0; k < outside.size(); ++k)
+      edges[image * kSides * count + k] = squared_edge(outside[k], given ? given : all, true);
     empty[image] = all == 0;
   }
   const int64_t within = inside.size() + 1, without = outside.size() + 1;

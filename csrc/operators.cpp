@@ -221,7 +221,7 @@ Tensor normalise(const std::optional<Tensor>& w, const Tensor& masks, const Tens
 }
 
 Tensor signed_distance_bins(
-    const Tensor& masks, int64_t classes, std::vector<int64_t> outside, std::vector<int64_t> inside) {
+    const Tensor& masks, int64_t classes, std::vector<int64_t> outside, std::vector<int64_t> inside, int64_t area) {
   TORCH_CHECK(masks.dim() == 3, "masks are ", masks.sizes(), ": need (N, H, W)");
   TORCH_CHECK(classes > 1 && classes < 256, classes, " classes: need 2 to 255");
   Batch::check_labels(masks);
@@ -232,7 +232,7 @@ Tensor signed_distance_bins(
   Tensor bins = at::empty(y.sizes(), y.options().dtype(at::kByte));
   label_kernels().signed_distance_bins(
       y.const_data_ptr(), y.scalar_type() == at::kByte, y.size(0), y.size(1), y.size(2), classes, outside, inside,
-      bins.mutable_data_ptr<uint8_t>());
+      area, bins.mutable_data_ptr<uint8_t>());
   return bins;
 }
 
@@ -279,7 +279,7 @@ TORCH_LIBRARY(distseg, m) {
       " Tensor class_weights, Tensor inside, Tensor outside) -> Tensor");
   m.def("positive_part(Tensor alignment, Tensor masks, int cell) -> (Tensor, Tensor)");
   m.def("normalise(Tensor? positive, Tensor masks, Tensor scale, Tensor level) -> Tensor");
-  m.def("signed_distance_bins(Tensor masks, int classes, int[] outside, int[] inside) -> Tensor");
+  m.def("signed_distance_bins(Tensor masks, int classes, int[] outside, int[] inside, int area=0) -> Tensor");
   m.def(
       "correct_labels(Tensor logits, Tensor masks, Tensor bins, Tensor annotators, Tensor tables, Tensor calibration)"
       " -> (Tensor, Tensor)");

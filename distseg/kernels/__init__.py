@@ -204,7 +204,7 @@ def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tens
     return mapped
 
 
-def signed_distance_bins(masks: Tensor, classes: int, outside: list[int], inside: list[int]) -> Tensor:
+def signed_distance_bins(masks: Tensor, classes: int, outside: list[int], inside: list[int], area: int = 0) -> Tensor:
     y = masks.contiguous()
     images, height, width = y.shape
     bins = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
@@ -226,7 +226,7 @@ def signed_distance_bins(masks: Tensor, classes: int, outside: list[int], inside
             y, g, areas, height, width, classes, bands, SIDES=sides, ROWS=rows, COLUMNS=columns, **OPTIONS
         )
         edges_kernel[(images,)](
-            areas, edges, classes, bands,
+            areas, edges, classes, bands, area,
             SIDES=sides, OUTSIDE=tuple(outside), INSIDE=tuple(inside), STRIDE=stride, **OPTIONS,
         )  # fmt: skip
         bins_kernel[(images * tile_bands * groups,)](

@@ -86,23 +86,26 @@ def squared_edge(edge, area, BELOW: tl.constexpr):
 
 @triton.jit
 def edges_kernel(
-    areas_ptr, edges_ptr, classes, bands,
+    areas_ptr, edges_ptr, classes, bands, given,
     SIDES: tl.constexpr, OUTSIDE: tl.constexpr, INSIDE: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of an image: of each side its squared edges, and last whether there is an object."""
+    """Of an image: of each side its squared edges, and last whether there is an object. `given`: an area for all."""
     image = tl.program_id(0).to(tl.int64)
     side = tl.arange(0, SIDES)
     area = tl.zeros((SIDES,), dtype=tl.int64)
     for band in range(bands):
         area += tl.load(areas_ptr + (image * bands + band) * classes + side, mask=side < classes, other=0)
     every = tl.sum(area)
+    objects = (every > 0).to(tl.int32)
+    if given > 0:
+        area, every = area * 0 + given, every * 0 + given
     own = edges_ptr + image * (classes + 1) * STRIDE
     for k in tl.static_range(len(OUTSIDE)):
         tl.store(own + k, squared_edge(OUTSIDE[k], every, 1))
     for k in tl.static_range(len(INSIDE)):
         at = own + side * STRIDE + k
         tl.store(at, squared_edge(INSIDE[k], area, 0), mask=(side > 0) & (side < classes))
-    tl.store(own + classes * STRIDE, (every > 0).to(tl.int32))
+    tl.store(own + classes * STRIDE, objects)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Where a pixel lies relative to the drawn contours: the drawn class and the signed distance to its contour, in bins.
 
-Distances are in sizes of the drawn object, the root of its area, so that bins do not depend on the resolution.
+Distances are in sizes of the drawn object, the root of its area, or in quarters of the side of the frame, the root of
+its area, for annotators who err by as many pixels whatever they draw. Neither depends on the resolution.
 Masks (N, H, W) class ids, 0 background, 255 = ignore; bins (N, H, W) uint8 in [0, bin_count(classes)), or 255:
 
-    0 … OUTSIDE − 1                          background, by the distance to the nearest object
-    OUTSIDE … OUTSIDE + INSIDE − 1           class 1, by the distance to its own contour
+    0 … OUTSIDE − 1                          background, the last nearest to an object
+    OUTSIDE … OUTSIDE + INSIDE − 1           class 1, the first nearest to its own contour
     …                                        classes 2, 3, … alike
     the last                                 the mask shows no object at all
     255                                      ignored: the mask says nothing of the pixel
@@ -34,10 +35,12 @@ def drawn_class(classes: int, device: torch.device) -> Tensor:
     return torch.cat([inside.new_zeros(OUTSIDE), inside, inside.new_zeros(1)])
 
 
-def signed_distance_bins(masks: Tensor, classes: int = 2) -> Tensor:
-    """The bin of each pixel. Beside an ignored pixel another is as near to a contour as beside background.
+def signed_distance_bins(masks: Tensor, classes: int = 2, of_frame: bool = False) -> Tensor:
+    """The bin of each pixel, by sizes of the objects or, `of_frame`, by quarters of the frame's side.
 
-    Distances are Euclidean and exact, from the pixel's centre to the contour, half a pixel before the nearest centre on
-    the other side. Nothing waits for the device. Raises ValueError for more than MOST_CLASSES.
+    Beside an ignored pixel another is as near to a contour as beside background. Distances are Euclidean and exact,
+    from the pixel's centre to the contour, half a pixel before the nearest centre on the other side. Nothing waits for
+    the device. Raises ValueError for more than MOST_CLASSES.
     """
-    return ops.signed_distance_bins(masks, classes, OUTSIDE_EDGES, INSIDE_EDGES)
+    area = max(1, masks.shape[-2] * masks.shape[-1] // 16) if of_frame else 0
+    return ops.signed_distance_bins(masks, classes, OUTSIDE_EDGES, INSIDE_EDGES, area)

@@ -131,13 +131,15 @@ def normalise(positive: Tensor | None, masks: Tensor, scale: Tensor, level: Tens
     return functions.Constant.apply("normalise", masks.device, positive, masks, scale, level)
 
 
-def signed_distance_bins(masks: Tensor, classes: int, outside: Sequence[int], inside: Sequence[int]) -> Tensor:
+def signed_distance_bins(
+    masks: Tensor, classes: int, outside: Sequence[int], inside: Sequence[int], area: int = 0
+) -> Tensor:
     """The bin of each pixel of masks (N, H, W) by its signed distance to a contour, (N, H, W) uint8; 255 where ignored.
 
     classes, the background among them; outside, inside: the bins' edges, ascending twentieths of the size √A of the
-    object, of at most LARGEST_EDGE. The bins are in `reference.signed_distance_bins`, the same bits from every backend.
-    Labels that are no class count as background. Raises ValueError for masks that do not fit, for other edges, and
-    where there are more bins than 255.
+    object, of at most LARGEST_EDGE; `area`, in pixels: that of every object in place of its own. The bins are in
+    `reference.signed_distance_bins`, the same bits from every backend. Labels that are no class count as background.
+    Raises ValueError for masks that do not fit, for other edges and areas, and where there are more bins than 255.
     """
     if masks.ndim != 3 or max(masks.shape[1:]) > reference.LONGEST_SIDE:
         raise ValueError(f"masks {tuple(masks.shape)}: need (N, H, W), at most {reference.LONGEST_SIDE} pixels a side")
@@ -147,10 +149,12 @@ def signed_distance_bins(masks: Tensor, classes: int, outside: Sequence[int], in
     count = len(outside) + 1 + (len(inside) + 1) * (classes - 1) + 1
     if classes < 2 or count > IGNORE:
         raise ValueError(f"{classes} classes have {count} bins: need 2 classes at least, and at most {IGNORE} bins")
+    if not 0 <= area <= reference.LONGEST_SIDE**2:
+        raise ValueError(f"area {area}: need 0 to {reference.LONGEST_SIDE**2} pixels")
     masks = _class_ids(masks)
     if raw_operators(masks.device) is None:
-        return reference.signed_distance_bins(masks, classes, outside, inside)
-    return functions.Constant.apply("signed_distance_bins", masks.device, masks, classes, [*outside], [*inside])
+        return reference.signed_distance_bins(masks, classes, outside, inside, area)
+    return functions.Constant.apply("signed_distance_bins", masks.device, masks, classes, [*outside], [*inside], area)
 
 
 def correct_labels(

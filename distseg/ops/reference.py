@@ -135,12 +135,15 @@ def normalise(positive_BHW: Tensor | None, masks_BHW: Tensor, scale_B: Tensor, l
     return torch.where(valid_pixels(masks_BHW), weights, 0.0)
 
 
-def signed_distance_bins(masks_NHW: Tensor, classes: int, outside: Sequence[int], inside: Sequence[int]) -> Tensor:
+def signed_distance_bins(
+    masks_NHW: Tensor, classes: int, outside: Sequence[int], inside: Sequence[int], area: int = 0
+) -> Tensor:
     """The bin of each pixel by its signed distance to a contour, (N, H, W) uint8; 255 where the mask is.
 
     A pixel's side is its class c where 1 ≤ c < classes, else 0, no object. d is the Euclidean distance to the nearest
     pixel of another side, d − 1/2 that to the contour, and A the area of all objects for side 0, of its own class for
-    the others. Edges e are in twentieths of the size √A, ascending. With n outside and m inside of them:
+    the others, or `area` for all if that is given. Edges e are in twentieths of the size √A, ascending. With n outside
+    and m inside of them:
 
         side 0      how many outside edges have d − 1/2 < e/20·√A: 0 … n, n nearest to the contour
         side c      n + 1 + (m + 1)(c − 1), and how many inside edges have d − 1/2 > e/20·√A
@@ -151,13 +154,16 @@ def signed_distance_bins(masks_NHW: Tensor, classes: int, outside: Sequence[int]
     sides = torch.where((masks_NHW > 0) & (masks_NHW < classes), masks_NHW, 0).long()
     squared = squared_distances(sides)
     areas = torch.stack([(sides == side).sum((1, 2)) for side in range(1, classes)], 1)
+    nothing = (areas.sum(1) == 0)[:, None, None]
+    every = areas.sum(1)
+    if area:
+        areas, every = torch.full_like(areas, area), torch.full_like(every, area)
     image = torch.arange(len(sides), device=sides.device)[:, None, None]
     bins = torch.where(sides > 0, len(outside) + 1 + (len(inside) + 1) * (sides - 1), 0)
     for edge in outside:
-        bins = bins + ((sides == 0) & (squared <= squared_edges(areas.sum(1), edge, below=True)[image]))
+        bins = bins + ((sides == 0) & (squared <= squared_edges(every, edge, below=True)[image]))
     for edge in inside:
         bins = bins + ((sides > 0) & (squared > squared_edges(areas, edge)[image, (sides - 1).clamp(min=0)]))
-    nothing = (areas.sum(1) == 0)[:, None, None]
     bins = torch.where(nothing, len(outside) + 1 + (len(inside) + 1) * (classes - 1), bins)
     return torch.where(valid_pixels(masks_NHW), bins, IGNORE).to(torch.uint8)
 

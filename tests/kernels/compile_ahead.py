@@ -97,7 +97,8 @@ def record_launches() -> list[tuple]:
     for classes, labels in ((2, torch.uint8), (2, torch.int64), (41, torch.uint8)):
         for side in (96, 2048):
             drawn = torch.zeros(2, side, side, dtype=labels)
-            kernels.signed_distance_bins(drawn, classes, [*OUTSIDE_EDGES], [*INSIDE_EDGES])
+            for area in (0, side * side // 16):
+                kernels.signed_distance_bins(drawn, classes, [*OUTSIDE_EDGES], [*INSIDE_EDGES], area)
     for cell in (1, 3, 8, 96):
         kernels.positive_part(weights, masks, cell)
     kernels.normalise(weights, masks, vector, vector)

@@ -56,7 +56,7 @@ def below(squared: int, edge: int, area: int) -> bool:
     return rest < 0 or rest * rest < 400 * edge * edge * area
 
 
-def expected_bins(mask: NDArray[np.integer], classes: int) -> NDArray[np.integer]:
+def expected_bins(mask: NDArray[np.integer], classes: int, given: int = 0) -> NDArray[np.integer]:
     objects = (mask > 0) & (mask < classes)
     bins = np.full(mask.shape, OUTSIDE + INSIDE * (classes - 1))
     if objects.any():
@@ -65,20 +65,21 @@ def expected_bins(mask: NDArray[np.integer], classes: int) -> NDArray[np.integer
             others = np.argwhere(~own)
             squared = ((others - place) ** 2).sum(1).min().item() if len(others) else 10**12
             if objects[place]:
-                area = own.sum().item()
+                area = given or own.sum().item()
                 base = OUTSIDE + INSIDE * (int(mask[place]) - 1)
                 bins[place] = base + sum(exceeds(squared, edge, area) for edge in INSIDE_EDGES)
             else:
-                bins[place] = sum(below(squared, edge, objects.sum().item()) for edge in OUTSIDE_EDGES)
+                bins[place] = sum(below(squared, edge, given or objects.sum().item()) for edge in OUTSIDE_EDGES)
     return np.where(mask == ops.IGNORE, ops.IGNORE, bins)
 
 
 @pytest.mark.parametrize("case", [case for case in MASK_CASES if math.prod(case.shape) < 3000], ids=lambda c: c.name)
 def test_bins_by_their_definition(case: MaskCase) -> None:
     masks = case.draw()
-    actual = reference.signed_distance_bins(masks, case.classes, OUTSIDE_EDGES, INSIDE_EDGES)
-    for mask, found in zip(masks.numpy(), actual.numpy(), strict=True):
-        np.testing.assert_array_equal(found, expected_bins(mask, case.classes))
+    for area in (0, 144):
+        actual = reference.signed_distance_bins(masks, case.classes, OUTSIDE_EDGES, INSIDE_EDGES, area)
+        for mask, found in zip(masks.numpy(), actual.numpy(), strict=True):
+            np.testing.assert_array_equal(found, expected_bins(mask, case.classes, area))
 
 
 @pytest.mark.parametrize("backend", ["csrc", "reference", pytest.param("triton", marks=pytest.mark.slow)])
@@ -134,6 +135,9 @@ def test_masks_and_edges_that_do_not_fit_are_an_error(backend: str) -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 ops.signed_distance_bins(given, classes, edges, edges)
+        for area in (-1, 16384**2 + 1):
+            with pytest.raises(ValueError, match=rf"area {area}: need 0 to 268435456 pixels"):
+                ops.signed_distance_bins(masks, 2, (1, 2), (1, 2), area)
 
 
 def test_bins_do_not_depend_on_the_number_of_threads() -> None:
@@ -341,4 +345,5 @@ def test_dispatcher_operators_keep_to_their_schemas(channels: int) -> None:
     inputs = _in_order(some(channels))
     torch.library.opcheck(operators.correct_labels.default, tuple(inputs.values()))
     masks = inputs["masks"], max(2, channels), [1, 4], [2]
-    torch.library.opcheck(operators.signed_distance_bins.default, masks)
+    for area in ((), (144,)):
+        torch.library.opcheck(operators.signed_distance_bins.default, (*masks, *area))

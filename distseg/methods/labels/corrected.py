@@ -10,6 +10,9 @@ So it is calibrated twice, to the references of the clean images and to the nois
 where the first brings the network's masks of the clean images nearer to their references than the second does, which
 has what a young network itself gets wrong. Such a correction is for good.
 
+How far annotators err is counted twice, by the size of what they draw and by the pixel. Labels are those of the first,
+until the objects of the second grow with the network's more as those of the clean images do (labels/areas.py).
+
 Either way an image is judged by the calibration to the other ones, a tenth of them left out at a time: what ten images
 happen to share is no error of the annotators. An image whose object the network misses keeps its mask.
 docs/ablation.md has the reasoning and the figures.
@@ -27,6 +30,7 @@ from distseg.data.batch import EveryAnnotation
 from distseg.data.classes import IGNORE
 from distseg.errors import UserError
 from distseg.labels.annotators import identity_prior, log_likelihood
+from distseg.labels.areas import area_sums, slope
 from distseg.labels.calibration import (
     calibrated,
     calibration_sums,
@@ -104,43 +108,55 @@ class Corrected(LabelModel):
         before one; paired: whether they do so by what annotators have drawn of them."""
         self.classes, self.clean_count, self.least_gain = classes, clean_count, least_gain
         self.decide_after, self.paired = decide_after, paired
-        self.counts = identity_prior(classes, device)
-        """(C, bins) of the posterior. They start from annotators who do not err and move a tenth of the way a step:
-        counts of the network alone, for a start, trust the masks too little (docs/ablation.md)."""
+        self.counts = identity_prior(classes, device).repeat(2, 1, 1)
+        """(2, C, bins) of the posterior, by sizes of the objects and of the frame. They start from annotators who do
+        not err and move a tenth of the way a step: counts of the network alone, for a start, trust the masks too little
+        (docs/ablation.md)."""
         self.theta = identity(classes, device).repeat(2, 1)
         """(2, C): the calibration, and the one that is to the noisy images as drawn."""
         self.fit = torch.zeros(FOLDS + 1, 1 + classes + classes**2, dtype=torch.float64, device=device)
         """Averaged `calibration_sums`: of each fold of the clean images at θ[0], then of the noisy ones at θ[1]."""
         self.gain = torch.zeros(3, dtype=torch.float64, device=device)
         """Averaged `dice_gain_sums`."""
+        self.areas = torch.zeros(3, 6, dtype=torch.float64, device=device)
+        """Averaged `area_sums` of clean images and their references, and of noisy ones and either labels."""
+        self.of_frame = torch.zeros((), dtype=torch.float64, device=device)
+        """1 if labels are those by sizes of the frame."""
         self.known = torch.zeros((), dtype=torch.float64, device=device)
         """Steps with clean images that the network had not learned from."""
         self.corrects = torch.zeros((), dtype=torch.float64, device=device)
         """1 if labels are corrected, 0 if not, or not yet."""
 
-    def bins(self, masks: Tensor, every: EveryAnnotation | None = None) -> Tensor:
-        return signed_distance_bins(masks, self.classes)
+    def bins(self, masks: Tensor, every: EveryAnnotation | None = None) -> tuple[Tensor, Tensor]:
+        by_object, by_frame = (signed_distance_bins(masks, self.classes, of_frame) for of_frame in (False, True))
+        return by_object, by_frame
 
-    def correct(self, logits: Tensor, masks: Tensor, bins: Tensor, held_out: HeldOut | None) -> tuple[Tensor, Tensor]:
-        tables, one = log_likelihood(self.counts)[None], self.counts.new_zeros((len(masks), 1), dtype=torch.int64)
-        most_probable, counts = ops.correct_labels(logits, masks, bins[:, None], one, tables, self.theta[0])
-        labels = torch.where((self.corrects > 0) & ~loses_object(masks, most_probable), most_probable, masks)
-        parts = [counts]
+    def correct(
+        self, logits: Tensor, masks: Tensor, bins: tuple[Tensor, Tensor], held_out: HeldOut | None
+    ) -> tuple[Tensor, Tensor]:
+        tables = log_likelihood(self.counts)
+        both = [_corrected(logits, masks, *each, self.theta[0]) for each in zip(bins, tables, strict=True)]
+        (by_object, _), (by_frame, _) = both
+        parts = [counts for _, counts in both]
         if held_out is not None:
-            relative = relative_logits(held_out.logits)
-            pairs = zip(relative.split(1), held_out.masks.split(1), strict=True)
+            relative, clean = relative_logits(logits), relative_logits(held_out.logits)
+            pairs = zip(clean.split(1), held_out.masks.split(1), strict=True)
             parts.append(held_out.by_fold([calibration_sums(*pair, self.theta[0]) for pair in pairs]))
-            parts.append(calibration_sums(relative_logits(logits), masks, self.theta[1]))
+            parts.append(calibration_sums(relative, masks, self.theta[1]))
+            parts.append(area_sums(clean, self.theta[0], held_out.masks))
+            parts.extend(area_sums(relative, self.theta[0], labels) for labels, _ in both)
             parts.append(self._gain_of_labels(held_out, tables) if self.paired else self._gain_of_shift(held_out))
+        labels = torch.where(self.corrects > 0, self._chosen(by_object, by_frame), masks)
         return labels, torch.cat([part.flatten() for part in parts])
+
+    def _chosen(self, by_object: Tensor, by_frame: Tensor) -> Tensor:
+        return torch.where(self.of_frame > 0, by_frame, by_object)
 
     def _gain_of_labels(self, held_out: HeldOut, tables: Tensor) -> Tensor:
         """`dice_gain_sums` of correction, of the images that are annotated too."""
-        drawn, bins = held_out.drawn, self.bins(held_out.drawn)[:, None]
-        one = self.counts.new_zeros((len(drawn), 1), dtype=torch.int64)
-        as_it_is = identity(self.classes, drawn.device)
-        labels, _ = ops.correct_labels(self._by_others(held_out), drawn, bins, one, tables, as_it_is)
-        labels = torch.where(loses_object(drawn, labels), drawn, labels)
+        drawn, as_it_is = held_out.drawn, identity(self.classes, tables.device)
+        bins, table = self._chosen(*self.bins(drawn)), self._chosen(*tables)
+        labels, _ = _corrected(self._by_others(held_out), drawn, bins, table, as_it_is)
         masks = torch.where(valid_pixels(drawn), held_out.masks, IGNORE)
         return dice_gain_sums(labels, drawn, masks, self.classes)
 
@@ -160,12 +176,13 @@ class Corrected(LabelModel):
         keep = ~skipped & evidence.isfinite().all()
         self.counts = torch.where(keep, averaged(self.counts, counts.view_as(self.counts)), self.counts)
         if len(held_out):
-            self._learn_calibration(held_out, keep)
+            self._learn_of_clean(held_out, keep)
         gain, error = mean_gain(self.gain, self.clean_count)
         return {
             "labels/gain": gain,
             "labels/gain_error": error,
             "labels/corrects": self.corrects,
+            "labels/of_frame": self.of_frame,
             "labels/scale": self.theta[0, 0],
             "labels/shift": self.theta[0, 1],
         }
@@ -177,14 +194,20 @@ class Corrected(LabelModel):
         for name in _STATE:
             setattr(self, name, state[name].to(getattr(self, name)))
 
-    def _learn_calibration(self, evidence: Tensor, keep: Tensor) -> None:
-        """From clean images that the network has not learned from, and whether labels are corrected from here on."""
-        fit, gain = evidence.split([self.fit.numel(), self.gain.numel()])
-        fit = fit.view_as(self.fit)
+    def _learn_of_clean(self, evidence: Tensor, keep: Tensor) -> None:
+        """What images that the network has not learned from say: θ, and whether and how labels are corrected."""
+        fit, areas, gain = evidence.split([self.fit.numel(), self.areas.numel(), self.gain.numel()])
+        fit, areas = fit.view_as(self.fit), areas.view_as(self.areas)
         keep = keep & (fit[:FOLDS, 0].sum() > 0)
         self.fit = torch.where(keep, averaged(self.fit, fit), self.fit)
         ahead = newton_step(self.theta[0], self.fit[:FOLDS].sum(0)), newton_step(self.theta[1], self.fit[FOLDS])
         self.theta = torch.where(keep, torch.stack(ahead), self.theta)
+        self.areas = torch.where(keep, averaged(self.areas, areas), self.areas)
+        (clean, unsure), (by_object, _), (by_frame, _) = (slope(sums, self.clean_count) for sums in self.areas)
+        nearer = (by_object - clean).abs() - (by_frame - clean).abs()
+        # Corrected labels lean on the network, which makes both powers lower: by object is not told from by frame then.
+        told = keep & ((self.corrects == 0) | (nearer > 0)) & (nearer.abs() > unsure)
+        self.of_frame = torch.where(told, (nearer > 0).to(self.of_frame), self.of_frame)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
         mean, error = mean_gain(self.gain, self.clean_count)
@@ -195,6 +218,13 @@ class Corrected(LabelModel):
         self.corrects = torch.where(keep, torch.where(pays, 1.0, before), self.corrects)
 
 
+def _corrected(logits: Tensor, masks: Tensor, bins: Tensor, table: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of masks (B, H, W), which stay where correction would lose an object; and counts (C, bins)."""
+    one = torch.zeros(len(masks), 1, dtype=torch.int64, device=masks.device)
+    labels, counts = ops.correct_labels(logits, masks, bins[:, None], one, table[None], theta)
+    return torch.where(loses_object(masks, labels), masks, labels), counts
+
+
 def loses_object(masks: Tensor, labels: Tensor) -> Tensor:
     """(B, 1, 1) whether labels leave less of an image's drawn objects than MOST_REMOVED allows."""
     drawn = valid_pixels(masks) & (masks > 0)
@@ -202,4 +232,4 @@ def loses_object(masks: Tensor, labels: Tensor) -> Tensor:
     return removed.sum((1, 2), keepdim=True) > MOST_REMOVED * drawn.sum((1, 2), keepdim=True)
 
 
-_STATE = ("counts", "theta", "fit", "gain", "known", "corrects")
+_STATE = ("counts", "theta", "fit", "areas", "of_frame", "gain", "known", "corrects")

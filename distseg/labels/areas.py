@@ -1,0 +1,41 @@
+"""How large labels make the objects that the network makes so large: by it, right labels are known without the truth.
+
+Noisy and clean images are of one population, and a network that has learned from no clean image treats both alike. So
+the right labels of the noisy ones have objects that grow with the network's as those of the clean images' references
+do, by the slope β of log A over log Â. A are the pixels of an image that are labelled as an object, Â = Σ P(object | x)
+those that the calibrated network expects. Annotators who miss as many pixels of a small object as of a large one draw
+masks of another slope; labels that are corrected as if they missed in proportion to its size keep it.
+"""
+
+import torch
+from torch import Tensor
+
+from distseg.labels.calibration import calibrated
+from distseg.ops import valid_pixels
+
+
+def area_sums(relative: Tensor, theta: Tensor, labels: Tensor) -> Tensor:
+    """(6,) float64: images n that show an object, Σ x, Σ y, Σ x², Σ x·y and Σ y² of them, x = log Â and y = log A.
+
+    Relative logits (B, C, H, W), their calibration θ (C,), labels (B, H, W).
+    """
+    valid = valid_pixels(labels)
+    expected = torch.where(valid, 1 - calibrated(relative, theta).softmax(1)[:, 0], 0.0).sum(
+        (1, 2), dtype=torch.float64
+    )
+    area = (valid & (labels > 0)).sum((1, 2))
+    shown = area > 0
+    x, y = (torch.where(shown, each.clamp(min=1).log(), 0.0) for each in (expected, area.double()))
+    return torch.stack([shown.double().sum(), x.sum(), y.sum(), (x * x).sum(), (x * y).sum(), (y * y).sum()])
+
+
+def slope(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """β by least squares and its standard error, 0-dim float64, of averaged `area_sums` of so many different images.
+
+    Where all images are alike in size both are infinite or NaN: no comparison with them holds.
+    """
+    x, y, xx, xy, yy = (sums[1:] / sums[0]).unbind()
+    spread = xx - x * x
+    slope = (xy - x * y) / spread
+    rest = (yy - y * y - slope * (xy - x * y)).clamp(min=0)
+    return slope, (rest / spread / max(images - 2, 1)).sqrt()
