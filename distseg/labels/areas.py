@@ -1,10 +1,11 @@
-"""How large labels make the objects that the network makes so large: by it, right labels are known without the truth.
+"""Labelled areas beside those that a network expects: a check of labels that needs no truth of the noisy images.
 
-Noisy and clean images are of one population, and a network that has learned from no clean image treats both alike. So
-the right labels of the noisy ones have objects that grow with the network's as those of the clean images' references
-do, by the slope β of log A over log Â. A are the pixels of an image that are labelled as an object, Â = Σ P(object | x)
-those that the calibrated network expects. Annotators who miss as many pixels of a small object as of a large one draw
-masks of another slope; labels that are corrected as if they missed in proportion to its size keep it.
+A are the pixels of an image that are labelled as an object, Â = Σ P(object | x) those that the calibrated network
+expects, and β the power by which one grows with the other: the slope of log A over log Â. Noisy and clean images are of
+one population, and a network that has learned from no clean image treats both alike. So right labels of the noisy
+images have the β of the clean images' references, whatever errors the network makes. Annotators who miss as many pixels
+of a small object as of a large one draw masks of another β, and labels that are corrected as if they missed in
+proportion to its size keep it. docs/ablation.md has figures.
 """
 
 import torch

@@ -11,8 +11,8 @@ where the first brings the network's masks of the clean images nearer to their r
 has what a young network itself gets wrong. Such a correction is for good.
 
 How far annotators err is counted twice, by the size of what they draw and by the pixel. Labels are those of the first,
-unless, when correction begins, the objects of the second grow with the network's more as those of the clean images do
-(labels/areas.py).
+unless, when correction begins or clearly later, the objects of the second grow with the network's more as those of the
+clean images do (labels/areas.py).
 
 Either way an image is judged by the calibration to the other ones, a tenth of them left out at a time: what ten images
 happen to share is no error of the annotators. An image whose object the network misses keeps its mask.
@@ -59,9 +59,10 @@ LEAST_IMAGES = 4
 """With fewer clean images no spread can be told."""
 PAIRED_ERRORS = 2.0
 """How many standard errors a gain that is measured on labels must be above `least_gain`: it is asked at each step."""
-FRAME_ERRORS = 0.5
+ERRORS, LATE_ERRORS = 0.5, 2.0
 """How many standard errors of the clean images' power labels by frame must be nearer to it than those by object. Both
-mistakes cost the same; half an error makes them about as frequent with ten clean images (docs/ablation.md)."""
+mistakes cost the same; half an error makes them about as frequent with ten clean images (docs/ablation.md). Once labels
+are corrected it is asked again at each step, so it is two."""
 LEAST_STEPS = 20
 """With held-out clean images, before a label may be corrected; a fifth of all steps in shorter runs."""
 
@@ -209,9 +210,10 @@ class Corrected(LabelModel):
         self.areas = torch.where(keep, averaged(self.areas, areas), self.areas)
         (clean, unsure), (by_object, _), (by_frame, _) = (slope(sums, self.clean_count) for sums in self.areas)
         nearer = (by_object - clean).abs() - (by_frame - clean).abs()
-        # For good, once labels are corrected: these lean on the network, which makes either power lower.
-        asked = keep & (self.corrects == 0)
-        self.of_frame = torch.where(asked, (nearer > FRAME_ERRORS * unsure).to(self.of_frame), self.of_frame)
+        # Corrected labels lean on the network, which makes either power lower: no evidence against frames any more.
+        begun = self.corrects > 0
+        of_frame = torch.where(begun, (self.of_frame > 0) | (nearer > LATE_ERRORS * unsure), nearer > ERRORS * unsure)
+        self.of_frame = torch.where(keep, of_frame.to(self.of_frame), self.of_frame)
         self.gain = torch.where(keep, averaged(self.gain, gain), self.gain)
         self.known = self.known + keep
         mean, error = mean_gain(self.gain, self.clean_count)
