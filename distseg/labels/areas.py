@@ -14,6 +14,9 @@ from torch import Tensor
 from distseg.labels.calibration import calibrated
 from distseg.ops import valid_pixels
 
+LEAST_SPREAD = 1e-9
+"""The variance of log Â that is more than rounding."""
+
 
 def area_sums(relative: Tensor, theta: Tensor, labels: Tensor) -> Tensor:
     """(6,) float64: images n that show an object, Σ x, Σ y, Σ x², Σ x·y and Σ y² of them, x = log Â and y = log A.
@@ -33,10 +36,10 @@ def area_sums(relative: Tensor, theta: Tensor, labels: Tensor) -> Tensor:
 def slope(sums: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """β by least squares and its standard error, 0-dim float64, of averaged `area_sums` of so many different images.
 
-    Where all images are alike in size both are infinite or NaN: no comparison with them holds.
+    Where all images are alike in size both are NaN: no comparison with them holds.
     """
     x, y, xx, xy, yy = (sums[1:] / sums[0]).unbind()
-    spread = xx - x * x
-    slope = (xy - x * y) / spread
-    rest = (yy - y * y - slope * (xy - x * y)).clamp(min=0)
-    return slope, (rest / spread / max(images - 2, 1)).sqrt()
+    spread = torch.where(xx - x * x > LEAST_SPREAD, xx - x * x, torch.nan)
+    power = (xy - x * y) / spread
+    rest = (yy - y * y - power * (xy - x * y)).clamp(min=0)
+    return power, (rest / spread / max(images - 2, 1)).sqrt()

@@ -109,7 +109,7 @@ def discs(seed: int, shrunk: float = 1.0, rim: float = 0.0) -> tuple[Tensor, Ten
 def test_objects_that_grow_with_the_networks_as_references_do_tell_pixels_from_sizes(errors, of_frame: int) -> None:
     """The network knows what annotators draw, with noise. Either kind of correction is the one that fits them."""
     model, wrong = model_of(), []
-    for step in range(LEAST_STEPS + 40):
+    for step in range(LEAST_STEPS + 25):
         (truth, _), (clean, _) = discs(step), discs(step + 1000)
         (masks, depth), (_, clean_depth) = discs(step, **errors), discs(step + 1000, **errors)
         noise = torch.randn(2, *depth.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
@@ -123,7 +123,7 @@ def test_objects_that_grow_with_the_networks_as_references_do_tell_pixels_from_s
         areas = truth.sum((1, 2))
         wrong.append([((each != truth).sum((1, 2)) / areas).mean().item() for each in (masks, labels, others)])
     assert found["labels/corrects"] == 1 and found["labels/of_frame"] == of_frame
-    drawn, learned, other = np.mean(wrong[LEAST_STEPS + 20 :], 0)
+    drawn, learned, other = np.mean(wrong[LEAST_STEPS + 10 :], 0)
     assert learned < 0.6 * drawn and learned < 0.9 * other
 
 
